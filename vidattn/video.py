@@ -1,0 +1,387 @@
+"""Video files in, model input out: decoding, frame sampling, resizing, cropping and normalisation.
+
+The defaults are the test protocol of the published models. Video Swin (arXiv 2106.13230, section 4.1) averages 4 clips x 3 crops
+on Kinetics-400: each clip has 32 frames, every second one; frames are resized to a short side of 224 and cropped to 224 x 224 at
+three places along the long side. On Something-Something v2 it takes 1 clip of 32 frames spread over the whole video x 3 crops.
+
+Decoding needs PyAV and NumPy (``pip install "vidattn[cli]"``); sampling and cropping need neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vidattn.models import InputSpec
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called as ``progress(stage, done, total)`` with stage "counting" (total None) or "decoding", once a frame."""
+
+
+class VideoError(ValueError):
+    """The file cannot be used as a video, for the reason in the message."""
+
+
+class ClipTooShortError(VideoError):
+    """The video has fewer frames than the clip needs.
+
+    Attributes:
+        available: frames in the video.
+        max_frames: the most frames that can be taken with the frame stride asked for.
+        max_stride: the largest frame stride that the number of frames asked for allows, 0 if there is none.
+    """
+
+    def __init__(self, available: int, num_frames: int, frame_stride: int) -> None:
+        self.available = available
+        self.max_frames = (available - 1) // frame_stride + 1
+        self.max_stride = 0 if available < num_frames else (available - 1) // max(num_frames - 1, 1)
+        needed = (num_frames - 1) * frame_stride + 1
+        ways = [f"num_frames <= {self.max_frames}"]
+        if self.max_stride:
+            ways.append(f"frame_stride <= {self.max_stride}")
+        super().__init__(
+            f"expected at least {needed} frames ({num_frames} frames, {frame_stride} apart), got a video of {available}; "
+            f"use {' or '.join(ways)}"
+        )
+
+
+def dense_indices(available: int, num_frames: int, frame_stride: int, num_clips: int = 1) -> list[list[int]]:
+    """Returns the frames of clips of consecutive frames, equally spaced over the video.
+
+    The video is cut into ``num_clips`` equal parts of the possible start positions and each clip starts in the middle of its part,
+    as in the test pipeline of Video Swin (arXiv 2106.13230, section 4.1: 32 frames, stride 2, 4 clips).
+
+    Args:
+        available: frames in the video.
+        num_frames: frames of a clip.
+        frame_stride: distance of the frames of a clip; 1 takes every frame.
+        num_clips: number of clips.
+
+    Returns:
+        ``num_clips`` lists of ``num_frames`` frame numbers, from 0.
+
+    Raises:
+        ClipTooShortError: a clip needs more frames than there are.
+        ValueError: an argument is not positive.
+
+    Example:
+        >>> dense_indices(20, num_frames=4, frame_stride=2, num_clips=2)
+        [[3, 5, 7, 9], [9, 11, 13, 15]]
+    """
+    _check_positive(num_frames=num_frames, frame_stride=frame_stride, num_clips=num_clips)
+    if available < (num_frames - 1) * frame_stride + 1:
+        raise ClipTooShortError(available, num_frames, frame_stride)
+    # The protocol counts the stride behind the last frame to the clip, so the last frames of a video may never be start positions.
+    starts = max(available - num_frames * frame_stride + 1, 1)
+    firsts = [(2 * clip + 1) * starts // (2 * num_clips) for clip in range(num_clips)]
+    return [[first + frame * frame_stride for frame in range(num_frames)] for first in firsts]
+
+
+def uniform_indices(available: int, num_frames: int) -> list[int]:
+    """Returns the middle frames of ``num_frames`` equal segments of the whole video.
+
+    This is how the models trained on Something-Something v2 sample (Video Swin, arXiv 2106.13230, section 4.1).
+
+    Args:
+        available: frames in the video.
+        num_frames: frames to take, one a segment.
+
+    Returns:
+        ``num_frames`` frame numbers, from 0.
+
+    Raises:
+        ClipTooShortError: there are fewer frames than segments.
+        ValueError: an argument is not positive.
+
+    Example:
+        >>> uniform_indices(9, num_frames=4)
+        [1, 3, 5, 7]
+    """
+    _check_positive(num_frames=num_frames)
+    if available < num_frames:
+        raise ClipTooShortError(available, num_frames, 1)
+    # Segment borders are rounded to whole frames first, as in the published pipeline.
+    borders = [round((available - 1) * segment / num_frames) for segment in range(num_frames + 1)]
+    return [(first + last) // 2 for first, last in zip(borders, borders[1:], strict=False)]
+
+
+def crop_boxes(height: int, width: int, size: int, num_crops: int = 1) -> list[tuple[int, int]]:
+    """Returns the top left corners of square crops: the centre, or three places along the long side.
+
+    Args:
+        height: rows of the frame, pixels.
+        width: columns of the frame, pixels.
+        size: side of the crop, pixels.
+        num_crops: 1 for the centre crop; 3 for left, centre, right (top, centre, bottom if the frame is higher than wide).
+
+    Returns:
+        ``num_crops`` pairs (top, left).
+
+    Raises:
+        ValueError: the crop does not fit into the frame, or ``num_crops`` is neither 1 nor 3.
+
+    Example:
+        >>> crop_boxes(224, 298, 224, num_crops=3)
+        [(0, 0), (0, 37), (0, 74)]
+    """
+    if num_crops not in (1, 3):
+        raise ValueError(f"num_crops: expected 1 (centre) or 3 (along the long side), got {num_crops}")
+    if not 0 < size <= min(height, width):
+        raise ValueError(f"size: expected a crop of 1 to {min(height, width)} pixels of a {height} x {width} frame, got {size}")
+    top, left = (height - size) // 2, (width - size) // 2
+    if num_crops == 1:
+        return [(top, left)]
+    # Twice the centre offset, not the far edge: with an odd remainder the published pipeline leaves the last row or column out.
+    if width >= height:
+        return [(top, 0), (top, left), (top, 2 * left)]
+    return [(0, left), (top, left), (2 * top, left)]
+
+
+@dataclass(frozen=True)
+class VideoViews(Sequence[Tensor]):
+    """The views (clips x crops) of one video; each is cut out and normalised when it is asked for.
+
+    Attributes:
+        frames: uint8 RGB frames that some clip uses, resized, (F, 3, height, width).
+        frame_numbers: the number in the video of each of them.
+        clips: for every clip, its rows of ``frames``.
+        boxes: (top, left) of every crop.
+        crop: side of a crop, pixels.
+        mean: of the pixel normalisation, RGB on 0..255.
+        std: of the pixel normalisation, RGB on 0..255.
+        video_frames: frames in the whole video.
+
+    Example:
+        >>> views = VideoViews(torch.full((2, 3, 4, 6), 100, dtype=torch.uint8), (0, 1), ((0, 1),), ((0, 0), (0, 2)),
+        ...                    4, (100.0, 100.0, 100.0), (50.0, 50.0, 50.0), 2)
+        >>> len(views), tuple(views[0].shape), tuple(views.stack().shape)
+        (2, (3, 2, 4, 4), (2, 3, 2, 4, 4))
+    """
+
+    frames: Tensor
+    frame_numbers: tuple[int, ...]
+    clips: tuple[tuple[int, ...], ...]
+    boxes: tuple[tuple[int, int], ...]
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    video_frames: int
+
+    def __len__(self) -> int:
+        return len(self.clips) * len(self.boxes)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns view ``index`` (all crops of the first clip come first): float32 (3, T, crop, crop)."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected a view below {len(self)}, got {index}")
+        clip, box = divmod(index % len(self), len(self.boxes))
+        top, left = self.boxes[box]
+        pixels = self.frames[list(self.clips[clip]), :, top : top + self.crop, left : left + self.crop]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels.float() - mean) / std).transpose(0, 1).contiguous()
+
+    def stack(self) -> Tensor:
+        """Returns all views as one float32 tensor (views, 3, T, crop, crop), ready to be the batch of a model."""
+        return torch.stack(list(self))
+
+
+def load_views(
+    path: str | os.PathLike[str],
+    spec: InputSpec,
+    *,
+    num_frames: int | None = None,
+    frame_stride: int | None = None,
+    num_clips: int = 1,
+    num_crops: int = 1,
+    progress: Progress | None = None,
+) -> VideoViews:
+    """Reads the views of a video file that a model wants to see, by the test protocol of its paper.
+
+    Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a second pass that
+    keeps the resized frames of the clips only. Rotation metadata is honoured.
+
+    Args:
+        path: the video file.
+        spec: how the model was tested, from ``vidattn.models.get_input_spec(name)``.
+        num_frames: frames of a clip instead of the spec's.
+        frame_stride: distance of the frames instead of the spec's (dense sampling only).
+        num_clips: clips, equally spaced over the video; uniform sampling has one clip, which is the whole video.
+        num_crops: 1 (centre) or 3 (along the long side).
+        progress: called after every frame with ("counting", done, None) and ("decoding", done, total).
+
+    Returns:
+        The views: a sequence of float32 tensors (3, T, crop, crop), ``stack()`` of which is a batch for the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VideoError: it is not a video, or it cannot be decoded; ClipTooShortError if it has too few frames.
+        ValueError: an argument is out of range.
+        ImportError: PyAV is not installed.
+
+    Example:
+        >>> from vidattn.models import get_input_spec
+        >>> views = load_views("clip.mp4", get_input_spec("video_swin_t"), num_clips=4, num_crops=3)  # doctest: +SKIP
+        >>> views.stack().shape  # doctest: +SKIP
+        torch.Size([12, 3, 32, 224, 224])
+    """
+    num_frames = spec.num_frames if num_frames is None else num_frames
+    _check_positive(num_frames=num_frames, num_clips=num_clips)
+    if num_crops not in (1, 3):
+        raise ValueError(f"num_crops: expected 1 (centre) or 3 (along the long side), got {num_crops}")
+    uniform = spec.sampling == "uniform"
+    if uniform and (num_clips != 1 or frame_stride is not None):
+        raise ValueError(
+            "num_clips, frame_stride: expected one clip and no stride, because this model's clip is spread over the whole video, "
+            f"got num_clips={num_clips}, frame_stride={frame_stride}"
+        )
+
+    available = count_frames(path, progress=progress)
+    if uniform:
+        clips = [uniform_indices(available, num_frames)]
+    else:
+        clips = dense_indices(available, num_frames, frame_stride or spec.frame_stride or 1, num_clips)
+
+    wanted = sorted({number for clip in clips for number in clip})
+    row = {number: position for position, number in enumerate(wanted)}
+    frames = read_frames(path, wanted, short_side=spec.short_side, progress=progress)
+    height, width = frames.shape[-2:]
+    return VideoViews(
+        frames=frames,
+        frame_numbers=tuple(wanted),
+        clips=tuple(tuple(row[number] for number in clip) for clip in clips),
+        boxes=tuple(crop_boxes(height, width, spec.crop, num_crops)),
+        crop=spec.crop,
+        mean=tuple(spec.mean),
+        std=tuple(spec.std),
+        video_frames=available,
+    )
+
+
+def count_frames(path: str | os.PathLike[str], *, progress: Progress | None = None) -> int:
+    """Counts the frames of a video file by decoding it.
+
+    Args:
+        path: the video file.
+        progress: called after every frame with ("counting", done, None).
+
+    Returns:
+        The number of frames that come out of the decoder, at least 1.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VideoError: it is not a video, or it cannot be decoded.
+        ImportError: PyAV is not installed.
+
+    Example:
+        >>> count_frames("clip.mp4")  # doctest: +SKIP
+        280
+    """
+    count = 0
+    for _ in _decode(path):
+        count += 1
+        if progress is not None:
+            progress("counting", count, None)
+    if not count:
+        raise VideoError(f"{path}: no frame of it can be decoded")
+    return count
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    numbers: Sequence[int],
+    *,
+    short_side: int | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Decodes the frames of the given numbers, resized as they come.
+
+    Args:
+        path: the video file.
+        numbers: frame numbers from 0, ascending, without repetition.
+        short_side: length in pixels of the shorter side after bilinear resizing (half-pixel centres, no antialiasing, rounded back
+            to 8 bits, as the published pipelines do it); None keeps the size.
+        progress: called after every decoded frame with ("decoding", done, total).
+
+    Returns:
+        uint8 RGB (len(numbers), 3, height, width), upright.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VideoError: it is not a video, it ends early, or its frames change their size.
+        ValueError: ``numbers`` is empty or not ascending.
+        ImportError: PyAV is not installed.
+
+    Example:
+        >>> read_frames("clip.mp4", [0, 10], short_side=224).shape  # doctest: +SKIP
+        torch.Size([2, 3, 224, 298])
+    """
+    ascending = all(first < second for first, second in zip(numbers, numbers[1:], strict=False))
+    if not numbers or numbers[0] < 0 or not ascending:
+        raise ValueError(f"numbers: expected ascending frame numbers from 0, got {list(numbers)}")
+    wanted = set(numbers)
+    total = numbers[-1] + 1
+    frames: list[Tensor] = []
+    for number, frame in enumerate(_decode(path)):
+        if number in wanted:
+            image = _resize(_upright_rgb(frame), short_side)
+            if frames and image.shape != frames[0].shape:
+                raise VideoError(f"{path}: expected frames of one size, got another one at frame {number}; convert the video first")
+            frames.append(image)
+        if progress is not None:
+            progress("decoding", number + 1, total)
+        if number + 1 == total:
+            return torch.stack(frames)
+    raise VideoError(f"{path}: expected a frame {numbers[-1]}, got the end of the video")
+
+
+def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yields the decoded frames of the main video stream, one at a time."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading videos needs PyAV: pip install "vidattn[cli]"') from error
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            # FFmpeg has a demuxer that renders plain text as a terminal would: a text file is no video.
+            if stream is None or container.format.name == "tty":
+                raise VideoError(f"{path} is not a video: it has no video stream")
+            stream.thread_type = "AUTO"
+            yield from container.decode(stream)
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{path} is not a video that can be decoded ({error.strerror})") from error
+
+
+def _upright_rgb(frame: Any) -> Tensor:
+    """Returns a decoded frame as uint8 (3, height, width), turned as its display matrix says."""
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as torch.rot90 counts them
+    return torch.rot90(pixels, quarter_turns, (0, 1)).permute(2, 0, 1)
+
+
+def _resize(image: Tensor, short_side: int | None) -> Tensor:
+    """Returns the uint8 image (3, height, width) scaled so that its shorter side has the given length."""
+    height, width = image.shape[-2:]
+    if short_side is None or min(height, width) == short_side:
+        return image.contiguous()
+    size = [int(side * short_side / min(height, width) + 0.5) for side in (height, width)]
+    scaled = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    return scaled.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
