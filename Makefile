@@ -1,0 +1,80 @@
+# make test | demo | lint | bench each work alone on a fresh clone: they create .venv, install into it and build.
+#
+#   make PYTHON=python3.12 TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TORCHVISION= venv
+#
+# TORCH, TORCHVISION and TRITON count when .venv is created; `make distclean` first to choose again.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Only the tests need torchvision, and only its Python code. An empty value leaves it out.
+TORCHVISION ?= torchvision==0.28.0
+# Installed only where torch did not bring a triton of its own.
+TRITON ?= triton==3.7.1
+
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+BENCH_JSON ?= .benchmarks/latest.json
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build test test-all lint format demo bench clean distclean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	$(if $(TORCHVISION),$(BIN)/pip install --no-deps $(TORCHVISION))
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --no-deps $(TRITON) || \
+	    echo "make: no $(TRITON) for this platform; the triton backend will report itself as not available"
+	@touch $@
+
+# The package goes in without its extension, which the next rule builds in place: that build is incremental.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
+	$(BIN)/pip install -c constraints.txt setuptools wheel ninja
+	VIDATTN_BUILD_EXT=0 $(BIN)/pip install --no-build-isolation -c constraints.txt -e ".[test,dev]"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
+	$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+venv: $(VENV)/.built ## create .venv, install everything, build the extension
+	@$(BIN)/python -c "import torch, vidattn; print('vidattn', vidattn.__version__, 'with torch', torch.__version__)"
+
+build: $(VENV)/.built ## build the extension in place
+
+test: $(VENV)/.built ## run the tests (ARGS="-k window3d" passes arguments to pytest)
+	$(BIN)/pytest $(ARGS)
+
+test-all: $(VENV)/.built ## run the slow sweeps too
+	$(BIN)/pytest -m "" $(ARGS)
+
+lint: $(VENV)/.installed ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vidattn/
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
+
+format: $(VENV)/.installed ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+
+demo: $(VENV)/.built ## compare reference and accelerated model on a clip (CLIP=, MODEL=, CHECKPOINT=)
+	$(BIN)/python -m vidattn.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(MODEL),--model "$(MODEL)") \
+	    $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
+
+bench: $(VENV)/.built ## run the benchmarks and print the report (ARGS="-k stage1" chooses)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json=$(BENCH_JSON) $(ARGS)
+	$(BIN)/python -m benchmarks.report $(BENCH_JSON)
+
+clean: ## remove what was built (.venv stays)
+	rm -rf build dist ./*.egg-info vidattn/_C*.so .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	find vidattn kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
