@@ -1,8 +1,9 @@
 """Video files in, model input out: decoding, frame sampling, resizing, cropping and normalisation.
 
-The defaults are the test protocol of the published models. Video Swin (arXiv 2106.13230, section 4.1) averages 4 clips x 3 crops
-on Kinetics-400: each clip has 32 frames, every second one; frames are resized to a short side of 224 and cropped to 224 x 224 at
-three places along the long side. On Something-Something v2 it takes 1 clip of 32 frames spread over the whole video x 3 crops.
+The defaults are the test protocol of the published models. Video Swin (arXiv 2106.13230, section 4.1) averages
+4 clips x 3 crops on Kinetics-400: each clip has 32 frames, every second one; frames are resized to a short side of 224
+and cropped to 224 x 224 at three places along the long side. On Something-Something v2 it takes 1 clip of 32 frames,
+spread over the whole video, x 3 crops.
 
 Decoding needs PyAV and NumPy (``pip install "vidattn[cli]"``); sampling and cropping need neither.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +50,15 @@ class ClipTooShortError(VideoError):
         if self.max_stride:
             ways.append(f"frame_stride <= {self.max_stride}")
         super().__init__(
-            f"expected at least {needed} frames ({num_frames} frames, {frame_stride} apart), got a video of {available}; "
-            f"use {' or '.join(ways)}"
+            f"expected at least {needed} frames ({num_frames} frames, {frame_stride} apart), "
+            f"got a video of {available}; use {' or '.join(ways)}"
         )
 
 
 def dense_indices(available: int, num_frames: int, frame_stride: int, num_clips: int = 1) -> list[list[int]]:
     """Returns the frames of clips of consecutive frames, equally spaced over the video.
 
-    The video is cut into ``num_clips`` equal parts of the possible start positions and each clip starts in the middle of its part,
+    The possible start positions are cut into ``num_clips`` equal parts and each clip starts in the middle of its part,
     as in the test pipeline of Video Swin (arXiv 2106.13230, section 4.1: 32 frames, stride 2, 4 clips).
 
     Args:
@@ -79,7 +81,7 @@ def dense_indices(available: int, num_frames: int, frame_stride: int, num_clips:
     _check_positive(num_frames=num_frames, frame_stride=frame_stride, num_clips=num_clips)
     if available < (num_frames - 1) * frame_stride + 1:
         raise ClipTooShortError(available, num_frames, frame_stride)
-    # The protocol counts the stride behind the last frame to the clip, so the last frames of a video may never be start positions.
+    # The protocol counts the gap behind the last frame to the clip as well.
     starts = max(available - num_frames * frame_stride + 1, 1)
     firsts = [(2 * clip + 1) * starts // (2 * num_clips) for clip in range(num_clips)]
     return [[first + frame * frame_stride for frame in range(num_frames)] for first in firsts]
@@ -110,7 +112,7 @@ def uniform_indices(available: int, num_frames: int) -> list[int]:
         raise ClipTooShortError(available, num_frames, 1)
     # Segment borders are rounded to whole frames first, as in the published pipeline.
     borders = [round((available - 1) * segment / num_frames) for segment in range(num_frames + 1)]
-    return [(first + last) // 2 for first, last in zip(borders, borders[1:], strict=False)]
+    return [(first + last) // 2 for first, last in pairwise(borders)]
 
 
 def crop_boxes(height: int, width: int, size: int, num_crops: int = 1) -> list[tuple[int, int]]:
@@ -120,7 +122,7 @@ def crop_boxes(height: int, width: int, size: int, num_crops: int = 1) -> list[t
         height: rows of the frame, pixels.
         width: columns of the frame, pixels.
         size: side of the crop, pixels.
-        num_crops: 1 for the centre crop; 3 for left, centre, right (top, centre, bottom if the frame is higher than wide).
+        num_crops: 1 for the centre crop; 3 for left, centre, right (top, centre, bottom if higher than wide).
 
     Returns:
         ``num_crops`` pairs (top, left).
@@ -135,17 +137,17 @@ def crop_boxes(height: int, width: int, size: int, num_crops: int = 1) -> list[t
     if num_crops not in (1, 3):
         raise ValueError(f"num_crops: expected 1 (centre) or 3 (along the long side), got {num_crops}")
     if not 0 < size <= min(height, width):
-        raise ValueError(f"size: expected a crop of 1 to {min(height, width)} pixels of a {height} x {width} frame, got {size}")
+        raise ValueError(f"size: expected 1 to {min(height, width)} pixels for a {height} x {width} frame, got {size}")
     top, left = (height - size) // 2, (width - size) // 2
     if num_crops == 1:
         return [(top, left)]
-    # Twice the centre offset, not the far edge: with an odd remainder the published pipeline leaves the last row or column out.
+    # Twice the centre offset, not the far edge: the published pipeline leaves the last column of an odd remainder out.
     if width >= height:
         return [(top, 0), (top, left), (top, 2 * left)]
     return [(0, left), (top, left), (2 * top, left)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoViews(Sequence[Tensor]):
     """The views (clips x crops) of one video; each is cut out and normalised when it is asked for.
 
@@ -207,8 +209,8 @@ def load_views(
 ) -> VideoViews:
     """Reads the views of a video file that a model wants to see, by the test protocol of its paper.
 
-    Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a second pass that
-    keeps the resized frames of the clips only. Rotation metadata is honoured.
+    Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a
+    second pass that keeps the resized frames of the clips only. Rotation metadata is honoured.
 
     Args:
         path: the video file.
@@ -241,8 +243,8 @@ def load_views(
     uniform = spec.sampling == "uniform"
     if uniform and (num_clips != 1 or frame_stride is not None):
         raise ValueError(
-            "num_clips, frame_stride: expected one clip and no stride, because this model's clip is spread over the whole video, "
-            f"got num_clips={num_clips}, frame_stride={frame_stride}"
+            "num_clips, frame_stride: expected one clip and no stride, because this model's clip is spread over the "
+            f"whole video, got num_clips={num_clips}, frame_stride={frame_stride}"
         )
 
     available = count_frames(path, progress=progress)
@@ -308,8 +310,8 @@ def read_frames(
     Args:
         path: the video file.
         numbers: frame numbers from 0, ascending, without repetition.
-        short_side: length in pixels of the shorter side after bilinear resizing (half-pixel centres, no antialiasing, rounded back
-            to 8 bits, as the published pipelines do it); None keeps the size.
+        short_side: length in pixels of the shorter side after bilinear resizing (half-pixel centres, no antialiasing,
+            rounded back to 8 bits, as the published pipelines do it); None keeps the size.
         progress: called after every decoded frame with ("decoding", done, total).
 
     Returns:
@@ -325,7 +327,7 @@ def read_frames(
         >>> read_frames("clip.mp4", [0, 10], short_side=224).shape  # doctest: +SKIP
         torch.Size([2, 3, 224, 298])
     """
-    ascending = all(first < second for first, second in zip(numbers, numbers[1:], strict=False))
+    ascending = all(first < second for first, second in pairwise(numbers))
     if not numbers or numbers[0] < 0 or not ascending:
         raise ValueError(f"numbers: expected ascending frame numbers from 0, got {list(numbers)}")
     wanted = set(numbers)
@@ -335,7 +337,9 @@ def read_frames(
         if number in wanted:
             image = _resize(_upright_rgb(frame), short_side)
             if frames and image.shape != frames[0].shape:
-                raise VideoError(f"{path}: expected frames of one size, got another one at frame {number}; convert the video first")
+                raise VideoError(
+                    f"{path}: expected frames of one size, got another at frame {number}; convert it first"
+                )
             frames.append(image)
         if progress is not None:
             progress("decoding", number + 1, total)

@@ -10,7 +10,7 @@ _BUNDLED = {400: "kinetics400.txt"}
 
 
 def load_labels(path: str | os.PathLike[str]) -> list[str]:
-    """Reads class names from a text file, one name a line, in the order of the classifier's outputs.
+    r"""Reads class names from a text file, one name a line, in the order of the classifier's outputs.
 
     Args:
         path: the file, UTF-8. Blank lines at the end are ignored.
@@ -26,14 +26,14 @@ def load_labels(path: str | os.PathLike[str]) -> list[str]:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = pathlib.Path(folder, "names.txt")
-        ...     _ = file.write_text("cat\\ndog\\n")
+        ...     _ = file.write_text("cat\ndog\n")
         ...     load_labels(file)
         ['cat', 'dog']
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"labels: expected a UTF-8 text file with one class name a line, got {path} ({error})") from None
+        raise ValueError(f"labels: expected a UTF-8 text file, one class name a line, got {path} ({error})") from None
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

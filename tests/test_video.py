@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from video_files import numbered_frames, write_video
+
+from vidattn.labels import default_labels, load_labels
+from vidattn.video import (
+    ClipTooShortError,
+    VideoError,
+    count_frames,
+    crop_boxes,
+    dense_indices,
+    load_views,
+    read_frames,
+    uniform_indices,
+)
+
+
+def spec(**changes):
+    values = {"num_frames": 4, "frame_stride": 2, "sampling": "dense", "short_side": 20, "crop": 20}
+    return SimpleNamespace(**{**values, "mean": (0.0,) * 3, "std": (1.0,) * 3, **changes})
+
+
+# --- which frames ---------------------------------------------------------------------------------
+
+
+def test_dense_indices_of_the_kinetics_protocol():
+    # 300 frames, 32 x 2, 4 clips: starts are floor((i + 1/2) * (300 - 64 + 1) / 4).
+    clips = dense_indices(300, 32, 2, 4)
+    assert [clip[0] for clip in clips] == [29, 88, 148, 207]
+    assert all(clip == list(range(clip[0], clip[0] + 64, 2)) for clip in clips)
+
+
+@pytest.mark.parametrize("available", [63, 64, 65, 66, 100, 1000])
+@pytest.mark.parametrize("num_clips", [1, 2, 4, 10])
+def test_dense_indices_stay_inside_and_are_spread_evenly(available, num_clips):
+    clips = dense_indices(available, 32, 2, num_clips)
+    assert len(clips) == num_clips
+    assert all(len(clip) == 32 and clip[0] >= 0 and clip[-1] < available for clip in clips)
+    gaps = np.diff([clip[0] for clip in clips])
+    assert num_clips == 1 or (gaps.min() >= 0 and gaps.max() - gaps.min() <= 1)
+
+
+def test_dense_indices_use_every_video_that_holds_one_clip():
+    assert dense_indices(63, 32, 2)[0] == list(range(0, 63, 2))
+    with pytest.raises(ClipTooShortError) as caught:
+        dense_indices(62, 32, 2)
+    assert caught.value.max_frames == 31
+    assert caught.value.max_stride == 1
+    assert "at least 63 frames" in str(caught.value)
+    assert "a video of 62" in str(caught.value)
+
+
+def test_the_way_out_of_a_too_short_video_works():
+    for available in range(1, 40):
+        for num_frames in (1, 2, 7, 16):
+            for stride in (1, 3, 5):
+                try:
+                    dense_indices(available, num_frames, stride)
+                except ClipTooShortError as error:
+                    dense_indices(available, error.max_frames, stride)
+                    with pytest.raises(ClipTooShortError):
+                        dense_indices(available, error.max_frames + 1, stride)
+                    if error.max_stride:
+                        dense_indices(available, num_frames, error.max_stride)
+                        assert f"frame_stride <= {error.max_stride}" in str(error)
+                    else:
+                        assert available < num_frames
+
+
+def test_uniform_indices_are_segment_centres():
+    assert uniform_indices(9, 4) == [1, 3, 5, 7]
+    assert uniform_indices(1, 1) == [0]
+    assert uniform_indices(32, 32)[0] == 0
+    # 61 frames in 8 segments: borders at 0, 7.5, 15, ... rounded to even at ties, then the middle of each.
+    assert uniform_indices(61, 8) == [4, 11, 18, 26, 34, 41, 48, 56]
+    for available in (32, 33, 48, 100, 257):
+        indices = uniform_indices(available, 32)
+        assert len(indices) == 32 and indices[0] >= 0 and indices[-1] < available
+        assert all(first <= second for first, second in pairwise(indices))
+    with pytest.raises(ClipTooShortError, match="at least 32 frames"):
+        uniform_indices(31, 32)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: dense_indices(9, 0, 1), lambda: dense_indices(9, 1, 0), lambda: dense_indices(9, 1, 1, 0)]
+)
+def test_counts_must_be_positive(call):
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        call()
+
+
+# --- which pixels ---------------------------------------------------------------------------------
+
+
+def test_crop_boxes():
+    assert crop_boxes(256, 341, 224) == [(16, 58)]
+    assert crop_boxes(224, 299, 224, 3) == [(0, 0), (0, 37), (0, 74)]  # 75 to spare: the last column is left out
+    assert crop_boxes(299, 224, 224, 3) == [(0, 0), (37, 0), (74, 0)]
+    assert crop_boxes(256, 340, 224, 3) == [(16, 0), (16, 58), (16, 116)]
+    assert crop_boxes(224, 224, 224, 3) == [(0, 0)] * 3
+    with pytest.raises(ValueError, match=r"num_crops: expected 1 .* got 2"):
+        crop_boxes(224, 299, 224, 2)
+    with pytest.raises(ValueError, match="got 225"):
+        crop_boxes(224, 299, 225)
+
+
+def test_views_hold_exactly_the_sampled_frames_and_crops(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(23))
+    views = load_views(path, spec(), num_clips=2, num_crops=3)
+    batch = views.stack()
+    assert batch.shape == (6, 3, 4, 20, 20) and batch.dtype == torch.float32
+    assert views.video_frames == 23
+    firsts = [(2 * clip + 1) * (23 - 8 + 1) // 4 for clip in range(2)]
+    for clip in range(2):
+        for crop, left in enumerate((0, 5, 10)):
+            view = batch[3 * clip + crop]
+            assert torch.equal(view, views[3 * clip + crop])
+            for frame in range(4):
+                number = firsts[clip] + 2 * frame
+                assert (view[0, frame] == number).all()
+                assert torch.equal(view[1, frame], torch.arange(20.0)[:, None].expand(20, 20))
+                assert torch.equal(view[2, frame], (left + torch.arange(20.0)).expand(20, 20))
+    assert set(views.frame_numbers) == {first + 2 * frame for first in firsts for frame in range(4)}
+    assert torch.equal(views[-1], views[5])
+    assert len(list(views)) == len(views) == 6
+    with pytest.raises(IndexError, match="got 6"):
+        views[6]
+
+
+def test_uniform_views_ignore_the_stride_of_dense_sampling(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(9))
+    uniform = spec(sampling="uniform", frame_stride=None)
+    assert load_views(path, uniform)[0][0, :, 0, 0].tolist() == [1, 3, 5, 7]
+    with pytest.raises(ValueError, match="num_clips, frame_stride: expected one clip"):
+        load_views(path, uniform, num_clips=2)
+    with pytest.raises(ValueError, match="num_clips, frame_stride: expected one clip"):
+        load_views(path, uniform, frame_stride=2)
+
+
+def test_normalisation_is_per_channel_on_0_to_255(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(8, 20, 20))
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    plain = load_views(path, spec()).stack()
+    normalised = load_views(path, spec(mean=mean, std=std)).stack()
+    for channel in range(3):
+        torch.testing.assert_close(normalised[:, channel], (plain[:, channel] - mean[channel]) / std[channel])
+
+
+@pytest.mark.parametrize(
+    "height, width, expected", [(31, 47, (20, 30)), (47, 31, (30, 20)), (10, 15, (20, 30)), (33, 33, (20, 20))]
+)
+def test_short_side_resize(tmp_path: Path, height, width, expected):
+    frames = numbered_frames(1, height, width)
+    path = write_video(tmp_path / "clip.mkv", frames)
+    image = read_frames(path, [0], short_side=20)
+    assert image.shape == (1, 3, *expected) and image.dtype == torch.uint8
+    # A linear ramp stays one: pixel centre x maps to (x + 0.5) * scale - 0.5, clamped at the border.
+    for channel, (before, after) in enumerate(zip((height, width), expected, strict=True), start=1):
+        ramp = ((torch.arange(after) + 0.5) * before / after - 0.5).clamp(0, before - 1)
+        found = image[0, channel].float().mean(dim=2 - channel)
+        assert (found - ramp).abs().max() <= 0.51
+
+
+def test_views_of_a_one_frame_video(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(1))
+    assert count_frames(path) == 1
+    assert load_views(path, spec(), num_frames=1).stack().shape == (1, 3, 1, 20, 20)
+    with pytest.raises(ClipTooShortError, match=r"got a video of 1; use num_frames <= 1$"):
+        load_views(path, spec())
+
+
+def test_reordered_frames_come_in_display_order(tmp_path: Path):
+    """B-frames are stored out of order; the number of a frame is its place in time."""
+    frames = [np.full((32, 48, 3), 8 * number, np.uint8) for number in range(30)]
+    path = write_video(tmp_path / "clip.mp4", frames, codec="libx264", pixel_format="yuv420p")
+    assert count_frames(path) == 30
+    numbers = [0, 1, 7, 13, 29]
+    levels = read_frames(path, numbers).float().mean(dim=(1, 2, 3)) / 8
+    assert (levels - torch.tensor(numbers)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("rotation", [0, 90, -90, 180])
+def test_rotation_metadata_is_honoured(tmp_path: Path, rotation):
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :16] = 255  # white at the top left
+    path = write_video(tmp_path / "clip.mp4", [frame] * 2, codec="libx264", pixel_format="yuv420p", rotation=rotation)
+    image = read_frames(path, [1])[0]
+    turned = torch.from_numpy(np.rot90(frame, rotation // 90).copy()).permute(2, 0, 1)
+    assert image.shape == turned.shape
+    assert (image.float() - turned.float()).abs().mean() < 8
+
+
+def test_frames_are_counted_not_believed(tmp_path: Path):
+    """A file cut in the middle still announces all its frames."""
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(20)]
+    path = write_video(tmp_path / "clip.mkv", frames)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    count = count_frames(path)
+    assert 5 <= count < 15
+    assert len(read_frames(path, range(count))) == count
+
+
+def test_progress_is_reported(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(9))
+    calls = []
+    load_views(path, spec(), progress=lambda *call: calls.append(call))
+    assert calls == [("counting", n, None) for n in range(1, 10)] + [("decoding", n, 8) for n in range(1, 9)]
+
+
+# --- what is no video -----------------------------------------------------------------------------
+
+
+def test_files_that_are_no_videos(tmp_path: Path):
+    empty, text, random = tmp_path / "empty.mp4", tmp_path / "notes.txt", tmp_path / "random.mp4"
+    empty.touch()
+    text.write_text("no pictures here\n" * 100)
+    random.write_bytes(np.random.default_rng(0).bytes(50_000))
+    for path in (empty, text, random, tmp_path):
+        with pytest.raises(VideoError, match="is not a video"):
+            count_frames(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        count_frames(tmp_path / "missing.mp4")
+
+
+def test_frames_past_the_end_are_refused(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(3))
+    with pytest.raises(VideoError, match="expected a frame 3, got the end of the video"):
+        read_frames(path, [0, 3])
+    for numbers in ([], [2, 1], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="ascending"):
+            read_frames(path, numbers)
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_kinetics_labels():
+    names = default_labels(400)
+    assert names is not None and len(set(names)) == 400 and names == sorted(names)
+    assert (names[0], names[6], names[399]) == ("abseiling", "arm wrestling", "zumba")
+    assert default_labels(174) is None
+
+
+def test_labels_from_a_file(tmp_path: Path):
+    path = tmp_path / "names.txt"
+    path.write_text("a\nb c\n\nd\n\n", encoding="utf-8")
+    assert load_labels(path) == ["a", "b c", "", "d"]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="got no names"):
+        load_labels(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_labels(path)

@@ -1,0 +1,39 @@
+"""Small video files with known pixels for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    *,
+    codec: str = "ffv1",
+    pixel_format: str = "bgr0",
+    rotation: int | None = None,
+) -> Path:
+    """Writes uint8 RGB frames (height, width, 3); the default codec (in .mkv) is lossless."""
+    with av.open(str(path), "w") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream(codec, rate=25)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = pixel_format
+                if rotation is not None:
+                    stream.set_display_rotation(rotation)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        assert stream is not None
+        container.mux(stream.encode())
+    return path
+
+
+def numbered_frames(count: int, height: int = 20, width: int = 30) -> list[np.ndarray]:
+    """Frames that tell their number (red), row (green) and column (blue) in every pixel."""
+    rows, columns = np.mgrid[:height, :width]
+    return [np.stack([np.full_like(rows, number), rows, columns], axis=-1).astype(np.uint8) for number in range(count)]
