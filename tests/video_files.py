@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,12 +27,21 @@ def write_video(
                 stream = container.add_stream(codec, rate=25)
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt = pixel_format
-                if rotation is not None:
-                    stream.set_display_rotation(rotation)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         assert stream is not None
         container.mux(stream.encode())
+    if rotation:
+        _write_rotation(path, rotation)
     return path
+
+
+def _write_rotation(path: Path, degrees: int) -> None:
+    """Puts a rotation (counter-clockwise) into the track header of an MP4 file: a 3 x 3 matrix in 16.16 fixed point."""
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    cosine, sine = round(math.cos(math.radians(degrees))), round(math.sin(math.radians(degrees)))
+    data[matrix : matrix + 20] = struct.pack(">5i", cosine << 16, -sine << 16, 0, sine << 16, cosine << 16)
+    path.write_bytes(data)
 
 
 def numbered_frames(count: int, height: int = 20, width: int = 30) -> list[np.ndarray]:
