@@ -1,0 +1,144 @@
+"""Names of the bundled models: what builds each one, and what input it expects."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the clips that a model was trained on are cut from a video.
+
+    Attributes:
+        num_frames: Frames of a clip.
+        frame_stride: Distance of two sampled frames; not used by uniform sampling.
+        sampling: "dense" takes every ``frame_stride``-th frame; "uniform" spreads ``num_frames`` over the whole video.
+        short_side: Pixels that the shorter side is resized to.
+        crop: Pixels of the square crop.
+        mean: Mean of the RGB channels, on 0..255.
+        std: Deviation of the RGB channels, on 0..255.
+        num_classes: Classes of the published weights.
+        test_views: (clips, crops) that published accuracies average over.
+    """
+
+    num_frames: int = 32
+    frame_stride: int = 2
+    sampling: str = "dense"
+    short_side: int = 224
+    crop: int = 224
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    num_classes: int = 400
+    test_views: tuple[int, int] = (4, 3)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    build: Callable[..., nn.Module]
+    options: tuple[str, ...]
+    input_spec: InputSpec
+    defaults: Mapping[str, Any]
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def register_model(
+    name: str,
+    build: Callable[..., nn.Module],
+    options: Collection[str],
+    input_spec: InputSpec,
+    defaults: Mapping[str, Any],
+) -> None:
+    """Add a model to :func:`create_model`.
+
+    Args:
+        name: Name of the model.
+        build: Called with the defaults and the caller's overrides as keyword arguments.
+        options: Names of all arguments that ``build`` takes.
+        input_spec: What clips the model expects.
+        defaults: Arguments that make this model of its family.
+    """
+    _entries[name] = _Entry(build, tuple(options), input_spec, dict(defaults))
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def _find(name: str) -> _Entry:
+    if not isinstance(name, str) or name not in _entries:
+        raise ValueError(
+            f"name must be one of vidattn.models.list_models(), got {name!r}; {_hint(str(name), _entries)}"
+        )
+    return _entries[name]
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Build a video classifier: video (B, 3, T, H, W) in, logits (B, num_classes) out.
+
+    ``forward_features`` of the model gives the feature map instead.
+
+    Under ``torch.device("meta")`` nothing is allocated; :func:`load_checkpoint` then fills the model without
+    initialising it first.
+
+    Args:
+        name: One of :func:`list_models`.
+        **overrides: Arguments of the family's constructor that differ from the published model, ``num_classes`` first
+            of all.
+
+    Returns:
+        The model, randomly initialised, in training mode.
+
+    Raises:
+        ValueError: ``name`` is not known.
+        TypeError: An override is not an argument of this model.
+
+    Example:
+        >>> model = create_model("video_swin_t", num_classes=10, embed_dim=24, depths=(1, 1), num_heads=(1, 2))
+        >>> model(torch.zeros(1, 3, 4, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    entry = _find(name)
+    for override in overrides:
+        if override not in entry.options:
+            raise TypeError(f"{name} takes no argument {override!r}; {_hint(override, entry.options)}")
+    return entry.build(**{**entry.defaults, **overrides})
+
+
+def list_models() -> list[str]:
+    """List the names that :func:`create_model` knows.
+
+    Returns:
+        The names, sorted.
+
+    Example:
+        >>> "video_swin_t" in list_models()
+        True
+    """
+    return sorted(_entries)
+
+
+def get_input_spec(name: str) -> InputSpec:
+    """Look up what clips a model expects.
+
+    Args:
+        name: One of :func:`list_models`.
+
+    Returns:
+        The published sampling, size and normalisation.
+
+    Raises:
+        ValueError: ``name`` is not known.
+
+    Example:
+        >>> get_input_spec("video_swin_b_ssv2").sampling
+        'uniform'
+    """
+    return _find(name).input_spec
