@@ -1,4 +1,4 @@
-"""Windows of the Video Swin Transformer in plain PyTorch: clipping, partition, mask, position index (arXiv 2106.13230)."""
+"""Windows of the Video Swin Transformer in plain PyTorch: partition, mask, position index (arXiv 2106.13230)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 Triple = tuple[int, int, int]
 
 MASK_VALUE = -100.0
-# A mask of the first stage takes 79 MB for 32 frames of 224 x 224: enough entries for two models of four stages, no
-# more.
+# A mask of the first stage takes 79 MB for 32 frames of 224 x 224: room for two models of four
+# stages, no more.
 _MASK_CACHE_ENTRIES = 8
 _mask_cache: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 _mask_lock = threading.Lock()
@@ -95,8 +95,7 @@ def window_partition(x: Tensor, window_size: Sequence[int]) -> Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch * nd * nh * nw, wd * wh * ww, channels)
 
 
-def window_reverse(windows: Tensor, window_size: Sequence[int], B: int, D: int, H: int, W: int) -> Tensor:  # noqa:
-N803 (official)
+def window_reverse(windows: Tensor, window_size: Sequence[int], B: int, D: int, H: int, W: int) -> Tensor:
     """Put windows back into a token grid: the inverse of :func:`window_partition`.
 
     Args:
