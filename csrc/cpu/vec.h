@@ -1,0 +1,258 @@
+// Vectors of the instruction set that this file is compiled for, and the few operations that plain operators do not express.
+//
+// Every *_<isa>.cpp defines VIDATTN_ISA (a namespace name) and is compiled with its own flags. Nothing here may include a header with inline
+// functions of external linkage: the linker keeps one copy of such a function, and it could be the one compiled for a newer CPU.
+#pragma once
+#include <stdint.h>
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#define VIDATTN_INLINE inline __attribute__((always_inline))
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kQueryRows = 14;  // 14 x 2 accumulators + 2 key vectors of the 32 registers; the query rides along as an embedded broadcast
+constexpr int kKeyRows = 8;     // rows of the key-major products (dK, dV); divides a tile of 2 vectors
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kQueryRows = 6;  // 6 x 2 accumulators + 2 + 1 of the 16 registers
+constexpr int kKeyRows = 4;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kQueryRows = 6;
+constexpr int kKeyRows = 4;
+#endif
+
+template <class T>
+struct VecTraits {
+  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int lanes = kVectorBytes / sizeof(T);
+};
+template <class T>
+using Vec = typename VecTraits<T>::Vec;
+template <class T>
+constexpr int kLanes = VecTraits<T>::lanes;
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Bits = typename BitsOf<T>::type;
+
+template <class T>
+VIDATTN_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 is x, for -0 and NaN too
+}
+
+template <class T>
+VIDATTN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecTraits<T>::Unaligned*>(p);
+}
+
+template <class T>
+VIDATTN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecTraits<T>::Unaligned*>(p) = v;
+}
+
+// Lanes at and beyond n read as zero and are not touched in memory.
+template <class T>
+VIDATTN_INLINE Vec<T> load_first(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load(p);
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class T>
+VIDATTN_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) return store(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// Lanes at and beyond n become `other`.
+template <class T>
+VIDATTN_INLINE Vec<T> keep_first(Vec<T> v, int64_t n, T other) {
+  Vec<T> result = v;
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (i >= n) result[i] = other;
+  return result;
+}
+
+// The larger of each pair; b where either is NaN (so that a NaN in b survives).
+template <class T>
+VIDATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+#if defined(__AVX512F__)
+template <>
+VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_max_ps(a, b);
+}
+template <>
+VIDATTN_INLINE Vec<float> load_first<float>(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, p);
+}
+template <>
+VIDATTN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, v);
+}
+template <>
+VIDATTN_INLINE Vec<float> keep_first<float>(Vec<float> v, int64_t n, float other) {
+  return _mm512_mask_blend_ps(n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, _mm512_set1_ps(other), v);
+}
+#elif defined(__AVX2__)
+template <>
+VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm256_max_ps(a, b);
+}
+#elif defined(__SSE2__)
+template <>
+VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm_max_ps(a, b);
+}
+#endif
+
+template <class T>
+VIDATTN_INLINE T sum(Vec<T> v) {  // pairwise, the same order on every instruction set of one width
+  T x[kLanes<T>];
+  store(x, v);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+}
+
+template <class T>
+VIDATTN_INLINE T largest(Vec<T> v) {
+  T x[kLanes<T>];
+  store(x, v);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+}
+
+// 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding `shifter` rounds x to the
+// integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN gives NaN.
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr float shifter = 12582912.f + 127.f, lowest = -127.f;  // 1.5 * 2^23 + bias
+  static constexpr int mantissa = 23;
+  // Minimax on [-1/2, 1/2] with the constant term fixed at 1: relative error 2e-9, so rounding dominates (0.7 ulp in all; degree 5: 1.3).
+  static constexpr float c[] = {1.f,           0.69314718246f, 0.24022647738f,  0.05550332367f,
+                                0.00961843692f, 0.00133988750f, 0.00015353362f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double shifter = 6755399441055744.0 + 1023.0, lowest = -1023.0;  // 1.5 * 2^52 + bias
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.0,
+                                 0.69314718055994530942,
+                                 0.24022650695910071233,
+                                 0.055504108664821579953,
+                                 0.0096181291076284771620,
+                                 0.0013333558146428443423,
+                                 0.00015403530393381609954,
+                                 0.000015252733804059840280,
+                                 1.3215486790144309488e-6,
+                                 1.0178086009239699728e-7,
+                                 7.0549116208011233299e-9,
+                                 4.4455382718708114976e-10,
+                                 2.5678435993488205141e-11,
+                                 1.3691488853904128881e-12};
+};
+
+template <class T>
+VIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using E = Exp2<T>;
+  typedef Bits<T> IntVec __attribute__((vector_size(kVectorBytes)));
+  x = max<T>(splat(E::lowest), x);
+  Vec<T> shifted = x + E::shifter;
+  Vec<T> r = x - (shifted - E::shifter);
+  constexpr int degree = sizeof(E::c) / sizeof(T) - 1;
+  Vec<T> p = splat(E::c[degree]);
+#pragma GCC unroll 16
+  for (int i = degree - 1; i >= 0; --i) p = p * r + E::c[i];
+  return p * (Vec<T>)((IntVec)shifted << E::mantissa);
+}
+
+// Storage types. The two 16-bit ones are plain bit patterns: conversions are exact upwards and round to nearest even downwards.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+VIDATTN_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+VIDATTN_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+VIDATTN_INLINE float widen(float x) { return x; }
+VIDATTN_INLINE double widen(double x) { return x; }
+VIDATTN_INLINE float widen(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+VIDATTN_INLINE float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // infinity, NaN
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 5192296858534827628530496329220096.f));
+#endif
+}
+
+VIDATTN_INLINE void narrow(float x, float& y) { y = x; }
+VIDATTN_INLINE void narrow(double x, double& y) { y = x; }
+VIDATTN_INLINE void narrow(float x, bf16& y) {
+  const uint32_t u = float_to_bits(x);
+  y.bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+VIDATTN_INLINE void narrow(float x, f16& y) {
+#if defined(__F16C__)
+  y.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t u = float_to_bits(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    y.bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
+    y.bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 1/2 aligns the last kept bit with float's last bit
+    y.bits = uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    y.bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  }
+#endif
+}
+
+// One row of n values, stored type to accumulator type and back (with a factor).
+template <class In, class T>
+VIDATTN_INLINE void widen_row(const In* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+template <class T, class Out>
+VIDATTN_INLINE void narrow_row(const T* from, T factor, Out* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(from[i] * factor, to[i]);
+}
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn

@@ -1,0 +1,181 @@
+// The native ops of the window family: reads the tensors, spreads the tasks over threads, and adds up what the tasks leave behind.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "isa.h"
+#include "scratch.h"
+#include "window3d_args.h"
+
+namespace vidattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const Window3dKernels& kernels_for(ScalarType type) {
+  const Isa isa = current_isa();
+#if defined(__x86_64__)
+  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16) return window3d_avx512bf16.bfloat16;
+  const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512 : isa == Isa::avx2 ? window3d_avx2 : window3d_baseline;
+#else
+  const Window3dTable& table = window3d_baseline;
+#endif
+  switch (type) {
+    case ScalarType::Float:
+      return table.float32;
+    case ScalarType::Double:
+      return table.float64;
+    case ScalarType::BFloat16:
+      return table.bfloat16;
+    case ScalarType::Half:
+      return table.float16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// A token tensor (B, D, H, W, h, d), or its last two dimensions merged (B, D, H, W, h * d).
+TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
+  TokenTensor view;
+  view.data = t.data_ptr();
+  const bool merged = t.dim() == 5;
+  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
+  for (int axis = 0; axis < 4; ++axis) view.stride[axis] = t.stride(axis);
+  view.stride[4] = merged ? head_dim : t.stride(4);
+  return view;
+}
+
+Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+                       const std::vector<int64_t>& bias_window, const std::optional<Tensor>& mask, const std::optional<Tensor>& pad_qkv,
+                       const std::optional<Tensor>& seed, const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
+                       const std::vector<int64_t>& wrap, double scale, double mask_value, double dropout_p) {
+  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3, "expected q of 6 dimensions and 3 axes");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "expected q, k and v of one dtype");
+  Window3dArgs a{};
+  a.batch = q.size(0), a.heads = q.size(4), a.head_dim = q.size(5);
+  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
+  a.tokens = 1, a.groups = a.batch;
+  for (int axis = 0; axis < 3; ++axis) {
+    a.grid[axis] = q.size(axis + 1);
+    a.window[axis] = window[axis];
+    a.shift[axis] = shift[axis];
+    STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis], "expected 0 <= shift < window");
+    a.count[axis] = (a.grid[axis] + window[axis] - 1) / window[axis];
+    a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
+    a.tokens *= window[axis];
+    a.groups *= a.count[axis];
+  }
+  a.q = token_tensor(q, a.head_dim), a.k = token_tensor(k, a.head_dim), a.v = token_tensor(v, a.head_dim);
+  if (pad_qkv) a.pad_qkv = pad_qkv->data_ptr();
+  if (bias) {
+    a.bias = bias->data_ptr();
+    a.bias_is_table = !bias_window.empty();
+    a.bias_size = bias->numel() / a.heads;
+    if (a.bias_is_table) {
+      STD_TORCH_CHECK(bias_window.size() == 5, "expected bias_window of 5 numbers");
+      int64_t rows = 1;
+      for (int axis = 0; axis < 3; ++axis) rows *= 2 * (a.bias_window[axis] = bias_window[axis]) - 1;
+      a.bias_extent[0] = bias_window[3], a.bias_extent[1] = bias_window[4];
+      STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == rows && bias->size(1) == a.heads, "bias table of the wrong shape");
+      const int64_t slice = a.bias_extent[0] * a.bias_extent[1];
+      STD_TORCH_CHECK((a.tokens + slice - 1) / slice <= a.bias_window[0], "window larger than the bias table's");
+    } else {
+      STD_TORCH_CHECK(a.bias_size == a.tokens * a.tokens, "dense bias of the wrong shape");
+    }
+  }
+  if (mask) a.mask = mask->data_ptr(), a.mask_groups = mask->size(0);
+  a.scale = scale, a.mask_value = mask_value, a.dropout_p = dropout_p;
+  if (dropout_p > 0) {
+    STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
+    a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  }
+  return a;
+}
+
+template <class F>
+void run(const Window3dArgs& args, const Window3dKernels& kernels, bool backward, int64_t tasks, F task_range) {
+  const int64_t bytes = kernels.scratch_bytes(args, backward);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
+}
+
+void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window, std::optional<Tensor> mask,
+             std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, std::vector<int64_t> window, std::vector<int64_t> shift,
+             std::vector<int64_t> wrap, double scale, double mask_value, double dropout_p, Tensor out, Tensor lse) {
+  Window3dArgs a = make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+  a.out = token_tensor(out, a.head_dim);
+  a.lse = lse.data_ptr();
+  const Window3dKernels& kernels = kernels_for(q.scalar_type());
+  run(a, kernels, false, a.heads * a.groups, kernels.forward);
+}
+
+// to[i] = sum over the chunks of from[chunk][i], in order.
+template <class T>
+void sum_chunks(const T* from, int64_t chunks, int64_t size, int64_t stride, T* to, int64_t to_step) {
+  for (int64_t i = 0; i < size; ++i) {
+    T sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += from[c * stride + i];
+    to[i * to_step] = sum;
+  }
+}
+
+template <class T>
+void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* dpad) {
+  // A partial sum belongs to fixed windows whatever the number of threads: the number of chunks depends on the shapes alone. Dense bias
+  // gradients are large, so there are fewer partial sums of them.
+  const int64_t wanted = dbias && !a.bias_is_table ? 16 : 128;
+  a.chunks = std::clamp<int64_t>((wanted + a.heads - 1) / a.heads, 1, a.groups);
+  std::unique_ptr<T[]> dbias_partial, dpad_partial;
+  const bool direct = dbias && !a.bias_is_table && a.chunks == 1;
+  if (dbias && !direct) dbias_partial.reset(new T[a.chunks * a.heads * a.bias_size]);
+  if (dpad) dpad_partial.reset(new T[a.chunks * a.heads * 2 * a.head_dim]);
+  a.dbias_partial = direct ? dbias : dbias_partial.get();
+  a.dpad_partial = dpad_partial.get();
+  run(a, kernels, true, a.heads * a.chunks, kernels.backward);
+
+  if (dbias && !direct)
+    torch::stable::parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head)
+        sum_chunks(dbias_partial.get() + head * a.bias_size, a.chunks, a.bias_size, a.heads * a.bias_size,
+                   a.bias_is_table ? dbias + head : dbias + head * a.bias_size, a.bias_is_table ? a.heads : 1);
+    });
+  if (dpad) {
+    const int64_t size = a.heads * a.head_dim, stride = 2 * size;
+    std::fill(dpad, dpad + size, T(0));  // padding queries have no output, hence no gradient
+    for (int64_t head = 0; head < a.heads; ++head)
+      for (int64_t which = 0; which < 2; ++which)
+        sum_chunks(dpad_partial.get() + (head * 2 + which) * a.head_dim, a.chunks, a.head_dim, stride,
+                   dpad + (which + 1) * size + head * a.head_dim, 1);
+  }
+}
+
+void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
+              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out, Tensor lse,
+              std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale, double mask_value,
+              double dropout_p, Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
+  Window3dArgs a = make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+  a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
+  a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
+  a.lse = lse.data_ptr();
+  const Window3dKernels& kernels = kernels_for(q.scalar_type());
+  void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
+  if (q.scalar_type() == ScalarType::Double)
+    backward_as(a, kernels, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
+  else
+    backward_as(a, kernels, static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
+}
+
+}  // namespace
+}  // namespace vidattn
+
+STABLE_TORCH_LIBRARY_IMPL(vidattn, CPU, m) {
+  m.impl("_window3d_attention_forward", TORCH_BOX(&vidattn::forward));
+  m.impl("_window3d_attention_backward", TORCH_BOX(&vidattn::backward));
+}

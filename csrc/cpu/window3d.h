@@ -1,0 +1,364 @@
+// Shifted-window 3D attention on the CPU: one pass forward, one backward, for one instruction set.
+//
+// A task owns one head and one or more windows. It packs the window's keys and values once, in L2-sized panels, then passes over the query
+// tokens a block of kQueryRows at a time. Nothing is rolled, padded or partitioned: a window's tokens are found by index arithmetic.
+//
+// The bias of a query row is one contiguous run of an expanded table. With P tokens to a (height, width) slice, the pair (i, j) depends on the
+// slices of i and j only through their difference, so expanded[p_i][(d_j - d_i + slices - 1) * P + p_j] holds every row of the window at
+// offset (slices - 1 - d_i) * P: (2 * slices - 1) * P^2 entries instead of (slices * P)^2. The bias gradient is summed in the same layout.
+#pragma once
+#include "philox.h"
+#include "tile.h"
+#include "window3d_args.h"
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+template <class P, class In>
+class Window3d {
+  using T = typename P::Acc;
+  using Word = typename P::Word;
+  static constexpr int kWidth = 2 * kLanes<T>;      // keys of a tile
+  static constexpr int kWords = kWidth / P::pack;   // words of a tile's row packed along the keys
+  static constexpr int kPairs = kQueryRows / P::pack;  // words of a tile's column packed along the queries
+  static constexpr int kBlocks = 56 / kQueryRows;   // query blocks that share one pass over the keys in the backward
+  static constexpr int kMaxDim = 128;
+  static constexpr T kLog2e = T(1.44269504088896340736), kLn2 = T(0.69314718055994530942), kInfinity = T(__builtin_inf());
+
+ public:
+  // Lays out the scratch memory; with base == nullptr only bytes() may be called.
+  Window3d(const Window3dArgs& args, bool backward, char* base)
+      : a_(args),
+        n_(args.tokens),
+        d_(args.head_dim),
+        steps_(ceil_div(d_, P::pack)),
+        padded_(round_up(d_, kLanes<Word>)),
+        tiles_(ceil_div(n_, kWidth)),
+        slice_(args.bias_is_table ? args.bias_extent[0] * args.bias_extent[1] : n_),
+        slices_(ceil_div(n_, slice_)),
+        query_scale_(P::scale_query ? T(args.scale) * kLog2e : T(1)),
+        score_scale_(P::scale_query ? T(1) : T(args.scale) * kLog2e),
+        dropout_{args.dropout_p, args.seed} {
+    Arena arena(base);
+    const int64_t keys = tiles_ * kWidth, blocks = backward ? kBlocks : 1;
+    for (int axis = 0; axis < 3; ++axis) source_[axis] = arena.take<int64_t>(a_.window[axis]);
+    token_ = arena.take<int64_t>(n_);
+    queries_ = arena.take<int64_t>(n_);
+    for (auto& offset : offset_) offset = arena.take<int64_t>(n_);
+    region_ = arena.take<int>(n_);
+    region_mask_ = arena.take<T>(8 * keys);
+    bias_offset_ = arena.take<int64_t>(n_);
+    expanded_size_ = a_.bias_is_table ? (slice_ < n_ ? slice_ : n_) * (2 * slices_ - 1) * slice_ : 0;
+    if (a_.bias_is_table) {
+      table_ = arena.take<T>(a_.bias_size);
+      expanded_ = arena.take<T>(expanded_size_);
+    }
+    stage_ = arena.take<Word>(kWidth * kMaxDim);
+    keys_in_lanes_ = arena.take<Word>(tiles_ * kWidth * steps_);
+    (backward ? keys_in_rows_ : values_in_rows_) = arena.take<Word>(keys / P::pack * padded_);
+    q_ = arena.take<Word>(blocks * kQueryRows * kMaxDim);
+    keep_ = arena.take<T>(keys > kQueryRows * kWidth ? keys : kQueryRows * kWidth);
+    zero_row_ = arena.take<T>(keys);
+    if (!backward) {
+      scores_ = arena.take<T>(tiles_ * kQueryRows * kWidth);
+      if (P::pack > 1) weights_ = arena.take<Word>(tiles_ * kQueryRows * kWords);
+    } else {
+      values_in_lanes_ = arena.take<Word>(tiles_ * kWidth * steps_);
+      dout_ = arena.take<Word>(blocks * kQueryRows * kMaxDim);
+      scores_ = arena.take<T>(blocks * kQueryRows * kWidth);
+      dscores_ = arena.take<Word>(tiles_ * blocks * kQueryRows * kWords);
+      dk_ = arena.take<T>(keys * padded_);
+      dv_ = arena.take<T>(keys * padded_);
+      if (P::pack > 1) {
+        q_pairs_ = arena.take<Word>(blocks * kPairs * padded_);
+        dout_pairs_ = arena.take<Word>(blocks * kPairs * padded_);
+        weight_pairs_ = arena.take<Word>(blocks * kPairs * kWidth);
+        dscore_pairs_ = arena.take<Word>(blocks * kPairs * kWidth);
+      }
+      if (a_.dbias_partial && a_.bias_is_table) dexpanded_ = arena.take<T>(expanded_size_);
+      dpad_ = arena.take<T>(2 * d_);
+    }
+    bytes_ = arena.used();
+    if (base)
+      for (int64_t j = 0; j < keys; ++j) zero_row_[j] = 0;
+  }
+  int64_t bytes() const { return bytes_; }
+
+  void forward(int64_t begin, int64_t end) {
+    fill_bias_offsets();
+    for (int64_t task = begin; task < end; ++task) {
+      load_head(task / a_.groups, task == begin);
+      load_window(task % a_.groups);
+      Tokens q = tokens(a_.q, 0), k = tokens(a_.k, 1, 1), v = tokens(a_.v, 2, 2), out = tokens(a_.out, 3);
+      pack_in_lanes(k, keys_in_lanes_);
+      pack_in_rows(v, values_in_rows_);
+      for (int64_t first = 0; first < query_count_; first += kQueryRows) forward_block(q, out, first);
+    }
+  }
+
+  void backward(int64_t begin, int64_t end) {
+    fill_bias_offsets();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / a_.chunks, chunk = task % a_.chunks;
+      load_head(head, task == begin);
+      start_gradients(chunk);
+      const int64_t last = a_.groups * (chunk + 1) / a_.chunks;
+      for (int64_t group = a_.groups * chunk / a_.chunks; group < last; ++group) backward_window(group);
+      finish_gradients(chunk);
+    }
+  }
+
+ private:
+  // One head of a token tensor within the current window: row(i) is null for padding without a value.
+  struct Tokens {
+    In* base;
+    const int64_t* offset;
+    const int64_t* token;
+    In* pad;
+    In* row(int64_t i) const { return token[i] < 0 ? pad : base + offset[i]; }
+  };
+
+  // `slot` numbers the offset arrays; tensors with the strides of an earlier slot share its array (packed qkv does).
+  Tokens tokens(const TokenTensor& t, int slot, int pad_index = -1) {
+    const TokenTensor* earlier[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
+    const int64_t* offset = nullptr;
+    for (int s = 0; s < slot && !offset; ++s) {
+      bool same = filled_ >> s & 1;
+      for (int axis = 0; axis < 4; ++axis) same &= earlier[s]->stride[axis] == t.stride[axis];
+      if (same) offset = offset_[s];
+    }
+    if (!offset) {
+      int64_t* to = offset_[slot];
+      for (int64_t x = 0; x < a_.window[0]; ++x)
+        for (int64_t y = 0; y < a_.window[1]; ++y) {
+          const int64_t start = batch_ * t.stride[0] + source_[0][x] * t.stride[1] + source_[1][y] * t.stride[2];
+          for (int64_t z = 0; z < a_.window[2]; ++z) *to++ = start + source_[2][z] * t.stride[3];
+        }
+      offset = offset_[slot];
+      filled_ |= 1 << slot;
+    }
+    In* pad = nullptr;
+    if (pad_index >= 0 && a_.pad_qkv) pad = (In*)a_.pad_qkv + (pad_index * a_.heads + head_) * d_;
+    return {(In*)t.data + head_ * t.stride[4], offset, token_, pad};
+  }
+
+  // Finds the tokens of a window: their source positions, which of them are padding, and their shift regions.
+  void load_window(int64_t group) {
+    group_ = group;
+    filled_ = 0;
+    int64_t at[3], rest = group;
+    for (int axis = 2; axis >= 0; --axis) at[axis] = rest % a_.count[axis], rest /= a_.count[axis];
+    batch_ = rest;
+    int border = 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      const int64_t w = a_.window[axis], padded = a_.count[axis] * w;
+      for (int64_t i = 0; i < w; ++i) source_[axis][i] = (at[axis] * w + i + a_.shift[axis]) % padded;
+      if (a_.region_mask[axis] && at[axis] == a_.count[axis] - 1) border |= 1 << axis;
+    }
+    query_count_ = 0;
+    int64_t n = 0;
+    for (int64_t x = 0; x < a_.window[0]; ++x)
+      for (int64_t y = 0; y < a_.window[1]; ++y)
+        for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
+          const int64_t i = source_[0][x], j = source_[1][y], k = source_[2][z];
+          const bool real = i < a_.grid[0] && j < a_.grid[1] && k < a_.grid[2];
+          token_[n] = real ? ((batch_ * a_.grid[0] + i) * a_.grid[1] + j) * a_.grid[2] + k : -1;
+          queries_[query_count_] = n;
+          query_count_ += real;
+          if (border) {
+            const int64_t late[3] = {x + a_.shift[0] >= a_.window[0], y + a_.shift[1] >= a_.window[1], z + a_.shift[2] >= a_.window[2]};
+            region_[n] = border & int(late[0] | late[1] << 1 | late[2] << 2);
+          }
+        }
+    border_ = border;
+    if (border)
+      for (int region = 0; region < 8; ++region)
+        if ((region & ~border) == 0)
+          for (int64_t j = 0; j < n_; ++j) region_mask_[region * tiles_ * kWidth + j] = region_[j] == region ? T(0) : T(a_.mask_value);
+  }
+
+  const T* mask_row(int64_t i) const {
+    if (a_.mask) return (const T*)a_.mask + ((group_ % a_.mask_groups) * n_ + i) * n_;
+    return border_ ? region_mask_ + region_[i] * tiles_ * kWidth : nullptr;
+  }
+
+  void fill_bias_offsets() {
+    for (int64_t i = 0; i < n_; ++i)
+      bias_offset_[i] = a_.bias_is_table ? ((i % slice_) * (2 * slices_ - 1) + slices_ - 1 - i / slice_) * slice_ : i * n_;
+  }
+
+  // Calls run(position in the expanded table, row of the reversed table, length) for every contiguous run that both have in common. The table
+  // is reversed so that its rows ascend with the key's coordinates.
+  template <class F>
+  void for_each_run(F run) const {
+    const int64_t height = a_.bias_extent[0], width = a_.bias_extent[1], *w = a_.bias_window, used = slice_ < n_ ? slice_ : n_;
+    for (int64_t p = 0; p < used; ++p)
+      for (int64_t t = 0; t < 2 * slices_ - 1; ++t)
+        for (int64_t y = 0; y < height; ++y) {
+          const int64_t delta_d = t - (slices_ - 1), delta_h = y - p / width, delta_w = -(p % width);
+          const int64_t row = ((delta_d + w[0] - 1) * (2 * w[1] - 1) + delta_h + w[1] - 1) * (2 * w[2] - 1) + delta_w + w[2] - 1;
+          run((p * (2 * slices_ - 1) + t) * slice_ + y * width, row, width);
+        }
+  }
+
+  void load_head(int64_t head, bool first) {
+    if (!first && head == head_) return;
+    head_ = head;
+    bias_ = nullptr;
+    if (!a_.bias) return;
+    bias_ = (const T*)a_.bias + head * a_.bias_size;
+    bias_scale_ = kLog2e;
+    if (!a_.bias_is_table) return;
+    for (int64_t row = 0; row < a_.bias_size; ++row)
+      table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head] * kLog2e;
+    for_each_run([&](int64_t to, int64_t row, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) expanded_[to + i] = table_[row + i];
+    });
+    bias_ = expanded_;
+    bias_scale_ = 1;
+  }
+
+  // [tile][step][key in lane]: the operand of products summed over head_dim.
+  void pack_in_lanes(const Tokens& tensor, Word* to) {
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        const int64_t j = tile * kWidth + lane;
+        P::row_words(j < n_ ? tensor.row(j) : nullptr, d_, steps_, stage_ + lane * kMaxDim);
+      }
+      transpose(stage_, kMaxDim, kWidth, steps_, to + tile * kWidth * steps_);
+    }
+  }
+
+  // [key][channel]: the operand of products summed over the keys.
+  void pack_in_rows(const Tokens& tensor, Word* to) {
+    for (int64_t j = 0; j < tiles_ * kWidth; j += P::pack) {
+      const In* rows[P::pack];
+      for (int s = 0; s < P::pack; ++s) rows[s] = j + s < n_ ? tensor.row(j + s) : nullptr;
+      P::column_words(rows, d_, padded_, to + j / P::pack * padded_);
+    }
+  }
+
+  void pack_query(const In* row, Word* to) {
+    P::row_words(row, d_, padded_, to);
+    if constexpr (P::scale_query)
+      for (int64_t c = 0; c < d_; ++c) to[c] *= query_scale_;
+  }
+
+  // Products of a query block with the keys of a tile, made log2-scores: scaled, biased, masked; -inf beyond the last key.
+  template <int NV, bool Tail>
+  VIDATTN_INLINE void score_tile(const Word* q, int64_t tile, const T* const* bias, const T* const* mask, Vec<T> (&s)[kQueryRows][NV]) {
+    clear(s);
+    multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
+    const int64_t first = tile * kWidth, left = n_ - first;
+    if (!P::scale_query) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) s[r][n] *= score_scale_;
+    }
+    if (bias_) add_rows<NV, Tail>(bias, bias_scale_, first, left, s);
+    if (mask[0]) add_rows<NV, Tail>(mask, kLog2e, first, left, s);
+    if (Tail) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) s[r][n] = keep_first(s[r][n], left - n * kLanes<T>, -kInfinity);
+    }
+  }
+
+  template <int NV, bool Tail>
+  static VIDATTN_INLINE void add_rows(const T* const* rows, T factor, int64_t first, int64_t left, Vec<T> (&s)[kQueryRows][NV]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) {
+        const T* p = rows[r] + first + n * kLanes<T>;
+        s[r][n] += (Tail ? load_first(p, left - n * kLanes<T>) : load(p)) * factor;
+      }
+  }
+
+  // Runs body(tile, number of vectors, is it the partial last tile) over all tiles, the two arguments as compile-time constants.
+  template <class F>
+  VIDATTN_INLINE void for_each_tile(F body) {
+    const int64_t full = n_ / kWidth;
+    for (int64_t tile = 0; tile < full; ++tile) body(tile, Constant<2>{}, Constant<0>{});
+    const int64_t left = n_ - full * kWidth;
+    if (left > kLanes<T>)
+      body(full, Constant<2>{}, Constant<1>{});
+    else if (left > 0)
+      body(full, Constant<1>{}, Constant<1>{});
+  }
+  template <int V>
+  struct Constant {
+    static constexpr int value = V;
+  };
+  int64_t steps_in_tile(int64_t tile) const {
+    const int64_t left = n_ - tile * kWidth;
+    return ceil_div(left < kWidth ? left : kWidth, P::pack);
+  }
+
+  void forward_block(const Tokens& q, const Tokens& out, int64_t first);
+  void softmax_row(int r, int64_t i, T largest_score, T* sum);
+  void backward_window(int64_t group);
+  void backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq, int64_t first);
+  template <int NV, bool Tail>
+  void backward_tile(int64_t tile, int64_t blocks);
+  void add_key_gradients(int64_t tile, int64_t blocks);
+  void start_gradients(int64_t chunk);
+  void finish_gradients(int64_t chunk);
+
+  // C = rows x head_dim, two vectors of channels at a time: load (or clear), multiply, store.
+  template <class F>
+  VIDATTN_INLINE void for_each_column(F body) {
+    int64_t c = 0;
+    for (; c + kWidth <= padded_; c += kWidth) body(c, Constant<2>{});
+    if (c < padded_) body(c, Constant<1>{});
+  }
+
+  const Window3dArgs& a_;
+  const int64_t n_, d_, steps_, padded_, tiles_, slice_, slices_;
+  const T query_scale_, score_scale_;
+  const Dropout dropout_;
+  int64_t bytes_, expanded_size_;
+
+  // The current head and window.
+  int64_t head_ = 0, group_ = 0, batch_ = 0, query_count_ = 0;
+  int border_ = 0;
+  unsigned filled_ = 0;
+  const T* bias_ = nullptr;
+  T bias_scale_ = 1;
+
+  // Scratch memory.
+  int64_t *source_[3], *token_, *queries_, *offset_[8], *bias_offset_;
+  int* region_;
+  T *region_mask_, *table_ = nullptr, *expanded_ = nullptr, *dexpanded_ = nullptr, *keep_, *zero_row_, *scores_, *dk_, *dv_, *dpad_;
+  Word *stage_, *keys_in_lanes_, *keys_in_rows_, *values_in_rows_, *values_in_lanes_, *q_, *dout_, *weights_ = nullptr, *dscores_;
+  Word *q_pairs_, *dout_pairs_, *weight_pairs_, *dscore_pairs_;
+
+  // The blocks of query rows in work.
+  static constexpr int kRows = kBlocks * kQueryRows;
+  const T *bias_row_[kRows], *mask_row_[kRows];
+  T* dbias_row_[kRows];
+  T lse_[kRows], delta_[kRows];
+  int64_t query_of_row_[kRows];
+  T* dbias_ = nullptr;
+};
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn
+
+#include "window3d_backward.h"
+#include "window3d_forward.h"
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+template <class P, class In>
+constexpr Window3dKernels window3d_kernels() {
+  return {[](const Window3dArgs& args, bool backward) { return Window3d<P, In>(args, backward, nullptr).bytes(); },
+          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) { Window3d<P, In>(args, false, scratch).forward(begin, end); },
+          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) { Window3d<P, In>(args, true, scratch).backward(begin, end); }};
+}
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn

@@ -1,0 +1,82 @@
+#pragma once
+#include "window3d.h"
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+// Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the undropped ones.
+template <class P, class In>
+void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
+  if (dropout_.p > 0) dropout_.factors(0, tiles_ * kWidth, i, head_, group_, keep_);
+  Vec<T> total[2] = {};
+  for_each_tile([&](int64_t tile, auto vectors, auto) {
+    constexpr int NV = decltype(vectors)::value;
+    T* s = scores_ + (tile * kQueryRows + r) * kWidth;
+    Vec<T> p[2] = {};
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      p[n] = exp2<T>(load(s + n * kLanes<T>) - m);
+      total[n] += p[n];
+      if (dropout_.p > 0) p[n] *= load(keep_ + tile * kWidth + n * kLanes<T>);
+      if (P::pack == 1) store(s + n * kLanes<T>, p[n]);
+    }
+    if constexpr (P::pack == 2) store(weights_ + (tile * kQueryRows + r) * kWords, P::narrow(p[0], p[1]));
+  });
+  *sum_out = sum<T>(total[0] + total[1]);
+}
+
+template <class P, class In>
+void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t first) {
+  const int count = int(query_count_ - first < kQueryRows ? query_count_ - first : kQueryRows);
+  for (int r = 0; r < kQueryRows; ++r) {  // a short last block repeats its first query and drops the result
+    const int64_t i = queries_[first + (r < count ? r : 0)];
+    pack_query(q.row(i), q_ + r * kMaxDim);
+    bias_row_[r] = bias_ + bias_offset_[i];
+    mask_row_[r] = mask_row(i);
+  }
+  Vec<T> top[kQueryRows];
+  for (auto& t : top) t = splat(-kInfinity);
+  for_each_tile([&](int64_t tile, auto vectors, auto tail) {
+    constexpr int NV = decltype(vectors)::value;
+    Vec<T> s[kQueryRows][NV];
+    score_tile<NV, decltype(tail)::value>(q_, tile, bias_row_, mask_row_, s);
+    T* to = scores_ + tile * kQueryRows * kWidth;
+#pragma GCC unroll 16
+    for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) {
+        store(to + r * kWidth + n * kLanes<T>, s[r][n]);
+        top[r] = max<T>(top[r], s[r][n]);
+      }
+  });
+  T inverse[kQueryRows];
+  for (int r = 0; r < count; ++r) {
+    const int64_t i = queries_[first + r];
+    T m = largest<T>(top[r]), sum;
+    if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
+    softmax_row(r, i, m, &sum);
+    inverse[r] = sum == 0 ? T(0) : 1 / sum;
+    ((T*)a_.lse)[token_[i] * a_.heads + head_] = (m + T(__builtin_log2(sum))) * kLn2;
+  }
+  const Word* weights = P::pack == 1 ? (const Word*)scores_ : weights_;
+  for_each_column([&](int64_t c, auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    Vec<T> o[kQueryRows][NV];
+    clear(o);
+    for (int64_t tile = 0; tile < tiles_; ++tile)
+      multiply_tile<P, kQueryRows, NV, kWords>(weights + tile * kQueryRows * kWords, 1, values_in_rows_ + tile * kWords * padded_ + c, padded_,
+                                               steps_in_tile(tile), o);
+#pragma GCC unroll 16
+    for (int r = 0; r < kQueryRows; ++r)
+      if (r < count) {
+        T row[NV * kLanes<T>];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, o[r][n]);
+        const int64_t left = d_ - c;
+        narrow_row(row, inverse[r], out.row(queries_[first + r]) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
+      }
+  });
+}
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn
