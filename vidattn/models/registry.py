@@ -125,6 +125,15 @@ def list_models() -> list[str]:
     return sorted(_entries)
 
 
+def matching_models(**arguments: Any) -> list[str]:
+    """List the published models that were built with these arguments."""
+    return [
+        name
+        for name in list_models()
+        if all(_entries[name].defaults.get(key) == value for key, value in arguments.items())
+    ]
+
+
 def get_input_spec(name: str) -> InputSpec:
     """Look up what clips a model expects.
 
