@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest benchmarks/ --benchmark-only``, then ``python -m benchmarks.report``."""

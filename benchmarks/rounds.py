@@ -1,0 +1,132 @@
+"""Timing in interleaved rounds, and handing the result to pytest-benchmark.
+
+pytest-benchmark times one callable to its end and then the next, but the speed of a shared machine moves by tens of per
+cent within minutes, so a ratio of two such timings says little. Here all contenders of a group are called in turn, in a
+new order every round, and ratios are taken within rounds. The measured rounds are then replayed to pytest-benchmark on
+a clock of their own, so that its table, statistics, JSON and comparisons work as ever.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+GEMM = "gemm"
+GEMM_SIZE = 2048
+GEMM_FLOPS = 2 * GEMM_SIZE**3
+
+
+class ReplayClock:
+    """A clock for pytest-benchmark that shows the instants of rounds measured before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, benchmark, times: Sequence[float]) -> None:
+        """Feed measured seconds, one a round, to the ``benchmark`` fixture of a test that has this clock as timer."""
+        upcoming = iter(times)
+
+        def tick() -> None:
+            self.now = next(upcoming)
+
+        def reset() -> None:
+            self.now = 0.0
+
+        benchmark.pedantic(tick, setup=reset, rounds=len(times), iterations=1)
+
+
+CLOCK = ReplayClock()
+
+
+def gemm(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A square matrix product of the given dtype: the arithmetic speed that the machine has to offer right now."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(dtype) for _ in range(2))
+    return lambda: left @ right
+
+
+def check_agreement(results: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse to time contenders that do not compute the same thing. The tests judge exactness; this finds blunders.
+
+    Args:
+        results: what each contender returned.
+
+    Raises:
+        AssertionError: two differ by more than 1e-4 of the maximum (0.1 where one of them is not float32), or by NaN.
+    """
+    (first, expected), *others = results.items()
+    for name, result in others:
+        for ours, theirs in zip(result, expected, strict=True):
+            tolerance = 1e-4 if ours.dtype == theirs.dtype == torch.float32 else 0.1
+            limit = tolerance * theirs.double().abs().max()
+            error = (ours.double() - theirs.double()).abs().max()
+            if not error <= limit:
+                raise AssertionError(f"{name} and {first} differ by {error:.3g}, more than {limit:.3g}")
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], min_rounds: int, max_seconds: float
+) -> dict[str, list[float]]:
+    """Time contenders in turn.
+
+    Args:
+        contenders: what to call, by name; already warm.
+        min_rounds: rounds at the least.
+        max_seconds: after ``min_rounds``, rounds go on until this much time has passed for each contender.
+
+    Returns:
+        Seconds by name; element ``i`` of every list belongs to round ``i``.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    deadline = time.perf_counter() + max_seconds * len(order)
+    done = 0
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while done < min_rounds or time.perf_counter() < deadline:
+            shuffle(order)  # nobody always finds the caches as the same neighbour left them
+            for name in order:
+                start = time.perf_counter()
+                result = contenders[name]()
+                times[name].append(time.perf_counter() - start)
+                del result  # freeing is not timed
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], slower: str, faster: str) -> dict[str, float]:
+    """Say how many times as fast ``faster`` is: by the best rounds of both, and as the median over the rounds."""
+    rounds = zip(times[slower], times[faster], strict=True)
+    return {
+        "min": min(times[slower]) / min(times[faster]),
+        "median": statistics.median(first / second for first, second in rounds),
+    }
+
+
+def summarise(times: Mapping[str, Sequence[float]], name: str, flops: int) -> dict[str, object]:
+    """Relate one contender to the matrix product and to all others of the same rounds.
+
+    Returns:
+        ``gflops`` (best round), ``share_of_gemm`` (of its rate) and ``speedup_over`` (each other contender), the last
+        two with the keys ``min`` (best rounds) and ``median`` (over rounds).
+    """
+    share = {key: value * flops / GEMM_FLOPS for key, value in ratio(times, GEMM, name).items()}
+    return {
+        "gflops": flops / min(times[name]) * 1e-9,
+        "gemm_gflops": GEMM_FLOPS / min(times[GEMM]) * 1e-9,
+        "share_of_gemm": share,
+        "speedup_over": {other: ratio(times, other, name) for other in times if other not in (name, GEMM)},
+    }

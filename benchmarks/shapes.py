@@ -1,0 +1,98 @@
+"""The cases that are timed: shapes of published models, and what each costs in arithmetic and memory traffic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vidattn.geometry import WindowGeometry, num_bias_rows, resolve_windows
+
+DIRECTIONS = ("forward", "forward_backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class WindowCase:
+    """One call of ``window3d_attention``: sizes in tokens, axes (depth, height, width)."""
+
+    grid: tuple[int, int, int]
+    window: tuple[int, int, int]
+    shift: tuple[int, int, int]
+    heads: int
+    head_dim: int = 32
+    batch: int = 1
+
+    @property
+    def geometry(self) -> WindowGeometry:
+        return resolve_windows(self.grid, self.window, self.shift)
+
+    @property
+    def qkv_shape(self) -> tuple[int, ...]:
+        return (self.batch, *self.grid, 3, self.heads, self.head_dim)
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return (num_bias_rows(self.window), self.heads)
+
+    def flops(self, direction: str) -> int:
+        """Operations of the matrix products: two forward; five backward, the recomputed scores included."""
+        products = {"forward": 2, "forward_backward": 7}[direction]
+        window_heads = self.batch * self.geometry.num_windows * self.heads
+        return products * 2 * self.geometry.num_tokens**2 * self.head_dim * window_heads
+
+    def bytes_moved(self, direction: str, dtype: torch.dtype) -> int:
+        """Bytes that must cross memory at least: each input read once, each result written once."""
+        tokens = self.batch * math.prod(self.grid)
+        token_bytes = self.heads * self.head_dim * dtype.itemsize
+        lse = tokens * self.heads * 4
+        forward = 4 * tokens * token_bytes  # q, k, v, context
+        if direction == "forward":
+            return forward
+        backward = 8 * tokens * token_bytes  # q, k, v, context and its gradient in; three gradients out
+        return forward + lse + backward + lse
+
+
+def _stage(depth: int, size: int, heads: int, *, shifted: bool, window: tuple[int, int, int] = (8, 7, 7)) -> WindowCase:
+    shift = tuple(extent // 2 for extent in window) if shifted else (0, 0, 0)
+    return WindowCase((depth, size, size), window, shift, heads)  # type: ignore[arg-type]
+
+
+# Swin-T on 32 x 224 x 224 video has four stages of 2, 2, 6 and 2 blocks; every second block is shifted. In stage 4 the
+# window covers the frame, so only the shift in time remains. Swin-B on Something-Something v2 has windows of 16 frames.
+# "padded" is stage 1 on 320 x 240 video, whose 60 x 80 tokens are no multiple of the window.
+WINDOW_CASES = {
+    "swin_t_stage1": _stage(16, 56, 3, shifted=False),
+    "swin_t_stage1_shifted": _stage(16, 56, 3, shifted=True),
+    "swin_t_stage2": _stage(16, 28, 6, shifted=False),
+    "swin_t_stage2_shifted": _stage(16, 28, 6, shifted=True),
+    "swin_t_stage3": _stage(16, 14, 12, shifted=False),
+    "swin_t_stage3_shifted": _stage(16, 14, 12, shifted=True),
+    "swin_t_stage4": _stage(16, 7, 24, shifted=False),
+    "swin_t_stage4_shifted": _stage(16, 7, 24, shifted=True),
+    "swin_b_ssv2_stage1_shifted": _stage(16, 56, 4, shifted=True, window=(16, 7, 7)),
+    "swin_b_ssv2_stage3": _stage(16, 14, 16, shifted=False, window=(16, 7, 7)),
+    "padded_stage1_shifted": WindowCase((16, 60, 80), (8, 7, 7), (4, 3, 3), 3),
+}
+# Padded, shifted, clipped and odd all at once, in milliseconds: what the tests run.
+SMOKE_CASES = {"smoke": WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=20, batch=2)}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """Inference of a whole model on one video (batch, 3, frames, height, width)."""
+
+    model: str
+    video_shape: tuple[int, int, int, int, int]
+    overrides: tuple[tuple[str, object], ...] = ()
+
+
+MODEL_CASES = {"video_swin_t_32x224x224": ModelCase("video_swin_t", (1, 3, 32, 224, 224))}
+SMOKE_MODEL_CASES = {
+    "smoke": ModelCase(
+        "video_swin_t",
+        (1, 3, 8, 32, 40),
+        (("embed_dim", 16), ("depths", (2, 2)), ("num_heads", (2, 4)), ("num_classes", 7)),
+    )
+}
