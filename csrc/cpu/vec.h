@@ -142,6 +142,9 @@ VIDATTN_INLINE T largest(Vec<T> v) {
   return x[0];
 }
 
+VIDATTN_INLINE float log2(float x) { return __builtin_log2f(x); }
+VIDATTN_INLINE double log2(double x) { return __builtin_log2(x); }
+
 // 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding `shifter` rounds x to the
 // integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN gives NaN.
 template <class T>

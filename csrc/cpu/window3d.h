@@ -10,6 +10,7 @@
 #include "philox.h"
 #include "tile.h"
 #include "window3d_args.h"
+#include "window3d_tokens.h"
 
 namespace vidattn {
 namespace VIDATTN_ISA {
@@ -38,15 +39,11 @@ class Window3d {
         slices_(ceil_div(n_, slice_)),
         query_scale_(P::scale_query ? T(args.scale) * kLog2e : T(1)),
         score_scale_(P::scale_query ? T(1) : T(args.scale) * kLog2e),
-        dropout_{args.dropout_p, args.seed} {
-    Arena arena(base);
+        dropout_{args.dropout_p, args.seed},
+        arena_(base),
+        windows_{{args, tiles_ * kWidth, arena_}, {args, tiles_ * kWidth, arena_}} {
+    Arena& arena = arena_;
     const int64_t keys = tiles_ * kWidth, blocks = backward ? kBlocks : 1;
-    for (int axis = 0; axis < 3; ++axis) source_[axis] = arena.take<int64_t>(a_.window[axis]);
-    token_ = arena.take<int64_t>(n_);
-    queries_ = arena.take<int64_t>(n_);
-    for (auto& offset : offset_) offset = arena.take<int64_t>(n_);
-    region_ = arena.take<int>(n_);
-    region_mask_ = arena.take<T>(8 * keys);
     bias_offset_ = arena.take<int64_t>(n_);
     expanded_size_ = a_.bias_is_table ? (slice_ < n_ ? slice_ : n_) * (2 * slices_ - 1) * slice_ : 0;
     if (a_.bias_is_table) {
@@ -78,109 +75,91 @@ class Window3d {
       if (a_.dbias_partial && a_.bias_is_table) dexpanded_ = arena.take<T>(expanded_size_);
       dpad_ = arena.take<T>(2 * d_);
     }
-    bytes_ = arena.used();
     if (base)
       for (int64_t j = 0; j < keys; ++j) zero_row_[j] = 0;
   }
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const { return arena_.used(); }
 
   void forward(int64_t begin, int64_t end) {
     fill_bias_offsets();
+    if (begin < end) announce(begin / a_.groups, begin % a_.groups);
     for (int64_t task = begin; task < end; ++task) {
-      load_head(task / a_.groups, task == begin);
-      load_window(task % a_.groups);
-      Tokens q = tokens(a_.q, 0), k = tokens(a_.k, 1, 1), v = tokens(a_.v, 2, 2), out = tokens(a_.out, 3);
-      pack_in_lanes(k, keys_in_lanes_);
-      pack_in_rows(v, values_in_rows_);
-      for (int64_t first = 0; first < query_count_; first += kQueryRows) forward_block(q, out, first);
+      load_head(task / a_.groups);
+      take_announced();
+      if (task + 1 < end) announce((task + 1) / a_.groups, (task + 1) % a_.groups);
+      Tokens q = tokens(kQ), out = tokens(kOut);
+      pack_in_lanes(tokens(kK), keys_in_lanes_);
+      pack_in_rows(tokens(kV), values_in_rows_);
+      for (int64_t first = 0; first < now_->query_count(); first += kQueryRows) {
+        prefetch(first, first + kQueryRows, kV);
+        forward_block(q, out, first);
+      }
     }
   }
 
   void backward(int64_t begin, int64_t end) {
     fill_bias_offsets();
+    if (begin < end) announce(begin / a_.chunks, first_group(begin));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / a_.chunks, chunk = task % a_.chunks;
-      load_head(head, task == begin);
+      const int64_t head = task / a_.chunks, chunk = task % a_.chunks, last = a_.groups * (chunk + 1) / a_.chunks;
+      load_head(head);
       start_gradients(chunk);
-      const int64_t last = a_.groups * (chunk + 1) / a_.chunks;
-      for (int64_t group = a_.groups * chunk / a_.chunks; group < last; ++group) backward_window(group);
+      for (int64_t group = first_group(task); group < last; ++group) {
+        take_announced();
+        if (group + 1 < last)
+          announce(head, group + 1);
+        else if (task + 1 < end)
+          announce((task + 1) / a_.chunks, first_group(task + 1));
+        backward_window();
+      }
       finish_gradients(chunk);
     }
   }
 
  private:
-  // One head of a token tensor within the current window: row(i) is null for padding without a value.
+  enum Slot { kQ, kK, kV, kOut, kDout, kDq, kDk, kDv };  // as in WindowTokens::offsets
+
+  // One head of a token tensor within a window: row(i) is null for padding that holds zeros.
   struct Tokens {
     In* base;
     const int64_t* offset;
-    const int64_t* token;
+    const WindowTokens<T>* window;
     In* pad;
-    In* row(int64_t i) const { return token[i] < 0 ? pad : base + offset[i]; }
+    In* row(int64_t i) const { return window->real(i) ? base + offset[i] : pad; }
   };
 
-  // `slot` numbers the offset arrays; tensors with the strides of an earlier slot share its array (packed qkv does).
-  Tokens tokens(const TokenTensor& t, int slot, int pad_index = -1) {
-    const TokenTensor* earlier[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
-    const int64_t* offset = nullptr;
-    for (int s = 0; s < slot && !offset; ++s) {
-      bool same = filled_ >> s & 1;
-      for (int axis = 0; axis < 4; ++axis) same &= earlier[s]->stride[axis] == t.stride[axis];
-      if (same) offset = offset_[s];
-    }
-    if (!offset) {
-      int64_t* to = offset_[slot];
-      for (int64_t x = 0; x < a_.window[0]; ++x)
-        for (int64_t y = 0; y < a_.window[1]; ++y) {
-          const int64_t start = batch_ * t.stride[0] + source_[0][x] * t.stride[1] + source_[1][y] * t.stride[2];
-          for (int64_t z = 0; z < a_.window[2]; ++z) *to++ = start + source_[2][z] * t.stride[3];
-        }
-      offset = offset_[slot];
-      filled_ |= 1 << slot;
-    }
-    In* pad = nullptr;
-    if (pad_index >= 0 && a_.pad_qkv) pad = (In*)a_.pad_qkv + (pad_index * a_.heads + head_) * d_;
-    return {(In*)t.data + head_ * t.stride[4], offset, token_, pad};
+  Tokens tokens(Slot slot) const { return tokens(slot, *now_, head_); }
+  Tokens tokens(Slot slot, WindowTokens<T>& window, int64_t head) const {
+    const TokenTensor* all[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
+    In* pad = a_.pad_qkv && slot <= kV ? (In*)a_.pad_qkv + (slot * a_.heads + head) * d_ : nullptr;
+    return {(In*)all[slot]->data + head * all[slot]->stride[4], window.offsets(slot), &window, pad};
   }
 
-  // Finds the tokens of a window: their source positions, which of them are padding, and their shift regions.
-  void load_window(int64_t group) {
-    group_ = group;
-    filled_ = 0;
-    int64_t at[3], rest = group;
-    for (int axis = 2; axis >= 0; --axis) at[axis] = rest % a_.count[axis], rest /= a_.count[axis];
-    batch_ = rest;
-    int border = 0;
-    for (int axis = 0; axis < 3; ++axis) {
-      const int64_t w = a_.window[axis], padded = a_.count[axis] * w;
-      for (int64_t i = 0; i < w; ++i) source_[axis][i] = (at[axis] * w + i + a_.shift[axis]) % padded;
-      if (a_.region_mask[axis] && at[axis] == a_.count[axis] - 1) border |= 1 << axis;
+  // The window after the current one is known in advance, so that its rows can be fetched while the current one is computed: they are short
+  // (one head) and far apart, which no hardware prefetcher foresees.
+  void announce(int64_t head, int64_t group) {
+    next_->load(group);
+    announced_head_ = head;
+    announced_ = true;
+  }
+  void take_announced() {
+    WindowTokens<T>* window = now_;
+    now_ = next_, next_ = window;
+    announced_ = false;
+  }
+  // Fetches tokens [begin, end) of the next window, of the tensors up to `last`, into L2.
+  void prefetch(int64_t begin, int64_t end, Slot last) const {
+    if (!announced_) return;
+    for (int slot = kQ; slot <= last; ++slot) {
+      const Tokens tensor = tokens(Slot(slot), *next_, announced_head_);
+      for (int64_t i = begin; i < end && i < n_; ++i) {
+        const char* row = (const char*)tensor.row(i);
+        for (int64_t byte = 0; row && byte < d_ * int64_t(sizeof(In)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
     }
-    query_count_ = 0;
-    int64_t n = 0;
-    for (int64_t x = 0; x < a_.window[0]; ++x)
-      for (int64_t y = 0; y < a_.window[1]; ++y)
-        for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
-          const int64_t i = source_[0][x], j = source_[1][y], k = source_[2][z];
-          const bool real = i < a_.grid[0] && j < a_.grid[1] && k < a_.grid[2];
-          token_[n] = real ? ((batch_ * a_.grid[0] + i) * a_.grid[1] + j) * a_.grid[2] + k : -1;
-          queries_[query_count_] = n;
-          query_count_ += real;
-          if (border) {
-            const int64_t late[3] = {x + a_.shift[0] >= a_.window[0], y + a_.shift[1] >= a_.window[1], z + a_.shift[2] >= a_.window[2]};
-            region_[n] = border & int(late[0] | late[1] << 1 | late[2] << 2);
-          }
-        }
-    border_ = border;
-    if (border)
-      for (int region = 0; region < 8; ++region)
-        if ((region & ~border) == 0)
-          for (int64_t j = 0; j < n_; ++j) region_mask_[region * tiles_ * kWidth + j] = region_[j] == region ? T(0) : T(a_.mask_value);
   }
 
-  const T* mask_row(int64_t i) const {
-    if (a_.mask) return (const T*)a_.mask + ((group_ % a_.mask_groups) * n_ + i) * n_;
-    return border_ ? region_mask_ + region_[i] * tiles_ * kWidth : nullptr;
-  }
+  int64_t first_group(int64_t task) const { return a_.groups * (task % a_.chunks) / a_.chunks; }
 
   void fill_bias_offsets() {
     for (int64_t i = 0; i < n_; ++i)
@@ -201,8 +180,8 @@ class Window3d {
         }
   }
 
-  void load_head(int64_t head, bool first) {
-    if (!first && head == head_) return;
+  void load_head(int64_t head) {
+    if (head == head_) return;
     head_ = head;
     bias_ = nullptr;
     if (!a_.bias) return;
@@ -299,7 +278,7 @@ class Window3d {
 
   void forward_block(const Tokens& q, const Tokens& out, int64_t first);
   void softmax_row(int r, int64_t i, T largest_score, T* sum);
-  void backward_window(int64_t group);
+  void backward_window();
   void backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq, int64_t first);
   template <int NV, bool Tail>
   void backward_tile(int64_t tile, int64_t blocks);
@@ -319,19 +298,18 @@ class Window3d {
   const int64_t n_, d_, steps_, padded_, tiles_, slice_, slices_;
   const T query_scale_, score_scale_;
   const Dropout dropout_;
-  int64_t bytes_, expanded_size_;
+  Arena arena_;
+  int64_t expanded_size_;
 
-  // The current head and window.
-  int64_t head_ = 0, group_ = 0, batch_ = 0, query_count_ = 0;
-  int border_ = 0;
-  unsigned filled_ = 0;
-  const T* bias_ = nullptr;
+  WindowTokens<T> windows_[2], *now_ = &windows_[0], *next_ = &windows_[1];
+  bool announced_ = false;
+  int64_t head_ = -1, announced_head_ = 0;
+  const T* bias_ = nullptr;  // of the current head
   T bias_scale_ = 1;
 
   // Scratch memory.
-  int64_t *source_[3], *token_, *queries_, *offset_[8], *bias_offset_;
-  int* region_;
-  T *region_mask_, *table_ = nullptr, *expanded_ = nullptr, *dexpanded_ = nullptr, *keep_, *zero_row_, *scores_, *dk_, *dv_, *dpad_;
+  int64_t* bias_offset_;
+  T *table_ = nullptr, *expanded_ = nullptr, *dexpanded_ = nullptr, *keep_, *zero_row_, *scores_, *dk_, *dv_, *dpad_;
   Word *stage_, *keys_in_lanes_, *keys_in_rows_, *values_in_rows_, *values_in_lanes_, *q_, *dout_, *weights_ = nullptr, *dscores_;
   Word *q_pairs_, *dout_pairs_, *weight_pairs_, *dscore_pairs_;
 

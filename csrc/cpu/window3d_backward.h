@@ -32,20 +32,19 @@ void Window3d<P, In>::finish_gradients(int64_t chunk) {
 }
 
 template <class P, class In>
-void Window3d<P, In>::backward_window(int64_t group) {
-  load_window(group);
-  Tokens q = tokens(a_.q, 0), k = tokens(a_.k, 1, 1), v = tokens(a_.v, 2, 2), out = tokens(a_.out, 3), dout = tokens(a_.dout, 4);
-  Tokens dq = tokens(a_.dq, 5), dk = tokens(a_.dk, 6), dv = tokens(a_.dv, 7);
+void Window3d<P, In>::backward_window() {
+  const Tokens q = tokens(kQ), k = tokens(kK), v = tokens(kV), out = tokens(kOut), dout = tokens(kDout);
+  const Tokens dq = tokens(kDq), dk = tokens(kDk), dv = tokens(kDv);
   pack_in_lanes(k, keys_in_lanes_);
   pack_in_lanes(v, values_in_lanes_);
   pack_in_rows(k, keys_in_rows_);
   const int64_t keys = tiles_ * kWidth;
   for (int64_t i = 0; i < keys * padded_; ++i) dk_[i] = dv_[i] = 0;
-  for (int64_t first = 0; first < query_count_; first += kRows) backward_blocks(q, out, dout, dq, first);
+  for (int64_t first = 0; first < now_->query_count(); first += kRows) backward_blocks(q, out, dout, dq, first);
 
   const T dk_scale = P::scale_query ? kLn2 : T(a_.scale);  // a scaled query carries scale * log2(e)
   for (int64_t j = 0; j < n_; ++j) {
-    if (token_[j] >= 0) {
+    if (now_->real(j)) {
       narrow_row(dk_ + j * padded_, dk_scale, dk.row(j), d_);
       narrow_row(dv_ + j * padded_, T(1), dv.row(j), d_);
     } else {
@@ -59,25 +58,25 @@ void Window3d<P, In>::backward_window(int64_t group) {
 
 template <class P, class In>
 void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq, int64_t first) {
-  const int count = int(query_count_ - first < kRows ? query_count_ - first : kRows);
+  const int count = int(now_->query_count() - first < kRows ? now_->query_count() - first : kRows);
   const int64_t blocks = ceil_div(count, kQueryRows);
   const In* query[kRows];
   const In* gradient[kRows];
   for (int r = 0; r < blocks * kQueryRows; ++r) {  // rows beyond the last query have no weight: lse = +inf, dout = 0
     const bool real = r < count;
-    const int64_t i = queries_[first + (real ? r : 0)];
+    const int64_t i = now_->query(first + (real ? r : 0));
     query[r] = real ? q.row(i) : nullptr;
     gradient[r] = real ? dout.row(i) : nullptr;
     pack_query(query[r], q_ + r * kMaxDim);
     P::row_words(gradient[r], d_, padded_, dout_ + r * kMaxDim);
     bias_row_[r] = bias_ + bias_offset_[i];
-    mask_row_[r] = mask_row(i);
+    mask_row_[r] = now_->mask_row(i);
     dbias_row_[r] = dbias_ && real ? dbias_ + bias_offset_[i] : zero_row_;
     query_of_row_[r] = i;
     lse_[r] = kInfinity;
     delta_[r] = 0;
     if (!real) continue;
-    const T lse = ((const T*)a_.lse)[token_[i] * a_.heads + head_];
+    const T lse = ((const T*)a_.lse)[now_->token(i) * a_.heads + head_];
     if (lse != -kInfinity) lse_[r] = lse * kLog2e;
     const In* context = out.row(i);
     for (int64_t c = 0; c < d_; ++c) delta_[r] += widen(gradient[r][c]) * widen(context[c]);
@@ -89,6 +88,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
     }
 
   for_each_tile([&](int64_t tile, auto vectors, auto tail) {
+    prefetch(first + kRows * tile / tiles_, first + kRows * (tile + 1) / tiles_, kDout);
     backward_tile<decltype(vectors)::value, decltype(tail)::value>(tile, blocks);
     add_key_gradients(tile, blocks);
   });
@@ -108,7 +108,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, g[r][n]);
           const int64_t left = d_ - c;
-          narrow_row(row, T(a_.scale), dq.row(queries_[first + b * kQueryRows + r]) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
+          narrow_row(row, T(a_.scale), dq.row(now_->query(first + b * kQueryRows + r)) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
         }
     });
 }
@@ -132,7 +132,7 @@ void Window3d<P, In>::backward_tile(int64_t tile, int64_t blocks) {
     multiply_tile<P, kQueryRows, NV, kMaxDim>(dout_ + row * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
     if (dropout_.p > 0) {
       for (int r = 0; r < kQueryRows; ++r)
-        dropout_.factors(first, kWidth, query_of_row_[row + r], head_, group_, keep_ + r * kWidth);
+        dropout_.factors(first, kWidth, query_of_row_[row + r], head_, now_->group(), keep_ + r * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2

@@ -7,7 +7,7 @@ namespace VIDATTN_ISA {
 // Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the undropped ones.
 template <class P, class In>
 void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
-  if (dropout_.p > 0) dropout_.factors(0, tiles_ * kWidth, i, head_, group_, keep_);
+  if (dropout_.p > 0) dropout_.factors(0, tiles_ * kWidth, i, head_, now_->group(), keep_);
   Vec<T> total[2] = {};
   for_each_tile([&](int64_t tile, auto vectors, auto) {
     constexpr int NV = decltype(vectors)::value;
@@ -27,12 +27,12 @@ void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
 
 template <class P, class In>
 void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t first) {
-  const int count = int(query_count_ - first < kQueryRows ? query_count_ - first : kQueryRows);
+  const int count = int(now_->query_count() - first < kQueryRows ? now_->query_count() - first : kQueryRows);
   for (int r = 0; r < kQueryRows; ++r) {  // a short last block repeats its first query and drops the result
-    const int64_t i = queries_[first + (r < count ? r : 0)];
+    const int64_t i = now_->query(first + (r < count ? r : 0));
     pack_query(q.row(i), q_ + r * kMaxDim);
     bias_row_[r] = bias_ + bias_offset_[i];
-    mask_row_[r] = mask_row(i);
+    mask_row_[r] = now_->mask_row(i);
   }
   Vec<T> top[kQueryRows];
   for (auto& t : top) t = splat(-kInfinity);
@@ -51,12 +51,12 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
   });
   T inverse[kQueryRows];
   for (int r = 0; r < count; ++r) {
-    const int64_t i = queries_[first + r];
+    const int64_t i = now_->query(first + r);
     T m = largest<T>(top[r]), sum;
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     softmax_row(r, i, m, &sum);
     inverse[r] = sum == 0 ? T(0) : 1 / sum;
-    ((T*)a_.lse)[token_[i] * a_.heads + head_] = (m + T(__builtin_log2(sum))) * kLn2;
+    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = (m + log2(sum)) * kLn2;
   }
   const Word* weights = P::pack == 1 ? (const Word*)scores_ : weights_;
   for_each_column([&](int64_t c, auto vectors) {
@@ -73,7 +73,7 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, o[r][n]);
         const int64_t left = d_ - c;
-        narrow_row(row, inverse[r], out.row(queries_[first + r]) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
+        narrow_row(row, inverse[r], out.row(now_->query(first + r)) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
       }
   });
 }

@@ -1,0 +1,110 @@
+// The tokens of one window: where they lie, which are padding, and what masks them. All of it is index arithmetic on the unpadded grid.
+#pragma once
+#include "tile.h"
+#include "window3d_args.h"
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+template <class T>
+class WindowTokens {
+ public:
+  WindowTokens(const Window3dArgs& args, int64_t padded_tokens, Arena& arena) : a_(args), padded_tokens_(padded_tokens) {
+    for (int axis = 0; axis < 3; ++axis) source_[axis] = arena.take<int64_t>(a_.window[axis]);
+    token_ = arena.take<int64_t>(a_.tokens);
+    queries_ = arena.take<int64_t>(a_.tokens);
+    for (auto& offset : offset_) offset = arena.take<int64_t>(a_.tokens);
+    region_ = arena.take<int>(a_.tokens);
+    region_mask_ = arena.take<T>(8 * padded_tokens);
+  }
+
+  void load(int64_t group) {
+    group_ = group;
+    known_offsets_ = 0;
+    int64_t at[3], rest = group;
+    for (int axis = 2; axis >= 0; --axis) at[axis] = rest % a_.count[axis], rest /= a_.count[axis];
+    batch_ = rest;
+    border_ = 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      const int64_t w = a_.window[axis], padded = a_.count[axis] * w;
+      for (int64_t i = 0; i < w; ++i) source_[axis][i] = (at[axis] * w + i + a_.shift[axis]) % padded;
+      if (a_.region_mask[axis] && at[axis] == a_.count[axis] - 1) border_ |= 1 << axis;
+    }
+    find_tokens();
+    if (border_) fill_region_mask();
+  }
+
+  int64_t group() const { return group_; }
+  bool real(int64_t i) const { return token_[i] >= 0; }
+  int64_t token(int64_t i) const { return token_[i]; }  // its number in the batch's contiguous token grid; negative for padding
+  int64_t query_count() const { return query_count_; }
+  int64_t query(int64_t n) const { return queries_[n]; }  // the n-th token that is not padding
+
+  // Mask values of query i for all keys of the window, or null.
+  const T* mask_row(int64_t i) const {
+    if (a_.mask) return (const T*)a_.mask + ((group_ % a_.mask_groups) * a_.tokens + i) * a_.tokens;
+    return border_ ? region_mask_ + region_[i] * padded_tokens_ : nullptr;
+  }
+
+  // Element offsets of the tokens in a tensor. `slot` is the tensor's place in all_tensors(); one with the strides of an earlier slot shares
+  // that one's array, as the three parts of a packed qkv do.
+  const int64_t* offsets(int slot) {
+    const TokenTensor* all[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
+    const int64_t* stride = all[slot]->stride;
+    for (int s = 0; s <= slot; ++s) {
+      bool same = known_offsets_ >> s & 1;
+      for (int axis = 0; axis < 4; ++axis) same &= all[s]->stride[axis] == stride[axis];
+      if (same) return offset_[s];
+    }
+    int64_t* to = offset_[slot];
+    for (int64_t x = 0; x < a_.window[0]; ++x)
+      for (int64_t y = 0; y < a_.window[1]; ++y) {
+        const int64_t start = batch_ * stride[0] + source_[0][x] * stride[1] + source_[1][y] * stride[2];
+        for (int64_t z = 0; z < a_.window[2]; ++z) *to++ = start + source_[2][z] * stride[3];
+      }
+    known_offsets_ |= 1u << slot;
+    return offset_[slot];
+  }
+
+ private:
+  void find_tokens() {
+    query_count_ = 0;
+    int64_t n = 0;
+    for (int64_t x = 0; x < a_.window[0]; ++x)
+      for (int64_t y = 0; y < a_.window[1]; ++y)
+        for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
+          const int64_t i = source_[0][x], j = source_[1][y], k = source_[2][z];
+          const bool real = i < a_.grid[0] && j < a_.grid[1] && k < a_.grid[2];
+          token_[n] = real ? ((batch_ * a_.grid[0] + i) * a_.grid[1] + j) * a_.grid[2] + k : -1;
+          queries_[query_count_] = n;
+          query_count_ += real;
+        }
+  }
+
+  // In the last window of a shifted axis the first window - shift positions and the rest come from opposite ends of the grid. One bit an axis
+  // tells them apart; tokens attend to each other freely when all three bits agree.
+  void fill_region_mask() {
+    int64_t n = 0;
+    for (int64_t x = 0; x < a_.window[0]; ++x)
+      for (int64_t y = 0; y < a_.window[1]; ++y)
+        for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
+          const int late_x = x + a_.shift[0] >= a_.window[0], late_y = y + a_.shift[1] >= a_.window[1], late_z = z + a_.shift[2] >= a_.window[2];
+          region_[n] = border_ & (late_x | late_y << 1 | late_z << 2);
+        }
+    for (int region = 0; region < 8; ++region)
+      if ((region & ~border_) == 0)
+        for (int64_t j = 0; j < n; ++j) region_mask_[region * padded_tokens_ + j] = region_[j] == region ? T(0) : T(a_.mask_value);
+  }
+
+  const Window3dArgs& a_;
+  const int64_t padded_tokens_;
+  int64_t group_ = 0, batch_ = 0, query_count_ = 0;
+  int border_ = 0;              // bit per axis: the last window of an axis that is shifted and not cyclic
+  unsigned known_offsets_ = 0;  // bit per slot
+  int64_t *source_[3], *token_, *queries_, *offset_[8];
+  int* region_;
+  T* region_mask_;  // [region of the query][key]
+};
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn
