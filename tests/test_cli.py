@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from video_files import numbered_frames, write_video
+
+import vidattn
+import vidattn.models
+from vidattn import cli, demo
+from vidattn.labels import default_labels
+from vidattn.memory import PeakMemory, format_bytes
+from vidattn.video import load_views
+
+ROOT = Path(vidattn.__file__).parent.parent
+TINY = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
+
+
+def run(*arguments: object, program: str = "vidattn", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does, from another folder."""
+    command = [sys.executable, "-m", program, *map(str, arguments)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("vidattn: error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "clip.mkv", numbered_frames(20, 40, 60))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every model of this process tiny: 4 frames of 32 x 32."""
+    create, spec_of = vidattn.models.create_model, vidattn.models.get_input_spec
+    small = {"num_frames": 4, "short_side": 32, "crop": 32}
+    monkeypatch.setattr(vidattn.models, "create_model", lambda name, **kwargs: create(name, **TINY, **kwargs))
+    monkeypatch.setattr(vidattn.models, "get_input_spec", lambda name: dataclasses.replace(spec_of(name), **small))
+
+
+def classify(*arguments: object) -> int:
+    return cli.main(["classify", *map(str, arguments)])
+
+
+def printed_classes(output: str) -> list[tuple[float, str]]:
+    """The (percent, name) rows of the output."""
+    return [(float(percent), name) for percent, name in re.findall(r"^ +\d+ +([\d.]+) %  (.+)$", output, re.MULTILINE)]
+
+
+# --- info -------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_runs_and_why_not():
+    result = run("info")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert f"vidattn     {vidattn.__version__}" in result.stdout
+    assert torch.__version__ in result.stdout
+    for op in vidattn.ops.__all__:
+        block = result.stdout.split(f"\n{op}\n")[1].split("\n\n")[0].splitlines()
+        assert [line.split()[0] for line in block] == vidattn.list_backends()
+        for line in block:
+            name, answer = line.split(maxsplit=1)
+            assert answer == ("; ".join(vidattn.why_not(op, backend=name)) or "available")
+        assert "reference available" in " ".join(block[-1].split())
+
+
+def test_info_survives_wrong_settings_and_missing_extras():
+    result = run("info", VIDATTN_BACKEND="nonsense")
+    assert result.returncode == 0 and "nonsense" in result.stdout, result.stderr
+    bare = (
+        "import sys; sys.modules.update(dict.fromkeys(['av', 'rich', 'numpy', 'matplotlib', 'triton', 'safetensors']));"
+        "sys.argv = ['vidattn', 'info']; import vidattn.cli; sys.exit(vidattn.cli.main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "available" in result.stdout, result.stderr
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"vidattn {vidattn.__version__}\n"
+    helped = run("classify", "--help").stdout
+    assert all(model in helped.replace("\n", " ") for model in ("video_swin_t", "--views", "CLIPSxCROPS"))
+
+
+# --- classify ---------------------------------------------------------------------------------------
+
+
+def test_classify_a_real_file_from_the_shell(clip: Path):
+    result = run("classify", clip, "--model", "video_swin_t", "--frames", 2, "--stride", 3)
+    assert result.returncode == 0, result.stderr
+    rows = printed_classes(result.stdout)
+    assert len(rows) == 5 and {name for _, name in rows} <= set(default_labels(400) or [])
+    assert rows == sorted(rows, key=lambda row: -row[0])
+    assert "RANDOM" in result.stdout and "20 frames" in result.stdout and "28.2 M parameters" in result.stdout
+    assert re.search(r"time +[\d.]+ s decoding, [\d.]+ s model", result.stdout)
+    assert re.search(r"peak memory [\d.]+ [MG]iB resident memory of this process, [\d.]+ [MG]iB of it", result.stdout)
+    assert result.stderr == "view 1/1\n"  # the progress of a run whose output is no terminal
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_classify_averages_the_probabilities_of_all_views(clip: Path, tmp_path: Path, capsys, backend):
+    torch.manual_seed(5)
+    model = vidattn.models.create_model("video_swin_t", num_classes=7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # views and classes must differ visibly
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"name {index}" for index in range(7)))
+    files = ("--checkpoint", tmp_path / "model.pt", "--labels", names)
+    options = ("--model", "video_swin_t", "--views", "2x3", "--topk", 7, "--backend", backend)
+    assert classify(clip, *options, *files) == 0
+    output = capsys.readouterr().out
+
+    views = load_views(clip, vidattn.models.get_input_spec("video_swin_t"), num_clips=2, num_crops=3).stack()
+    with torch.no_grad():
+        each = model(views).softmax(-1)
+    assert each.std(0).max() > 1e-3
+    expected = 100 * each.mean(0)
+    rows = printed_classes(output)
+    assert sorted(name for _, name in rows) == [f"name {index}" for index in range(7)]
+    for percent, name in rows:
+        assert abs(percent - float(expected[int(name.split()[1])])) < 0.0051
+    assert "RANDOM" not in output and "loaded" in output and "2 clip(s) x 3 crop(s) of 4 frames" in output
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classify_random_weights_depend_on_the_seed_alone(clip: Path, capsys):
+    outputs = []
+    for seed in (0, 0, 1):
+        assert classify(clip, "--model", "video_swin_s", "--seed", seed, "--topk", 3) == 0
+        outputs.append(printed_classes(capsys.readouterr().out))
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert len(outputs[0]) == 3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classify_other_class_counts_uniform_sampling_and_bfloat16(clip: Path, capsys):
+    assert classify(clip, "--model", "video_swin_b_ssv2", "--dtype", "bfloat16", "--views", "1x3") == 0
+    output = capsys.readouterr().out
+    assert all(re.fullmatch(r"class \d+", name) for _, name in printed_classes(output))
+    assert "bfloat16 on cpu" in output
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classify_reports_lack_of_memory(clip: Path, capsys, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(cli, "_average_views", fail)
+    assert classify(clip, "--model", "video_swin_t") == 2
+    assert "not enough memory" in capsys.readouterr().err
+
+
+ERRORS = {
+    "missing file": (("nowhere.mp4",), ("no such file", "nowhere.mp4")),
+    "a folder": ((".",), ("no such file",)),
+    "not a video": (("{text}",), ("is not a video",)),
+    "too short": (("{clip}",), ("20 frames", "need 63", "--frames 10")),
+    "too short for the stride": (("{clip}", "--frames", "16"), ("need 31", "--frames 10 or --stride 1")),
+    "too short, uniform": (("{clip}", "--model", "video_swin_b_ssv2"), ("20 frames", "need 32", "--frames 20")),
+    "unknown model": (("{clip}", "--model", "video_swin_tt"), ("--model", "video_swin_t")),
+    "no model": (("{clip}",), ("--model",)),
+    "views without crops": (("{clip}", "--views", "4"), ("--views", "CLIPSxCROPS", "'4'")),
+    "views of two crops": (("{clip}", "--views", "1x2"), ("--views", "1 or 3 crops")),
+    "no clips": (("{clip}", "--views", "0x1"), ("--views",)),
+    "clips of a uniform model": (("{clip}", "--model", "video_swin_b_ssv2", "--views", "2x3"), ("--views 1x3",)),
+    "zero frames": (("{clip}", "--frames", "0"), ("--frames", "from 1")),
+    "checkpoint missing": (("{clip}", "--checkpoint", "nowhere.pt"), ("--checkpoint", "no such file")),
+    "checkpoint damaged": (("{clip}", "--frames", "2", "--checkpoint", "{text}"), ("--checkpoint", "notes.txt")),
+    "checkpoint of another model": (
+        ("{clip}", "--frames", "2", "--checkpoint", "{resnet}"),
+        ("--checkpoint", "looks like a ResNet"),
+    ),
+    "labels missing": (("{clip}", "--labels", "nowhere.txt"), ("--labels", "no such file")),
+    "labels empty": (("{clip}", "--labels", "{empty}"), ("--labels", "no names")),
+    "unknown backend": (("{clip}", "--backend", "abacus"), ("--backend", "abacus")),
+    "unknown option": (("{clip}", "--frobnicate"), ("--frobnicate",)),
+    "no CUDA": (("{clip}", "--device", "cuda"), ("--device cpu",)),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(case, clip: Path, tmp_path: Path):
+    arguments, words = ERRORS[case]
+    files = {name: tmp_path / name for name in ("empty", "resnet")} | {"text": tmp_path / "notes.txt", "clip": clip}
+    files["empty"].touch()
+    files["text"].write_text("no pictures, no weights\n" * 50)
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, files["resnet"])
+    model = () if case == "no model" or "--model" in arguments else ("--model", "video_swin_t")
+    filled = (argument.format(**files) for argument in arguments)
+    assert_one_line_error(run("classify", *filled, *model, CUDA_VISIBLE_DEVICES=""), *words)
+
+
+def test_missing_extras_are_named_with_the_pip_command(clip: Path, capsys, monkeypatch):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    assert classify(clip, "--model", "video_swin_t") == 2
+    assert 'needs rich: pip install "vidattn[cli]"' in capsys.readouterr().err
+
+
+def test_no_command_is_an_error():
+    assert_one_line_error(run(), "command")
+
+
+# --- bench ------------------------------------------------------------------------------------------
+
+
+def test_bench_runs_pytest_in_the_checkout(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 5)
+    assert cli.main(["bench", "-k", "stage1", "--benchmark-json", "out.json"]) == 5
+    assert cli.main(["bench", "--", "-x"]) == 5
+    start = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only"]
+    assert calls == [
+        ([*start, "-k", "stage1", "--benchmark-json", "out.json"], ROOT),
+        ([*start, "-x"], ROOT),
+    ]
+
+
+def test_bench_outside_a_checkout(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(vidattn, "__file__", str(tmp_path / "site-packages" / "vidattn" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "source checkout" in capsys.readouterr().err
+
+
+# --- demo -------------------------------------------------------------------------------------------
+
+
+def test_demo_compares_both_models(tmp_path: Path):
+    picture = tmp_path / "demo.png"
+    result = run("--frames", 2, "--rounds", 1, "--output", picture, program="vidattn.demo")
+    assert result.returncode == 0, result.stderr
+    difference = re.search(r"largest logit difference ([\d.e+-]+) \(largest logit ([\d.e+-]+)\)", result.stdout)
+    assert difference and float(difference[1]) <= 1e-4 * float(difference[2])
+    assert "RANDOM" in result.stdout
+    assert len(re.findall(r"[\d.]+ s\b", result.stdout)) == 2
+    assert len(re.findall(r"[\d.]+ [MG]iB", result.stdout)) == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_errors():
+    assert_one_line_error(run("--clip", "nowhere.mp4", program="vidattn.demo"), "no such file")
+    assert_one_line_error(run("--output", "demo.txt", program="vidattn.demo"), "--output")
+
+
+def test_rendered_shapes_are_a_video(tmp_path: Path):
+    path = demo.render_shapes(tmp_path / "shapes.mp4", num_frames=9, height=64, width=96)
+    views = load_views(path, dataclasses.replace(vidattn.models.get_input_spec("video_swin_t"), num_frames=4))
+    assert views.video_frames == 9
+    first, last = views.frames[0].float(), views.frames[-1].float()
+    assert (first - last).abs().mean() > 2  # it moves
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    size = 256 * 2**20
+    np.ones(size, np.uint8)
+    with PeakMemory() as memory:
+        np.ones(size, np.uint8)
+    assert memory.peak is not None and memory.growth is not None
+    assert 0.95 * size < memory.growth < 1.3 * size < memory.peak
+    with PeakMemory() as memory:
+        pass
+    assert memory.growth is not None and memory.growth < 0.1 * size
+
+
+def test_format_bytes():
+    assert [format_bytes(value) for value in (None, 0, 3 * 2**19, 5 * 2**29)] == [
+        "unknown",
+        "0.0 MiB",
+        "1.5 MiB",
+        "2.50 GiB",
+    ]
