@@ -1,0 +1,315 @@
+"""Which implementation runs an attention call: cpu, cuda, triton or reference; who is chosen, and why not.
+
+A backend named by argument, by :func:`use_backend` / :func:`set_backend` or by ``VIDATTN_BACKEND`` is strict: a call it
+cannot run raises with all the reasons. Only "auto" falls through to the next. The argument of a call goes before
+``use_backend``, which goes before the environment variable.
+
+A family of ops adds itself with :func:`register_op`, and each of its kernels with :func:`register_kernel`; nothing in
+this file names a family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["current_backend", "list_backends", "set_backend", "use_backend", "warmup", "why_not"]
+
+
+class Backend(NamedTuple):
+    """One way of running the ops.
+
+    Attributes:
+        name: what users call it.
+        device_types: devices it runs on; None for any.
+    """
+
+    name: str
+    device_types: tuple[str, ...] | None
+
+
+class AttentionCall(NamedTuple):
+    """What decides whether a backend can run a call; a kernel's check function reads it."""
+
+    op: str
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+
+
+# In the order in which "auto" tries them.
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", ("cpu",)),
+        Backend("cuda", ("cuda",)),
+        Backend("triton", ("cuda",)),
+        Backend("reference", None),
+    )
+}
+_describe_call: dict[str, Callable[..., AttentionCall]] = {}
+_kernel_missing: dict[tuple[str, str], str | None] = {}
+_kernel_check: dict[tuple[str, str], Callable[[AttentionCall], list[str]]] = {}
+
+# A plain module global: Dynamo guards on it, while it cannot trace a ContextVar.
+_selected: str = os.environ.get("VIDATTN_BACKEND", "auto") or "auto"
+_selected_by = "VIDATTN_BACKEND"
+_warned_about_fallback = False
+
+
+def register_op(op: str, describe: Callable[..., AttentionCall]) -> None:
+    """Make an op known.
+
+    Args:
+        op: name of the public function.
+        describe: takes the public function's arguments, validates them, and says what kind of call they make.
+    """
+    _describe_call[op] = describe
+    register_kernel(op, "reference")
+
+
+def register_kernel(
+    op: str, backend: str, missing: str | None = None, check: Callable[[AttentionCall], list[str]] | None = None
+) -> None:
+    """Say that an op has an implementation in a backend.
+
+    Args:
+        op: name of the public function.
+        backend: name of the backend.
+        missing: why it cannot run in this installation (not built, a package is absent); None if it can.
+        check: gives the reasons why a call cannot run, beyond its device and dtype; None if there are none.
+    """
+    _kernel_missing[op, backend] = missing
+    if check is not None:
+        _kernel_check[op, backend] = check
+
+
+def list_backends() -> list[str]:
+    """List the names that :func:`use_backend` takes besides "auto", in the order in which "auto" tries them.
+
+    Whether one can run is what :func:`why_not` tells.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> list_backends()
+        ['cpu', 'cuda', 'triton', 'reference']
+    """
+    return list(_BACKENDS)
+
+
+def current_backend() -> str:
+    """Tell the backend in force: the innermost :func:`use_backend`, else :func:`set_backend` or ``VIDATTN_BACKEND``.
+
+    Returns:
+        A backend's name, or "auto".
+
+    Raises:
+        ValueError: ``VIDATTN_BACKEND`` holds an unknown name.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     current_backend()
+        'reference'
+    """
+    return _check_name(_selected, _selected_by)
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of all calls that do not name one, until the next ``set_backend``.
+
+    Args:
+        name: a name from :func:`list_backends`, or "auto" (per call, the first backend that can run it).
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> set_backend("auto")
+    """
+    global _selected, _selected_by
+    _selected, _selected_by = _check_name(name, "set_backend: name"), "set_backend"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of the calls inside a ``with`` block; works inside and around compiled functions.
+
+    Like any process-wide setting it is not private to a thread.
+
+    Args:
+        name: a name from :func:`list_backends`, or "auto".
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Example:
+        >>> import torch, vidattn
+        >>> qkv = torch.randn(1, 4, 8, 8, 3, 2, 16)
+        >>> with vidattn.use_backend("reference"):
+        ...     vidattn.window3d_attention(qkv, window_size=(2, 4, 4)).shape
+        torch.Size([1, 4, 8, 8, 32])
+    """
+    global _selected, _selected_by
+    _check_name(name, "use_backend: name")
+    outer, outer_by = _selected, _selected_by
+    _selected, _selected_by = name, "use_backend"
+    try:
+        yield
+    finally:
+        _selected, _selected_by = outer, outer_by
+
+
+def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> list[str]:
+    """Explain why a backend cannot run an op, or a certain call of it.
+
+    Args:
+        op: a public attention function of this package, or its name.
+        *args: arguments of the call; without any, only the installation is judged.
+        backend: a backend's name; None for the one in force. For "auto" the reasons are those why no kernel runs the
+            call, which then ends on the reference.
+        **kwargs: keyword arguments of the call.
+
+    Returns:
+        The reasons; empty if the call can run.
+
+    Raises:
+        ValueError: the op or the backend is unknown, or the call is not valid at all.
+        TypeError: the call is not valid at all.
+
+    Example:
+        >>> why_not("window3d_attention", backend="reference")
+        []
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _describe_call:
+        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {name}")
+    chosen = current_backend() if backend is None else _check_name(backend, "why_not: backend")
+    call = _describe_call[name](*args, **kwargs) if args or kwargs else None
+    if chosen != "auto":
+        return _reasons(name, chosen, call)
+    reasons = []
+    for candidate in _BACKENDS:
+        if candidate != "reference":
+            found = _reasons(name, candidate, call)
+            if not found:
+                return []
+            reasons += [f"{candidate}: {reason}" for reason in found]
+    return reasons
+
+
+def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
+    """Pick the backend of a call.
+
+    Args:
+        call: what is to be run.
+        backend: the call's own ``backend`` argument; None for the one in force.
+
+    Returns:
+        A backend's name, never "auto".
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot run the call.
+    """
+    name = _check_name(_selected, _selected_by) if backend is None else _check_name(backend, f"{call.op}: backend")
+    if name != "auto":
+        reasons = _reasons(call.op, name, call)
+        if reasons:
+            by = "" if backend is not None else f" (chosen by {_selected_by})"
+            raise ValueError(f"{call.op}: backend {name!r}{by} cannot run this call: {'; '.join(reasons)}")
+        return name
+    for candidate in _BACKENDS:
+        if candidate != "reference" and not _reasons(call.op, candidate, call):
+            return candidate
+    if call.device_type == "cuda" and not torch.compiler.is_compiling():
+        _warn_about_fallback(call)
+    return "reference"
+
+
+def warmup(model: torch.nn.Module, batch: Any) -> None:
+    """Run a model once on a batch, so that whatever is set up at the first call is set up.
+
+    In training mode a backward pass runs too; parameter gradients and the training state are left as they were.
+
+    Args:
+        model: any module.
+        batch: what it takes: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> warmup(torch.nn.Linear(4, 2).eval(), torch.randn(1, 4))
+    """
+    if not model.training:
+        with torch.no_grad():
+            call_model(model, batch)
+        return
+    state = [buffer.detach().clone() for buffer in model.buffers()]  # batch statistics must not see the batch twice
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        outputs = tensor_leaves(call_model(model, batch))
+        differentiable = [output for output in outputs if output.requires_grad]
+        if differentiable and parameters:
+            loss = torch.stack([output.float().sum() for output in differentiable]).sum()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), state, strict=True):
+            buffer.copy_(value)
+
+
+def call_model(model: torch.nn.Module, batch: Any) -> Any:
+    """Call a model on a tensor, on a tuple or list of arguments, or on a dict of keyword arguments."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def tensor_leaves(output: Any) -> list[Tensor]:
+    """Collect the tensors of a nested output."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _check_name(name: str, source: str) -> str:
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {name!r}")
+    return name
+
+
+def _reasons(op: str, name: str, call: AttentionCall | None) -> list[str]:
+    """Give all the reasons why a backend cannot run a call, or any call at all when ``call`` is None."""
+    if (op, name) not in _kernel_missing:
+        return [f"this version has no {name} kernels for {op}"]
+    reasons = []
+    missing = _kernel_missing[op, name]
+    if missing is not None:
+        reasons.append(missing)
+    if call is None:
+        return reasons
+    device_types = _BACKENDS[name].device_types
+    # Meta tensors hold no data, so any backend "runs" them: only shapes are computed.
+    if device_types is not None and call.device_type != "meta" and call.device_type not in device_types:
+        reasons.append(f"runs {' and '.join(device_types)} tensors, got a {call.device_type} tensor")
+    check = _kernel_check.get((op, name))
+    if check is not None:
+        reasons += check(call)
+    return reasons
+
+
+def _warn_about_fallback(call: AttentionCall) -> None:
+    global _warned_about_fallback
+    if not _warned_about_fallback:
+        _warned_about_fallback = True
+        warnings.warn(
+            f"{call.op}: no kernel runs this call on {call.device_type}, so it takes the reference, which is slow and"
+            f" needs much memory; vidattn.why_not({call.op!r}, ...) says why (this warning is shown once)",
+            stacklevel=4,
+        )

@@ -1,0 +1,6 @@
+"""The public attention functions and the ``torch.ops.vidattn`` ops behind them."""
+
+from vidattn.ops.window import window_attention
+from vidattn.ops.window3d import window3d_attention
+
+__all__ = ["window3d_attention", "window_attention"]

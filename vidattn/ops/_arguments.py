@@ -1,0 +1,128 @@
+"""Checks and conversions of arguments that the attention functions share.
+
+Everything here runs in the public functions, in front of the ops, and is traced by ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidattn.ops._tensors import last_dim_dense
+
+__all__ = [
+    "DTYPES",
+    "check_companion",
+    "check_dropout",
+    "check_scale",
+    "draw_seed",
+    "split_qkv",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def split_qkv(
+    function: str, qkv: Tensor | Sequence[Tensor], packed: str, separate: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Check ``qkv``, apply autocast and give (packed, None, None) or (q, k, v), each dense in its last dimension.
+
+    Args:
+        function: name for error messages.
+        qkv: one tensor with a dimension of 3 in front of the heads, or three tensors without it.
+        packed: layout of the packed tensor, as in ``"(B, D, H, W, 3, h, d)"``.
+        separate: layout of each of three tensors.
+
+    Returns:
+        The tensors the op takes.
+    """
+    if isinstance(qkv, Tensor):
+        ndim = packed.count(",") + 1
+        if qkv.dim() != ndim or qkv.shape[-3] != 3:
+            raise ValueError(f"{function}: qkv: expected shape {packed}, got {tuple(qkv.shape)}")
+        _check_values(function, "qkv", qkv)
+        return last_dim_dense(_autocast(qkv)), None, None
+    if not isinstance(qkv, (tuple, list)) or len(qkv) != 3 or not all(isinstance(x, Tensor) for x in qkv):
+        raise TypeError(
+            f"{function}: qkv: expected a tensor {packed} or three tensors {separate}, got {_describe(qkv)}"
+        )
+    q, k, v = qkv
+    if q.dim() != separate.count(",") + 1 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in qkv)
+        raise ValueError(f"{function}: qkv: expected three tensors of equal shape {separate}, got {shapes}")
+    _check_values(function, "q", q)
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"{function}: qkv: expected one device, got {q.device}, {k.device}, {v.device}")
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"{function}: qkv: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    return last_dim_dense(q), last_dim_dense(k), last_dim_dense(v)
+
+
+def check_companion(function: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int], layout: str) -> None:
+    """Check a tensor that goes with q, k and v: its type, shape and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name}: expected a tensor {layout} or None, got {_describe(value)}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{function}: {name}: expected shape {layout} = {tuple(shape)}, got {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{function}: {name}: expected a floating dtype, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
+
+
+def check_scale(function: str, scale: float | None, head_dim: int) -> float:
+    """Return the factor of q k^T."""
+    if scale is None:
+        return head_dim**-0.5
+    return finite_number(function, "scale", scale)
+
+
+def check_dropout(function: str, dropout_p: float) -> float:
+    """Return the dropout probability."""
+    value = finite_number(function, "dropout_p", dropout_p)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{function}: dropout_p: expected 0 <= dropout_p < 1, got {value}")
+    return value
+
+
+def finite_number(function: str, name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: {name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
+    """Draw the key of the dropout mask from torch's generator of the device; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+
+
+def _check_values(function: str, name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{function}: {name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{function}: {name}: expected a dense tensor, got layout {x.layout}")
+    if x.shape[-1] < 1:
+        raise ValueError(f"{function}: {name}: expected a head dimension of at least 1, got shape {tuple(x.shape)}")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as autocast does for matrix products: float64 stays."""
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}: " + ", ".join(_describe(item) for item in value)
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

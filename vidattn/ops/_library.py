@@ -1,0 +1,123 @@
+"""The ``torch.ops.vidattn`` namespace and the compiled extension that implements part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vidattn.backends import AttentionCall, register_kernel, register_op
+
+__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_native"]
+
+_MAX_HEAD_DIM = 128
+
+# Registrations live as long as this object.
+LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+# Implemented by the extension: the instruction set in use, and a comma-separated list of those it could use here.
+LIBRARY.define("_cpu_isa() -> str")
+LIBRARY.define("_cpu_isas() -> str")
+
+_extension_error: str | None = None
+try:
+    import vidattn._C  # type: ignore[import-not-found]  # noqa: F401  # importing it registers its kernels
+except ImportError as error:
+    _extension_error = f"the compiled extension vidattn._C is not built or does not load ({error})"
+
+
+def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
+    """Say why the extension has no kernel for a native op.
+
+    Args:
+        op: name of the native op, defined in the ``vidattn`` namespace.
+        dispatch_key: "CPU" or "CUDA".
+
+    Returns:
+        The reason, or None if it has one.
+    """
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"vidattn::{op}", dispatch_key):
+        return None
+    return _extension_error or f"the compiled extension was built without {dispatch_key} kernels"
+
+
+def describe_call(op: str, q: Tensor) -> AttentionCall:
+    """Say what kind of call an op's first tensor makes."""
+    return AttentionCall(op, q.device.type, q.dtype, q.shape[-1])
+
+
+def register_attention(
+    name: str,
+    *,
+    arguments: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    autograd: Callable[..., Any],
+    flops: Callable[..., int],
+    num_tensors: int,
+) -> None:
+    """Give the ops ``name`` and ``name_backward``, whose schemas are defined, all they need besides kernels.
+
+    Args:
+        name: name of the op and of its public function.
+        arguments: takes the public function's arguments and returns its validated tensors first.
+        forward: implementation of the op on every device, which routes by its last argument, the backend.
+        backward: the same of the backward op.
+        fake: allocates the op's outputs.
+        fake_backward: allocates the backward op's outputs.
+        autograd: backward function; its context saves the op's tensors and outputs and, as ``options``, the rest.
+        flops: takes the shapes and options of the op, and counts floating point operations of the forward pass.
+        num_tensors: number of tensor arguments of the op, which come first.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Inputs, output and log-sum-exp are all that is kept: never an (N, N) tensor, a mask, a rolled or padded copy.
+        ctx.save_for_backward(*inputs[:num_tensors], *output)
+        ctx.options = inputs[num_tensors:]
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+
+    def no_second_derivative(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            f"the op {name} has no second derivative; vidattn.reference.{name} is differentiable to any order"
+        )
+
+    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0].q))
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vidattn::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"vidattn::{name}_backward", fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"vidattn::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"vidattn::{name}_backward", no_second_derivative, lib=LIBRARY)
+
+    def forward_flops(*args: Any, **_: Any) -> int:
+        return flops(args[:num_tensors], args[num_tensors:])
+
+    def backward_flops(grad_out: Sequence[int], *args: Any, **_: Any) -> int:
+        # Five products (the scores again, dv, dP, dq, dk) where the forward pass has two.
+        return flops(args[:num_tensors], args[num_tensors + 2 :]) * 5 // 2
+
+    register_flop_formula(getattr(torch.ops.vidattn, name))(forward_flops)
+    register_flop_formula(getattr(torch.ops.vidattn, f"{name}_backward"))(backward_flops)
+
+
+def register_native(name: str, native: str) -> None:
+    """Offer a native op of the extension as the backend of its device.
+
+    Args:
+        name: name of the public function.
+        native: name of the native op, defined in the ``vidattn`` namespace.
+    """
+    register_kernel(name, "cpu", native_kernel_missing(native, "CPU"), _check_head_dim)
+
+
+def _check_head_dim(call: AttentionCall) -> list[str]:
+    if call.head_dim > _MAX_HEAD_DIM:
+        return [f"runs head dimensions up to {_MAX_HEAD_DIM}, got {call.head_dim}"]
+    return []

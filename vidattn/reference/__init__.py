@@ -1,0 +1,9 @@
+"""The attention ops in plain PyTorch: the definition of correct, and the fallback where no kernel runs.
+
+Every function here is differentiable by autograd to any order, in any floating dtype, on any device. In float64 on the
+CPU it is the oracle that every backend is tested against.
+"""
+
+from vidattn.reference.window3d import window3d_attention, window_attention
+
+__all__ = ["window3d_attention", "window_attention"]

@@ -1,0 +1,337 @@
+"""3D window attention in plain PyTorch (Video Swin Transformer, arXiv 2106.13230, sections 3.2 and 3.3).
+
+One window holds N = wd * wh * ww tokens with queries q, keys k and values v of head dimension d. Per window and head::
+
+    S = scale * q k^T + B + M            scores                                   (equation 2 with the shift mask)
+    P = softmax_j(S)                     probabilities
+    L = log sum_j exp(S_ij)              log-sum-exp of a row, all that a backward pass needs to rebuild P
+    R = P * keep / (1 - p)               dropout, on the probabilities, not renormalised
+    O = R v                              context
+
+B is the relative position bias, one row of a table per coordinate difference (section 3.3). M is ``mask_value``
+(additive -100, not -inf, in the released code) for the pairs of a shifted window that the cyclic shift put side by side
+without their being neighbours (section 3.2). Padding tokens are ordinary keys: they hold ``pad_qkv``, and no mask
+covers them. A row whose scores are all -inf gives context 0 and L = -inf.
+
+Backward, with dO the gradient of the context (zero in rows of padding queries)::
+
+    dv = R^T dO          dR = dO v^T          delta_i = sum_j P_ij dP_ij = sum_e dO_ie O_ie
+    dP = dR * keep / (1 - p)
+    dS = P * (dP - delta)
+    dq = scale * dS k    dk = scale * dS^T q  dB = sum of dS over windows
+
+Padding slots add their dk and dv to the gradient of ``pad_qkv``; padding queries have no output, so its q part gets 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidattn import geometry as geo
+from vidattn.reference.philox import dropout_keep_mask
+
+__all__ = ["window3d_attention", "window3d_attention_backward", "window_attention", "window_attention_backward"]
+
+
+def window3d_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    bias_table: Tensor | None = None,
+    *,
+    window_size: Sequence[int],
+    shift_size: Sequence[int] = (0, 0, 0),
+    pad_qkv: Tensor | None = None,
+    bias_index: str = "prefix",
+    mask_value: float = -100.0,
+    wrap: Sequence[bool] = (False, False, False),
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend inside the (shifted) 3D windows of a token grid, step by step as the paper's code does.
+
+    Takes what :func:`vidattn.window3d_attention` takes, unvalidated, plus the two arguments below.
+
+    Args:
+        qkv: (B, D, H, W, 3, h, d) packed, or three tensors (B, D, H, W, h, d).
+        bias_table: ((2Wd-1)(2Wh-1)(2Ww-1), h) or None.
+        window_size: configured window.
+        shift_size: configured shift.
+        pad_qkv: (3, h, d), what a padding token holds; None for zeros.
+        bias_index: "prefix" or "geometric".
+        mask_value: added to the scores of masked pairs.
+        wrap: axes that are cyclic.
+        scale: factor of q k^T, d**-0.5 when None.
+        dropout_p: dropout probability.
+        seed: int64 tensor with one element, needed when ``dropout_p > 0``.
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        (B, D, H, W, h * d) in q's dtype, and with ``return_lse`` also (B, D, H, W, h) in float32 (float64 for float64).
+    """
+    q, k, v = qkv.unbind(-3) if isinstance(qkv, Tensor) else qkv
+    windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
+    bias = _dense_bias(bias_table, window_size, windows, bias_index, q.device)
+    mask = _additive_mask(windows, mask_value, q)
+    pads = (None, None, None) if pad_qkv is None else pad_qkv.to(q.dtype).unbind(0)
+    q, k, v = (_to_windows(x, windows, pad) for x, pad in zip((q, k, v), pads, strict=True))
+    out, lse = window_attention((q, k, v), bias, mask, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=True)
+    out = _crop(_from_windows(out, windows), windows).contiguous()
+    if not return_lse:
+        return out
+    return out, _crop(_from_windows(lse, windows), windows).contiguous()
+
+
+def window_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend inside windows that are already partitioned.
+
+    Takes what :func:`vidattn.window_attention` takes, unvalidated, plus the two arguments below.
+
+    Args:
+        qkv: (G, N, 3, h, d) packed, or three tensors (G, N, h, d).
+        bias: (h, N, N) or None.
+        mask: (nW, N, N) or None, added to window g as ``mask[g % nW]``.
+        scale: factor of q k^T, d**-0.5 when None.
+        dropout_p: dropout probability.
+        seed: int64 tensor with one element, needed when ``dropout_p > 0``.
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        (G, N, h * d) in q's dtype, and with ``return_lse`` also (G, N, h) in float32 (float64 for float64).
+    """
+    q, k, v = qkv.unbind(-3) if isinstance(qkv, Tensor) else qkv
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _scores(q, k, bias, mask, scale)
+        # A row of -inf alone must give zeros and zero gradients, not the NaN of -inf - -inf: its maximum reads 0.
+        row_max = scores.detach().amax(-1, keepdim=True)
+        row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
+        weights = (scores - row_max).exp()
+        row_sum = weights.sum(-1, keepdim=True)
+        lse = (row_max + row_sum.log()).squeeze(-1).transpose(1, 2).contiguous()
+        probabilities = weights / row_sum.masked_fill(row_sum == 0, 1.0)
+        if dropout_p > 0:
+            probabilities = probabilities * _keep_factors(probabilities, dropout_p, seed)
+        out = probabilities @ _by_head(v)
+    out = out.transpose(1, 2).flatten(2).to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def window3d_attention_backward(
+    grad_out: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    bias_table: Tensor | None,
+    pad_qkv: Tensor | None,
+    lse: Tensor,
+    *,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    bias_index: str,
+    mask_value: float,
+    wrap: Sequence[bool],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Differentiate :func:`window3d_attention` by the formulas of this module, from its log-sum-exp.
+
+    Args:
+        grad_out: (B, D, H, W, h * d), gradient of the context.
+        qkv: three tensors (B, D, H, W, h, d).
+        bias_table: as in the forward pass.
+        pad_qkv: as in the forward pass.
+        lse: (B, D, H, W, h), the log-sum-exp.
+        window_size: as in the forward pass; so are all further arguments, with ``scale`` resolved.
+        shift_size: configured shift.
+        bias_index: "prefix" or "geometric".
+        mask_value: added to the scores of masked pairs.
+        wrap: axes that are cyclic.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+        seed: int64 tensor with one element.
+
+    Returns:
+        Gradients of q, k, v in q's dtype, of the bias table (None without one) and of ``pad_qkv`` (None without one)
+        in float32 (float64 for float64).
+    """
+    q = qkv[0]
+    windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
+    bias = _dense_bias(bias_table, window_size, windows, bias_index, lse.device)
+    mask = _additive_mask(windows, mask_value, q)
+    pads = (None, None, None) if pad_qkv is None else pad_qkv.to(q.dtype).unbind(0)
+    partitioned = tuple(_to_windows(x, windows, pad) for x, pad in zip(qkv, pads, strict=True))
+    # Rows of padding queries carry no gradient: a log-sum-exp of +inf makes their probabilities 0.
+    window_grads = window_attention_backward(
+        _to_windows(grad_out, windows),
+        partitioned,  # type: ignore[arg-type]
+        bias,
+        mask,
+        _to_windows(lse, windows, lse.new_tensor(float("inf"))),
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        round_gradients=False,
+    )
+    grids = [_from_windows(grad, windows) for grad in window_grads[:3]]
+    grad_pad = None
+    if pad_qkv is not None:
+        is_pad = ~_real_tokens(windows, lse.device)
+        grad_pad = torch.stack([torch.zeros_like(grids[0][0, 0, 0, 0]), *(g[:, is_pad].sum((0, 1)) for g in grids[1:])])
+    grad_table = None
+    if bias_table is not None and window_grads[3] is not None:
+        rows = geo.bias_rows(window_size, windows, bias_index, lse.device).flatten()
+        per_pair = window_grads[3].flatten(1).t()
+        grad_table = per_pair.new_zeros(bias_table.shape)
+        if grad_table.device.type == "cpu":
+            grad_table.index_add_(0, rows, per_pair)
+        else:  # the sort-based accumulation, whose order does not vary; index_add_ uses atomics there
+            grad_table.index_put_((rows,), per_pair, accumulate=True)
+    grad_q, grad_k, grad_v = (_crop(grad, windows).to(q.dtype) for grad in grids)
+    return grad_q, grad_k, grad_v, grad_table, grad_pad
+
+
+def window_attention_backward(
+    grad_out: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    round_gradients: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Differentiate :func:`window_attention` by the formulas of this module, from its log-sum-exp.
+
+    Args:
+        grad_out: (G, N, h * d), gradient of the context.
+        qkv: three tensors (G, N, h, d).
+        bias: (h, N, N) or None.
+        mask: (nW, N, N) or None.
+        lse: (G, N, h), the log-sum-exp.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+        seed: int64 tensor with one element.
+        round_gradients: give the gradients of q, k, v in q's dtype rather than the accumulator's.
+
+    Returns:
+        Gradients of q, k, v, and that of the bias (None without one) in float32 (float64 for float64).
+    """
+    q, k, v = qkv
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _scores(q, k, bias, mask, scale)
+        row_lse = lse.transpose(1, 2)[..., None]
+        probabilities = (scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp()
+        grad_heads = _by_head(grad_out.unflatten(-1, q.shape[2:]))
+        grad_probabilities = grad_heads @ _by_head(v).transpose(-2, -1)
+        dropped = probabilities
+        if dropout_p > 0:
+            factors = _keep_factors(probabilities, dropout_p, seed)
+            dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
+        delta = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad_probabilities - delta)
+        grad_v = dropped.transpose(-2, -1) @ grad_heads
+        grad_q = scale * (grad_scores @ _by_head(k))
+        grad_k = scale * (grad_scores.transpose(-2, -1) @ _by_head(q))
+        grad_bias = None if bias is None else grad_scores.sum(0)
+    dtype = q.dtype if round_gradients else grad_q.dtype
+    grad_q, grad_k, grad_v = (grad.transpose(1, 2).to(dtype) for grad in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, softmax and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """Bring (G, N, h, d) to (G, h, N, d) in the accumulator's dtype."""
+    return x.transpose(1, 2).to(accumulator_dtype(x.dtype))
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+    scores = scale * (_by_head(q) @ _by_head(k).transpose(-2, -1))  # (G, h, N, N)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if mask is not None:
+        grouped = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
+        scores = (grouped + mask.to(scores.dtype)[:, None]).flatten(0, 1)
+    return scores
+
+
+def _keep_factors(probabilities: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if seed is None:
+        raise ValueError("seed: expected an int64 tensor with one element when dropout_p > 0, got None")
+    keep = dropout_keep_mask(seed, dropout_p, *probabilities.shape)
+    return keep.to(probabilities.dtype) / (1.0 - dropout_p)
+
+
+def _dense_bias(
+    table: Tensor | None, window_size: Sequence[int], windows: geo.WindowGeometry, bias_index: str, device: torch.device
+) -> Tensor | None:
+    """Expand the table to (h, N, N)."""
+    if table is None:
+        return None
+    rows = geo.bias_rows(window_size, windows, bias_index, device)
+    return table.index_select(0, rows.flatten()).t().unflatten(1, rows.shape)
+
+
+def _additive_mask(windows: geo.WindowGeometry, mask_value: float, like: Tensor) -> Tensor | None:
+    """Region mask as what is added to the scores, (nW, N, N)."""
+    separated = geo.region_mask(windows, like.device)
+    if separated is None:
+        return None
+    return torch.zeros(separated.shape, dtype=accumulator_dtype(like.dtype), device=like.device).masked_fill(
+        separated, mask_value
+    )
+
+
+def _real_tokens(windows: geo.WindowGeometry, device: torch.device) -> Tensor:
+    """Which tokens of the padded grid are not padding, bool (Dp, Hp, Wp)."""
+    depth, height, width = (
+        torch.arange(padded, device=device) < size for padded, size in zip(windows.padded, windows.grid, strict=True)
+    )
+    return depth[:, None, None] & height[:, None] & width
+
+
+def _to_windows(x: Tensor, windows: geo.WindowGeometry, pad_value: Tensor | None = None) -> Tensor:
+    """Pad, roll and partition a grid (B, D, H, W, ...) into windows (B * nW, N, ...)."""
+    batch, tail = x.shape[0], x.shape[4:]
+    depth, height, width = (p - g for p, g in zip(windows.padded, windows.grid, strict=True))
+    if depth or height or width:
+        x = F.pad(x, (0, 0) * len(tail) + (0, width, 0, height, 0, depth))
+        if pad_value is not None:
+            real = _real_tokens(windows, x.device).reshape(*windows.padded, *(1 for _ in tail))
+            x = torch.where(real, x, pad_value)
+    x = x.roll([-s for s in windows.shift], (1, 2, 3))
+    (nd, nh, nw), (wd, wh, ww) = windows.counts, windows.window
+    x = x.reshape(batch, nd, wd, nh, wh, nw, ww, *tail).permute(0, 1, 3, 5, 2, 4, 6, *range(7, 7 + len(tail)))
+    return x.reshape(batch * windows.num_windows, windows.num_tokens, *tail)
+
+
+def _from_windows(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
+    """Merge windows (B * nW, N, ...) back and undo the roll: the padded grid (B, Dp, Hp, Wp, ...)."""
+    tail = x.shape[2:]
+    batch = x.shape[0] // windows.num_windows
+    x = x.reshape(batch, *windows.counts, *windows.window, *tail).permute(0, 1, 4, 2, 5, 3, 6, *range(7, 7 + len(tail)))
+    x = x.reshape(batch, *windows.padded, *tail)  # from (B, nd, wd, nh, wh, nw, ww, ...)
+    return x.roll(windows.shift, (1, 2, 3))
+
+
+def _crop(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
+    depth, height, width = windows.grid
+    return x[:, :depth, :height, :width]
