@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-import vidattn
+import vidattn.models
+import vidattn.ops
 from vidattn.memory import PeakMemory, format_bytes
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for op in ops:
         print(f"\n{op}")
         for backend in vidattn.list_backends():
-            print(f"  {backend:<10}{'; '.join(reasons[op, backend]) or 'available'}")
+            print(f"  {backend:<11}{'; '.join(reasons[op, backend]) or 'available'}")
     return 0
 
 
