@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vidattn
 from benchmarks.rounds import CLOCK, GEMM
 from benchmarks.shapes import DTYPES, MODEL_CASES, SMOKE_MODEL_CASES
+from vidattn.models import create_model
 
 CASES = MODEL_CASES | SMOKE_MODEL_CASES
 CONTENDERS = ("eager", "compiled", "vidattn")
@@ -21,7 +22,7 @@ def build(case: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, .
     """Make a model with random weights and a random video, the same ones for every contender, and the call to time."""
     shape = CASES[case]
     torch.manual_seed(0)
-    model = vidattn.models.create_model(shape.model, **dict(shape.overrides)).eval().to(DTYPES[dtype])
+    model = create_model(shape.model, **dict(shape.overrides)).eval().to(DTYPES[dtype])
     video = torch.randn(shape.video_shape).to(DTYPES[dtype])
     if contender == "vidattn":
         vidattn.accelerate(model)
@@ -41,7 +42,7 @@ def model_flops(case: str) -> int:
     """Operations of one inference, counted on the reference model without running it."""
     shape = CASES[case]
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = vidattn.models.create_model(shape.model, **dict(shape.overrides)).eval()
+        model = create_model(shape.model, **dict(shape.overrides)).eval()
         model(torch.empty(shape.video_shape))
     return counter.get_total_flops()
 

@@ -1,0 +1,157 @@
+"""The package as it is installed: what it needs, what it brings."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vidattn
+
+ROOT = Path(__file__).parent.parent
+
+# Makes everything but torch and its own requirements unimportable, then uses the package.
+BARE = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    names = {"triton", "numpy", "av", "rich", "matplotlib", "safetensors", "PIL", "torchvision", "pytest", "hypothesis"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names or name == "vidattn._C":
+            raise ModuleNotFoundError(f"{name} is absent", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import vidattn
+"""
+
+
+def run_bare(code: str, folder: Path) -> str:
+    """Run code on a copy of the package without its extension, and with no compiler and no GPU in reach."""
+    if not (folder / "vidattn").exists():
+        shutil.copytree(ROOT / "vidattn", folder / "vidattn", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    hidden = ("VIDATTN_BACKEND", "VIDATTN_CPU_ISA", "CC", "CXX", "CUDA_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PYTHONPATH": str(folder), "PATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore::UserWarning:torch", "-c", BARE + code]
+    child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bare")
+
+
+def test_works_with_nothing_but_torch(folder):
+    printed = run_bare(
+        """
+qkv = torch.randn(1, 3, 5, 4, 3, 2, 8, requires_grad=True)
+table = torch.randn(3 * 5 * 5, 2, requires_grad=True)
+context = vidattn.window3d_attention(qkv, table, window_size=(2, 3, 3), shift_size=1)
+context.sum().backward()
+assert context.shape == (1, 3, 5, 4, 16) and table.grad.isfinite().all() and qkv.grad.shape == qkv.shape
+reasons = vidattn.why_not("window3d_attention", backend="cpu")
+print(vidattn.__file__, len(reasons), "vidattn._C is absent" in str(reasons), sep="|")
+""",
+        folder,
+    )
+    file, count, named = printed.strip().split("|")
+    assert Path(file).is_relative_to(folder)
+    assert int(count) >= 1 and named == "True"  # the reason for no cpu backend is the one the import gave
+
+
+def test_a_named_backend_stays_strict_without_the_extension(folder):
+    printed = run_bare(
+        """
+try:
+    vidattn.window3d_attention(torch.randn(1, 2, 2, 2, 3, 1, 4), window_size=2, backend="cpu")
+except ValueError as error:
+    print(error)
+""",
+        folder,
+    )
+    assert "backend 'cpu' cannot run this call" in printed
+
+
+def test_model_and_accelerate_work_with_nothing_but_torch(folder):
+    printed = run_bare(
+        """
+model = vidattn.models.create_model("video_swin_t", embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5).eval()
+video = torch.randn(1, 3, 4, 32, 32)
+with torch.no_grad():
+    before = model(video)
+    vidattn.accelerate(model)
+    print((model(video) - before).abs().max().item())
+""",
+        folder,
+    )
+    assert float(printed) < 1e-5
+
+
+def test_import_needs_only_torch():
+    code = (
+        "import torch, sys; before = set(sys.modules); import vidattn;"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}"
+        " - set(sys.stdlib_module_names) - {'vidattn', 'torch'}))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == []
+
+
+def test_version_is_a_literal():
+    # setuptools reads it without importing the package, which would need torch.
+    tree = ast.parse((ROOT / "vidattn" / "__init__.py").read_text())
+    values = [
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "__version__"
+        and isinstance(node.value, ast.Constant)
+    ]
+    assert values == [vidattn.__version__]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", vidattn.__version__)
+
+
+def test_kernels_folder_does_not_shadow_the_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import kernels; print(getattr(kernels, '__file__', None))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "None"  # a namespace, which any installed package goes before
+
+
+def build_wheel(tree: Path, target: Path) -> list[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    environment = os.environ | {"VIDATTN_BUILD_EXT": "0"}
+    child = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(tree)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    (wheel,) = target.glob("*.whl")
+    assert wheel.name == f"vidattn-{vidattn.__version__}-py3-none-any.whl"
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_of_pure_python_holds_the_package(tmp_path):
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
+    (tree / "kernels" / "probe.py").write_text('"""Stands for a Triton kernel."""\n')
+    names = build_wheel(tree, tmp_path / "wheel")
+    expected = {path.relative_to(tree).as_posix() for path in (tree / "vidattn").rglob("*.py")}
+    expected |= {"vidattn/py.typed", "vidattn/labels/kinetics400.txt", "vidattn/kernels/probe.py"}
+    assert expected <= set(names)
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in inside} == {"vidattn"}
+    assert not [name for name in inside if not name.endswith((".py", ".typed", ".txt"))]
+    info = f"vidattn-{vidattn.__version__}.dist-info"
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", f"{info}/entry_points.txt"} <= set(names)
