@@ -259,6 +259,8 @@ def test_demo_compares_both_models(tmp_path: Path):
 def test_demo_errors():
     assert_one_line_error(run("--clip", "nowhere.mp4", program="vidattn.demo"), "no such file")
     assert_one_line_error(run("--output", "demo.txt", program="vidattn.demo"), "--output")
+    assert_one_line_error(run("--output", "nowhere/demo.png", program="vidattn.demo"), "no such folder")
+    assert_one_line_error(run("--frames", "no", program="vidattn.demo"), "--frames", "from 1")
 
 
 def test_rendered_shapes_are_a_video(tmp_path: Path):

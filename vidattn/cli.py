@@ -62,17 +62,18 @@ def fail(message: str) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message as one line and exits with code 2."""
         sys.exit(fail(f"{message} (see {self.prog} --help)"))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vidattn", description="Exact, fast attention for video transformers.", allow_abbrev=False)
+    parser = Parser(prog="vidattn", description="Exact, fast attention for video transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"vidattn {vidattn.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
     command = commands.add_parser("info", help="versions, what is built, which backends can run and why not")
     command.set_defaults(run=_info)
@@ -88,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("clip", metavar="CLIP", type=Path, help="video file")
     add("--model", required=True, metavar="NAME", help=f"one of {', '.join(vidattn.models.list_models())}")
     add("--checkpoint", metavar="FILE", type=Path, help="weights; without them the model is random")
-    add("--frames", metavar="N", type=_positive, help="frames of a clip, if not as the model was tested")
-    add("--stride", metavar="N", type=_positive, help="distance of the frames, if not as the model was tested")
+    add("--frames", metavar="N", type=positive, help="frames of a clip, if not as the model was tested")
+    add("--stride", metavar="N", type=positive, help="distance of the frames, if not as the model was tested")
     add(
         "--views",
         metavar="CLIPSxCROPS",
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--labels", metavar="FILE", type=Path, help="class names, one a line (Kinetics-400's for 400 classes)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of weights and activations")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-    add("--topk", metavar="K", type=_positive, default=5, help="classes to print")
+    add("--topk", metavar="K", type=positive, default=5, help="classes to print")
     add("--seed", metavar="N", type=int, default=0, help="of the random weights")
     command.set_defaults(run=_classify)
 
@@ -115,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Reads a whole number from 1; a type of arguments."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)

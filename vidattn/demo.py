@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import vidattn.models
-from vidattn.cli import CommandError, explained, fail, load_model, need, progress, read_views
+from vidattn.cli import CommandError, Parser, explained, fail, load_model, need, positive, progress, read_views
 from vidattn.memory import PeakMemory, format_bytes
 
 VARIANTS = ("reference", "accelerated")
@@ -57,13 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["--output", "demo.png"])  # doctest: +SKIP
         0
     """
-    parser = argparse.ArgumentParser(prog="python -m vidattn.demo", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m vidattn.demo", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--clip", type=Path, help="video file; moving shapes are rendered unless given")
     parser.add_argument("--model", default="video_swin_t", metavar="NAME", help="default: video_swin_t")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; without them the model is random")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="default: demo.png")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of the clip, if not as the model was tested")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed runs of each model (default: 3)")
+    parser.add_argument(
+        "--frames", type=positive, metavar="N", help="frames of the clip, if not as the model was tested"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="timed runs of each model (default: 3)")
     # Set by the demo itself for the processes that measure memory.
     parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args(
@@ -86,6 +88,8 @@ def _demo(options: argparse.Namespace) -> int:
             raise CommandError(f"{name}: no such file: {file}")
     if options.output.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise CommandError(f"--output: expected a .png, .pdf, .svg or .jpg file, got {options.output}")
+    if not options.output.absolute().parent.is_dir():
+        raise CommandError(f"--output: no such folder: {options.output.parent}")
 
     with tempfile.TemporaryDirectory() as folder:
         title = str(options.clip)
