@@ -19,6 +19,7 @@ import torch
 
 import vidattn.models
 import vidattn.ops
+from vidattn.backends import AttentionCall, choose_backend
 from vidattn.memory import PeakMemory, format_bytes
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(1, 1),
         help="views to average, such as 4x3 (default: 1x1)",
     )
-    add("--backend", choices=["auto", *vidattn.list_backends()], default="auto", help="what computes the attention")
+    add("--backend", choices=["auto", *vidattn.list_backends()], help="what computes the attention")
     add("--labels", metavar="FILE", type=Path, help="class names, one a line (Kinetics-400's for 400 classes)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of weights and activations")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
@@ -203,8 +204,7 @@ def _classify(options: argparse.Namespace, rest: Sequence[str]) -> int:
     views = read_views(options, spec)
     decoding = time.perf_counter() - started
     model, weights = load_model(options, num_classes)
-    with explained("--backend"):
-        acceleration = vidattn.accelerate(model, backend=None if options.backend == "auto" else options.backend)
+    attention = accelerate_model(model, options)
 
     height, width = views.frames.shape[-2:]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -215,7 +215,7 @@ def _classify(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     print(f"model       {options.model}, {parameters / 1e6:.1f} M parameters, {options.dtype} on {options.device}")
     print(f"weights     {weights}")
-    print(f"attention   {_summary(acceleration)}", flush=True)
+    print(f"attention   {attention}", flush=True)
 
     with PeakMemory(options.device) as memory:
         started = time.perf_counter()
@@ -300,8 +300,16 @@ def _average_views(model: torch.nn.Module, views: VideoViews, options: argparse.
     return total / len(views)
 
 
-def _summary(acceleration: Any) -> str:
-    return str(acceleration)
+def accelerate_model(model: torch.nn.Module, options: argparse.Namespace) -> str:
+    """Accelerates the model in place and says what was swapped and which backend computes the attention."""
+    with explained("--backend"):
+        result = vidattn.accelerate(model, backend=options.backend)
+        ops = sorted({op for row in result.swapped for op in row.twin.ops})  # type: ignore[attr-defined]
+        calls = [AttentionCall(op, options.device, DTYPES[options.dtype], head_dim=32) for op in ops]
+        chosen = dict.fromkeys(choose_backend(call, options.backend) for call in calls)
+    counts = f"{len(result.swapped)} modules accelerated, {len(result.skipped)} skipped"
+    reasons = "".join(f"\n            {row.name} skipped: {row.reason}" for row in result.skipped)
+    return f"backend {' and '.join(chosen) or 'none'}; {counts}{reasons}"
 
 
 @contextmanager

@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 import vidattn.models
-from vidattn.cli import CommandError, Parser, explained, fail, load_model, need, positive, progress, read_views
+from vidattn.cli import (
+    CommandError,
+    Parser,
+    accelerate_model,
+    explained,
+    fail,
+    load_model,
+    need,
+    positive,
+    progress,
+    read_views,
+)
 from vidattn.memory import PeakMemory, format_bytes
 
 VARIANTS = ("reference", "accelerated")
@@ -69,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Set by the demo itself for the processes that measure memory.
     parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args(
-        arguments, argparse.Namespace(stride=None, views=(1, 1), seed=0, device="cpu", dtype="float32")
+        arguments, argparse.Namespace(stride=None, views=(1, 1), seed=0, device="cpu", dtype="float32", backend=None)
     )
     try:
         return _measure(options) if options.measure else _demo(options)
@@ -143,7 +154,7 @@ def compare(model: torch.nn.Module, batch: Tensor, options: argparse.Namespace, 
         (3.2, 1.4)
     """
     accelerated = copy.deepcopy(model)
-    print(f"attention {_accelerate(accelerated)}", flush=True)
+    print(f"attention {accelerate_model(accelerated, options)}", flush=True)
     models = (model, accelerated)
     steps = len(models) * (options.rounds + 2)
     with progress(plain=True) as advance, torch.inference_mode():
@@ -167,10 +178,6 @@ def compare(model: torch.nn.Module, batch: Tensor, options: argparse.Namespace, 
     return Comparison((logits[0], logits[1]), (best[0], best[1]), (used[0], used[1]))
 
 
-def _accelerate(model: torch.nn.Module) -> Any:
-    return vidattn.accelerate(model)
-
-
 def _peak_in_own_process(variant: str, batch: Path, options: argparse.Namespace) -> int | None:
     command = [sys.executable, "-m", "vidattn.demo", "--model", options.model, "--measure", variant, str(batch)]
     if options.checkpoint:
@@ -186,7 +193,7 @@ def _measure(options: argparse.Namespace) -> int:
     variant, file = options.measure
     model, _ = load_model(options, vidattn.models.get_input_spec(options.model).num_classes)
     if variant == "accelerated":
-        _accelerate(model)
+        accelerate_model(model, options)
     batch = torch.load(file, weights_only=True)
     with torch.inference_mode():
         model(batch[:, :, :2, :32, :32])  # loads code and starts threads, which are not the model's memory
