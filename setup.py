@@ -37,7 +37,7 @@ def extension():
         include_dirs=[str(Path("csrc").resolve())],
         depends=sources("csrc/**/*.h"),
         # Absolute paths appear in error messages unless mapped to relative ones.
-        extra_compile_args={"cxx": ["-O3", TORCH_TARGET, "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized", f"-ffile-prefix-map={Path().resolve()}/="]},
+        extra_compile_args={"cxx": ["-O3", TORCH_TARGET, "-fvisibility=hidden", "-g0", "-Wno-uninitialized", f"-ffile-prefix-map={Path().resolve()}/="]},
         extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
 

@@ -15,8 +15,8 @@ template <class T>
 struct Plain {
   using Acc = T;
   using Word = T;
+  using Exp2 = typename Exp2Of<T>::type;
   static constexpr int pack = 1;
-  static constexpr bool scale_query = true;  // scale * log2(e) may be multiplied into q: no rounding beyond the product's own
 
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
 
@@ -35,8 +35,8 @@ struct Plain {
 struct Bf16Pairs {
   using Acc = float;
   using Word = float;  // 32 bits that hold two bfloat16, the first in the low half; only ever copied
+  using Exp2 = Exp2Bf16;
   static constexpr int pack = 2;
-  static constexpr bool scale_query = false;  // q stays the bfloat16 it was
 
   static VIDATTN_INLINE Vec<float> multiply_add(Word a, Vec<float> b, Vec<float> c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
@@ -53,6 +53,10 @@ struct Bf16Pairs {
       const __m512i high = rows[1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i)) : _mm512_setzero_si512();
       _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
+  }
+  static VIDATTN_INLINE void negate(Word* words, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16)
+      _mm512_storeu_si512(words + i, _mm512_xor_si512(_mm512_loadu_si512(words + i), _mm512_set1_epi32(int(0x80008000))));
   }
   // 32 neighbours of a row, rounded, as 16 words.
   static VIDATTN_INLINE Vec<float> narrow(Vec<float> first, Vec<float> second) {
@@ -91,11 +95,20 @@ VIDATTN_INLINE void clear(V (&c)[R][NV]) {
     for (int n = 0; n < NV; ++n) c[r][n] = V{};
 }
 
-// to[s, lane] = from[lane, s] for `lanes` rows of `steps` words.
+// to[s, lane] = from[lane, s] for `lanes` rows of `steps` words (whole vectors of them are read); lanes is a multiple of the vector.
 template <class Word>
 VIDATTN_INLINE void transpose(const Word* from, int64_t from_step, int64_t lanes, int64_t steps, Word* to) {
-  for (int64_t s = 0; s < steps; ++s)
-    for (int64_t lane = 0; lane < lanes; ++lane) to[s * lanes + lane] = from[lane * from_step + s];
+  constexpr int L = kLanes<Word>;
+  for (int64_t lane = 0; lane < lanes; lane += L)
+    for (int64_t s = 0; s < steps; s += L) {
+      Vec<Word> rows[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) rows[i] = load(from + (lane + i) * from_step + s);
+      exchange_rows<1, Word>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        if (s + i < steps) store(to + (s + i) * lanes + lane, rows[i]);
+    }
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -4,6 +4,9 @@
 // functions of external linkage: the linker keeps one copy of such a function, and it could be the one compiled for a newer CPU.
 #pragma once
 #include <stdint.h>
+
+#include <utility>  // integer_sequence: types only
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -125,40 +128,63 @@ VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
 #endif
 
 template <class T>
-VIDATTN_INLINE T sum(Vec<T> v) {  // pairwise, the same order on every instruction set of one width
-  T x[kLanes<T>];
-  store(x, v);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+VIDATTN_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
 }
 
 template <class T>
 VIDATTN_INLINE T largest(Vec<T> v) {
-  T x[kLanes<T>];
-  store(x, v);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-  return x[0];
+  T top = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) top = top > v[i] ? top : v[i];
+  return top;
+}
+#if defined(__AVX512F__)
+template <>
+VIDATTN_INLINE float sum<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps(v);
+}
+template <>
+VIDATTN_INLINE float largest<float>(Vec<float> v) {
+  return _mm512_reduce_max_ps(v);
+}
+#endif
+
+// One stage of a transposition: blocks of W x W lanes change places across the diagonal.
+template <int W, class T, int... Lane>
+VIDATTN_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> top = __builtin_shufflevector(a, b, (Lane & W ? L + Lane - W : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & W ? L + Lane : Lane + W)...);
+  a = top;
+}
+template <int W, class T>
+VIDATTN_INLINE void exchange_rows(Vec<T>* rows) {
+  if constexpr (W < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & W)) exchange<W, T>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes<T>>());
+    exchange_rows<2 * W, T>(rows);
+  }
 }
 
 VIDATTN_INLINE float log2(float x) { return __builtin_log2f(x); }
 VIDATTN_INLINE double log2(double x) { return __builtin_log2(x); }
 
 // 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding `shifter` rounds x to the
-// integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN gives NaN.
-template <class T>
-struct Exp2;
-template <>
-struct Exp2<float> {
+// integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN gives NaN. The polynomials are minimax on
+// [-1/2, 1/2] with the constant term fixed at 1.
+struct Exp2Float {  // relative error 2e-9, so that rounding dominates: 0.7 ulp in all
   static constexpr float shifter = 12582912.f + 127.f, lowest = -127.f;  // 1.5 * 2^23 + bias
   static constexpr int mantissa = 23;
-  // Minimax on [-1/2, 1/2] with the constant term fixed at 1: relative error 2e-9, so rounding dominates (0.7 ulp in all; degree 5: 1.3).
-  static constexpr float c[] = {1.f,           0.69314718246f, 0.24022647738f,  0.05550332367f,
+  static constexpr float c[] = {1.f,           0.69314718246f, 0.24022647738f, 0.05550332367f,
                                 0.00961843692f, 0.00133988750f, 0.00015353362f};
 };
-template <>
-struct Exp2<double> {
+struct Exp2Bf16 : Exp2Float {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
+  static constexpr float c[] = {1.f, 0.69312417507f, 0.24024099112f, 0.05590642616f, 0.00958285294f};
+};
+struct Exp2Double {  // Taylor: relative error 4e-18
   static constexpr double shifter = 6755399441055744.0 + 1023.0, lowest = -1023.0;  // 1.5 * 2^52 + bias
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.0,
@@ -176,20 +202,28 @@ struct Exp2<double> {
                                  2.5678435993488205141e-11,
                                  1.3691488853904128881e-12};
 };
-
-template <class T>
+template <class E, class T>
 VIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
-  using E = Exp2<T>;
   typedef Bits<T> IntVec __attribute__((vector_size(kVectorBytes)));
   x = max<T>(splat(E::lowest), x);
-  Vec<T> shifted = x + E::shifter;
-  Vec<T> r = x - (shifted - E::shifter);
+  const Vec<T> shifted = x + E::shifter;
+  const Vec<T> r = x - (shifted - E::shifter);
   constexpr int degree = sizeof(E::c) / sizeof(T) - 1;
   Vec<T> p = splat(E::c[degree]);
 #pragma GCC unroll 16
   for (int i = degree - 1; i >= 0; --i) p = p * r + E::c[i];
   return p * (Vec<T>)((IntVec)shifted << E::mantissa);
 }
+template <class T>
+struct Exp2Of;
+template <>
+struct Exp2Of<float> {
+  using type = Exp2Float;
+};
+template <>
+struct Exp2Of<double> {
+  using type = Exp2Double;
+};
 
 // Storage types. The two 16-bit ones are plain bit patterns: conversions are exact upwards and round to nearest even downwards.
 struct bf16 {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -20,10 +21,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Window3dKernels& kernels_for(ScalarType type) {
+const Window3dKernels& kernels_for(ScalarType type, double scale) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
-  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16) return window3d_avx512bf16.bfloat16;
+  // Packed bfloat16 scores are scaled after the bias is added, so the bias is divided by the scale: not with extreme ones.
+  const bool divisible = std::abs(scale) > 1e-6 && std::abs(scale) < 1e6;
+  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16 && divisible) return window3d_avx512bf16.bfloat16;
   const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512 : isa == Isa::avx2 ? window3d_avx2 : window3d_baseline;
 #else
   const Window3dTable& table = window3d_baseline;
@@ -112,7 +115,7 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vect
   Window3dArgs a = make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.out = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type());
+  const Window3dKernels& kernels = kernels_for(q.scalar_type(), scale);
   run(a, kernels, false, a.heads * a.groups, kernels.forward);
 }
 
@@ -164,7 +167,7 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> b
   a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
   a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type());
+  const Window3dKernels& kernels = kernels_for(q.scalar_type(), scale);
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (q.scalar_type() == ScalarType::Double)
     backward_as(a, kernels, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));

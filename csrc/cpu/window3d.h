@@ -24,6 +24,10 @@ class Window3d {
   static constexpr int kPairs = kQueryRows / P::pack;  // words of a tile's column packed along the queries
   static constexpr int kBlocks = 56 / kQueryRows;   // query blocks that share one pass over the keys in the backward
   static constexpr int kMaxDim = 128;
+  // Scores are computed in base 2. Where it costs no rounding beyond the product's own, scale * log2(e) is multiplied into the query; packed
+  // bfloat16 queries only take its sign, and the scores are scaled (by score_scale_) on their way into exp2. Bias and mask are added before
+  // that, divided by what comes after.
+  static constexpr bool kScaleQuery = P::pack == 1;
   static constexpr T kLog2e = T(1.44269504088896340736), kLn2 = T(0.69314718055994530942), kInfinity = T(__builtin_inf());
 
  public:
@@ -37,8 +41,8 @@ class Window3d {
         tiles_(ceil_div(n_, kWidth)),
         slice_(args.bias_is_table ? args.bias_extent[0] * args.bias_extent[1] : n_),
         slices_(ceil_div(n_, slice_)),
-        query_scale_(P::scale_query ? T(args.scale) * kLog2e : T(1)),
-        score_scale_(P::scale_query ? T(1) : T(args.scale) * kLog2e),
+        query_scale_(kScaleQuery ? T(args.scale) * kLog2e : T(args.scale < 0 ? -1 : 1)),
+        score_scale_(kScaleQuery ? T(1) : T(args.scale < 0 ? -args.scale : args.scale) * kLog2e),
         dropout_{args.dropout_p, args.seed},
         arena_(base),
         windows_{{args, tiles_ * kWidth, arena_}, {args, tiles_ * kWidth, arena_}} {
@@ -48,7 +52,7 @@ class Window3d {
     expanded_size_ = a_.bias_is_table ? (slice_ < n_ ? slice_ : n_) * (2 * slices_ - 1) * slice_ : 0;
     if (a_.bias_is_table) {
       table_ = arena.take<T>(a_.bias_size);
-      expanded_ = arena.take<T>(expanded_size_);
+      expanded_ = arena.take<T>(expanded_size_ + kWidth);  // the last tile of a row reads on
     }
     stage_ = arena.take<Word>(kWidth * kMaxDim);
     keys_in_lanes_ = arena.take<Word>(tiles_ * kWidth * steps_);
@@ -186,15 +190,13 @@ class Window3d {
     bias_ = nullptr;
     if (!a_.bias) return;
     bias_ = (const T*)a_.bias + head * a_.bias_size;
-    bias_scale_ = kLog2e;
     if (!a_.bias_is_table) return;
     for (int64_t row = 0; row < a_.bias_size; ++row)
-      table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head] * kLog2e;
+      table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head] * addend_scale();
     for_each_run([&](int64_t to, int64_t row, int64_t length) {
       for (int64_t i = 0; i < length; ++i) expanded_[to + i] = table_[row + i];
     });
     bias_ = expanded_;
-    bias_scale_ = 1;
   }
 
   // [tile][step][key in lane]: the operand of products summed over head_dim.
@@ -202,7 +204,7 @@ class Window3d {
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       for (int64_t lane = 0; lane < kWidth; ++lane) {
         const int64_t j = tile * kWidth + lane;
-        P::row_words(j < n_ ? tensor.row(j) : nullptr, d_, steps_, stage_ + lane * kMaxDim);
+        P::row_words(j < n_ ? tensor.row(j) : nullptr, d_, padded_, stage_ + lane * kMaxDim);
       }
       transpose(stage_, kMaxDim, kWidth, steps_, to + tile * kWidth * steps_);
     }
@@ -219,30 +221,35 @@ class Window3d {
 
   void pack_query(const In* row, Word* to) {
     P::row_words(row, d_, padded_, to);
-    if constexpr (P::scale_query)
+    if constexpr (kScaleQuery)
       for (int64_t c = 0; c < d_; ++c) to[c] *= query_scale_;
+    else if (query_scale_ < 0)
+      P::negate(to, padded_);
   }
 
-  // Products of a query block with the keys of a tile, made log2-scores: scaled, biased, masked; -inf beyond the last key.
+  T addend_scale() const { return kLog2e / score_scale_; }
+
+  // Products of a query block with the keys of a tile plus bias and mask: log2-scores but for score_scale_; -inf beyond the last key.
   template <int NV, bool Tail>
   VIDATTN_INLINE void score_tile(const Word* q, int64_t tile, const T* const* bias, const T* const* mask, Vec<T> (&s)[kQueryRows][NV]) {
+    const int64_t first = tile * kWidth, left = n_ - first;
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
-    const int64_t first = tile * kWidth, left = n_ - first;
-    if (!P::scale_query) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kQueryRows; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) s[r][n] *= score_scale_;
-    }
-    if (bias_) add_rows<NV, Tail>(bias, bias_scale_, first, left, s);
-    if (mask[0]) add_rows<NV, Tail>(mask, kLog2e, first, left, s);
+    // Added last, not as the start of the sums: a large bias would round every partial sum.
+    if (bias_) add_rows<NV, Tail>(bias, a_.bias_is_table ? T(1) : addend_scale(), first, left, s);
+    if (mask[0]) add_rows<NV, Tail>(mask, addend_scale(), first, left, s);
     if (Tail) {
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) s[r][n] = keep_first(s[r][n], left - n * kLanes<T>, -kInfinity);
     }
+  }
+
+  // exp2 of scaled scores minus `top`, the row's maximum or log-sum-exp in base 2.
+  VIDATTN_INLINE Vec<T> weight(Vec<T> score, T top) const {
+    if constexpr (kScaleQuery) return exp2<typename P::Exp2, T>(score - top);
+    return exp2<typename P::Exp2, T>(score * score_scale_ - top);
   }
 
   template <int NV, bool Tail>
@@ -305,7 +312,6 @@ class Window3d {
   bool announced_ = false;
   int64_t head_ = -1, announced_head_ = 0;
   const T* bias_ = nullptr;  // of the current head
-  T bias_scale_ = 1;
 
   // Scratch memory.
   int64_t* bias_offset_;

@@ -42,7 +42,7 @@ void Window3d<P, In>::backward_window() {
   for (int64_t i = 0; i < keys * padded_; ++i) dk_[i] = dv_[i] = 0;
   for (int64_t first = 0; first < now_->query_count(); first += kRows) backward_blocks(q, out, dout, dq, first);
 
-  const T dk_scale = P::scale_query ? kLn2 : T(a_.scale);  // a scaled query carries scale * log2(e)
+  const T dk_scale = T(a_.scale) / query_scale_;  // the packed query is scaled
   for (int64_t j = 0; j < n_; ++j) {
     if (now_->real(j)) {
       narrow_row(dk_ + j * padded_, dk_scale, dk.row(j), d_);
@@ -126,7 +126,7 @@ void Window3d<P, In>::backward_tile(int64_t tile, int64_t blocks) {
 #pragma GCC unroll 16
     for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) store(p + r * kWidth + n * kLanes<T>, exp2<T>(s[r][n] - lse_[row + r]));
+      for (int n = 0; n < NV; ++n) store(p + r * kWidth + n * kLanes<T>, weight(s[r][n], lse_[row + r]));
 
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(dout_ + row * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);

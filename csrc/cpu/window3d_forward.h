@@ -7,17 +7,19 @@ namespace VIDATTN_ISA {
 // Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the undropped ones.
 template <class P, class In>
 void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
-  if (dropout_.p > 0) dropout_.factors(0, tiles_ * kWidth, i, head_, now_->group(), keep_);
+  const bool drop = dropout_.p > 0;
+  T *const keep = keep_, *const scores = scores_;
+  if (drop) dropout_.factors(0, tiles_ * kWidth, i, head_, now_->group(), keep_);
   Vec<T> total[2] = {};
   for_each_tile([&](int64_t tile, auto vectors, auto) {
     constexpr int NV = decltype(vectors)::value;
-    T* s = scores_ + (tile * kQueryRows + r) * kWidth;
+    T* s = scores + (tile * kQueryRows + r) * kWidth;
     Vec<T> p[2] = {};
 #pragma GCC unroll 2
     for (int n = 0; n < NV; ++n) {
-      p[n] = exp2<T>(load(s + n * kLanes<T>) - m);
+      p[n] = weight(load(s + n * kLanes<T>), m);
       total[n] += p[n];
-      if (dropout_.p > 0) p[n] *= load(keep_ + tile * kWidth + n * kLanes<T>);
+      if (drop) p[n] *= load(keep + tile * kWidth + n * kLanes<T>);
       if (P::pack == 1) store(s + n * kLanes<T>, p[n]);
     }
     if constexpr (P::pack == 2) store(weights_ + (tile * kQueryRows + r) * kWords, P::narrow(p[0], p[1]));
@@ -52,7 +54,7 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
   T inverse[kQueryRows];
   for (int r = 0; r < count; ++r) {
     const int64_t i = now_->query(first + r);
-    T m = largest<T>(top[r]), sum;
+    T m = largest<T>(top[r]) * score_scale_, sum;
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     softmax_row(r, i, m, &sum);
     inverse[r] = sum == 0 ? T(0) : 1 / sum;
