@@ -83,15 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         "classify",
         help="classify a video clip",
         description="Classify a video clip by the test protocol of the model's paper.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = command.add_argument
     add("clip", metavar="CLIP", type=Path, help="video file")
     add("--model", required=True, metavar="NAME", help=f"one of {', '.join(vidattn.models.list_models())}")
     add("--checkpoint", metavar="FILE", type=Path, help="weights; without them the model is random")
-    add("--frames", metavar="N", type=positive, help="frames of a clip, if not as the model was tested")
-    add("--stride", metavar="N", type=positive, help="distance of the frames, if not as the model was tested")
+    add("--frames", metavar="N", type=positive, help="frames of a clip (default: as the model was tested)")
+    add("--stride", metavar="N", type=positive, help="distance of the frames (default: as the model was tested)")
     add(
         "--views",
         metavar="CLIPSxCROPS",
@@ -99,12 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         default=(1, 1),
         help="views to average, such as 4x3 (default: 1x1)",
     )
-    add("--backend", choices=["auto", *vidattn.list_backends()], help="what computes the attention")
-    add("--labels", metavar="FILE", type=Path, help="class names, one a line (Kinetics-400's for 400 classes)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of weights and activations")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-    add("--topk", metavar="K", type=positive, default=5, help="classes to print")
-    add("--seed", metavar="N", type=int, default=0, help="of the random weights")
+    add(
+        "--backend",
+        choices=["auto", *vidattn.list_backends()],
+        help="what computes the attention (default: VIDATTN_BACKEND, else auto)",
+    )
+    add("--labels", metavar="FILE", type=Path, help="class names, one a line (default: Kinetics-400's for 400 classes)")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of weights and activations (default: float32)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    add("--topk", metavar="K", type=positive, default=5, help="classes to print (default: 5)")
+    add("--seed", metavar="N", type=int, default=0, help="of the random weights (default: 0)")
     command.set_defaults(run=_classify)
 
     command = commands.add_parser(

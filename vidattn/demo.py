@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; without them the model is random")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="default: demo.png")
     parser.add_argument(
-        "--frames", type=positive, metavar="N", help="frames of the clip, if not as the model was tested"
+        "--frames", type=positive, metavar="N", help="frames of the clip (default: as the model was tested)"
     )
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="timed runs of each model (default: 3)")
     # Set by the demo itself for the processes that measure memory.
@@ -286,7 +286,7 @@ def draw(frames: Tensor, names: Sequence[str], found: Comparison, title: str, pa
         classes.invert_yaxis()
         difference = (found.logits[0] - found.logits[1]).abs().max()
         classes.set_title(f"probability, %  (largest logit difference {difference:.1e})")
-        classes.legend(loc="lower right", frameon=True)
+        classes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
 
         mebibytes = [(value or 0) / 2**20 for value in found.bytes]
         for axes, heights, name, form in (
