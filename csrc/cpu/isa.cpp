@@ -17,8 +17,8 @@ bool runs_here(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case Isa::avx2:
       return avx2;
@@ -44,7 +44,8 @@ Isa choose() {
   }
   for (int i = 0; i < 4; ++i)
     if (kNames[i] == std::string(wanted)) {
-      STD_TORCH_CHECK(runs_here(Isa(i)), "VIDATTN_CPU_ISA=", wanted, " is not supported by this CPU; it can run: ", available_isas());
+      STD_TORCH_CHECK(runs_here(Isa(i)), "VIDATTN_CPU_ISA=", wanted,
+                      " is not supported by this CPU; it can run: ", available_isas());
       return Isa(i);
     }
   STD_TORCH_CHECK(false, "VIDATTN_CPU_ISA: expected one of ", available_isas(), ", got ", wanted);
@@ -64,7 +65,9 @@ Isa current_isa() {
   return isa;
 }
 
-std::string current_isa_name() { return kNames[int(current_isa())]; }
+std::string current_isa_name() {
+  return kNames[int(current_isa())];
+}
 
 }  // namespace vidattn
 

@@ -1,4 +1,5 @@
-// philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the dropout mask of every backend.
+// philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the dropout mask of every
+// backend.
 #pragma once
 #include <stdint.h>
 
@@ -26,7 +27,8 @@ struct Dropout {
   double p;
   uint64_t seed;
 
-  // factor[0, count) = what the probabilities of query i and keys [first, first + count) are multiplied by; first and count are multiples of 4.
+  // factor[0, count) = what the probabilities of query i and keys [first, first + count) are multiplied by; first and
+  // count are multiples of 4.
   template <class T>
   void factors(int64_t first, int64_t count, int64_t i, int64_t head, int64_t group, T* factor) const {
     const T kept = T(1 / (1 - p));

@@ -1,16 +1,17 @@
 // The register tile that all products of the attention kernels run on, and the packed operands it reads.
 //
-// C (R rows, NV vectors) += A (R x steps) * B (steps x NV vectors). One element of A is broadcast at a time, straight from memory. Operands
-// are made of words: one float32 or float64, or a pair of bfloat16 that are neighbours along the summed axis (two products an instruction).
+// C (R rows, NV vectors) += A (R x steps) * B (steps x NV vectors). One element of A is broadcast at a time, straight
+// from memory. Operands are made of words: one float32 or float64, or a pair of bfloat16 that are neighbours along the
+// summed axis (two products an instruction).
 #pragma once
 #include "vec.h"
 
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-// How numbers are multiplied: the type of an accumulator, of a packed word, and how many values a word holds along the summed axis.
-// row_words packs one row of n values along the row; column_words packs `pack` rows along the rows (a null row is zeros). Both fill up to
-// `padded` words with zeros.
+// How numbers are multiplied: the type of an accumulator, of a packed word, and how many values a word holds along the
+// summed axis. row_words packs one row of n values along the row; column_words packs `pack` rows along the rows (a null
+// row is zeros). Both fill up to `padded` words with zeros.
 template <class T>
 struct Plain {
   using Acc = T;
@@ -19,6 +20,7 @@ struct Plain {
   static constexpr int pack = 1;
 
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
+  static VIDATTN_INLINE Vec<T> add_squares(Vec<T> words, Vec<T> c) { return words * words + c; }
 
   template <class In>
   static VIDATTN_INLINE void row_words(const In* row, int64_t n, int64_t padded, Word* to) {
@@ -41,6 +43,9 @@ struct Bf16Pairs {
   static VIDATTN_INLINE Vec<float> multiply_add(Word a, Vec<float> b, Vec<float> c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
   }
+  static VIDATTN_INLINE Vec<float> add_squares(Vec<float> words, Vec<float> c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)words, (__m512bh)words);
+  }
   static VIDATTN_INLINE void row_words(const bf16* row, int64_t n, int64_t padded, Word* to) {
     bf16* halves = reinterpret_cast<bf16*>(to);
     if (row) __builtin_memcpy(halves, row, 2 * n);
@@ -49,14 +54,17 @@ struct Bf16Pairs {
   static VIDATTN_INLINE void column_words(const bf16* const* rows, int64_t n, int64_t padded, Word* to) {
     for (int64_t i = 0; i < padded; i += 16) {
       const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n > i ? n - i : 0)) - 1;
-      const __m512i low = rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[0] + i)) : _mm512_setzero_si512();
-      const __m512i high = rows[1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i)) : _mm512_setzero_si512();
+      const __m512i low =
+          rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[0] + i)) : _mm512_setzero_si512();
+      const __m512i high =
+          rows[1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i)) : _mm512_setzero_si512();
       _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
   static VIDATTN_INLINE void negate(Word* words, int64_t count) {
     for (int64_t i = 0; i < count; i += 16)
-      _mm512_storeu_si512(words + i, _mm512_xor_si512(_mm512_loadu_si512(words + i), _mm512_set1_epi32(int(0x80008000))));
+      _mm512_storeu_si512(words + i,
+                          _mm512_xor_si512(_mm512_loadu_si512(words + i), _mm512_set1_epi32(int(0x80008000))));
   }
   // 32 neighbours of a row, rounded, as 16 words.
   static VIDATTN_INLINE Vec<float> narrow(Vec<float> first, Vec<float> second) {
@@ -64,8 +72,8 @@ struct Bf16Pairs {
   }
   // 16 lanes of two neighbouring rows, rounded, as 16 words.
   static VIDATTN_INLINE Vec<float> pair(Vec<float> row, Vec<float> next_row) {
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                                                3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (Vec<float>)_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(next_row, row));
   }
 };
@@ -73,8 +81,8 @@ struct Bf16Pairs {
 
 // A[r, s] = a[r * RowStep + s * a_step]; B[s] = NV vectors at b + s * b_step.
 template <class P, int R, int NV, int RowStep>
-VIDATTN_INLINE void multiply_tile(const typename P::Word* a, int64_t a_step, const typename P::Word* b, int64_t b_step, int64_t steps,
-                                  Vec<typename P::Acc> (&c)[R][NV]) {
+VIDATTN_INLINE void multiply_tile(const typename P::Word* a, int64_t a_step, const typename P::Word* b, int64_t b_step,
+                                  int64_t steps, Vec<typename P::Acc> (&c)[R][NV]) {
   using Word = typename P::Word;
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
     Vec<Word> row[NV];
@@ -95,7 +103,8 @@ VIDATTN_INLINE void clear(V (&c)[R][NV]) {
     for (int n = 0; n < NV; ++n) c[r][n] = V{};
 }
 
-// to[s, lane] = from[lane, s] for `lanes` rows of `steps` words (whole vectors of them are read); lanes is a multiple of the vector.
+// to[s, lane] = from[lane, s] for `lanes` rows of `steps` words (whole vectors of them are read); lanes is a multiple
+// of the vector.
 template <class Word>
 VIDATTN_INLINE void transpose(const Word* from, int64_t from_step, int64_t lanes, int64_t steps, Word* to) {
   constexpr int L = kLanes<Word>;
@@ -111,8 +120,12 @@ VIDATTN_INLINE void transpose(const Word* from, int64_t from_step, int64_t lanes
     }
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 // Hands out 64-byte aligned pieces of one buffer; with a null buffer it only adds up what is needed.
 class Arena {

@@ -1,7 +1,9 @@
-// Vectors of the instruction set that this file is compiled for, and the few operations that plain operators do not express.
+// Vectors of the instruction set that this file is compiled for, and the few operations that plain operators do not
+// express.
 //
-// Every *_<isa>.cpp defines VIDATTN_ISA (a namespace name) and is compiled with its own flags. Nothing here may include a header with inline
-// functions of external linkage: the linker keeps one copy of such a function, and it could be the one compiled for a newer CPU.
+// Every *_<isa>.cpp defines VIDATTN_ISA (a namespace name) and is compiled with its own flags. Nothing here may include
+// a header with inline functions of external linkage: the linker keeps one copy of such a function, and it could be the
+// one compiled for a newer CPU.
 #pragma once
 #include <stdint.h>
 
@@ -18,8 +20,9 @@ namespace VIDATTN_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kQueryRows = 14;  // 14 x 2 accumulators + 2 key vectors of the 32 registers; the query rides along as an embedded broadcast
-constexpr int kKeyRows = 8;     // rows of the key-major products (dK, dV); divides a tile of 2 vectors
+constexpr int kQueryRows =
+    14;  // 14 x 2 accumulators + 2 key vectors of the 32 registers; the query rides along as an embedded broadcast
+constexpr int kKeyRows = 8;  // rows of the key-major products (dK, dV); divides a tile of 2 vectors
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kQueryRows = 6;  // 6 x 2 accumulators + 2 + 1 of the 16 registers
@@ -169,22 +172,28 @@ VIDATTN_INLINE void exchange_rows(Vec<T>* rows) {
   }
 }
 
-VIDATTN_INLINE float log2(float x) { return __builtin_log2f(x); }
-VIDATTN_INLINE double log2(double x) { return __builtin_log2(x); }
+VIDATTN_INLINE float log2(float x) {
+  return __builtin_log2f(x);
+}
+VIDATTN_INLINE double log2(double x) {
+  return __builtin_log2(x);
+}
 
-// 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding `shifter` rounds x to the
-// integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN gives NaN. The polynomials are minimax on
+// 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding
+// `shifter` rounds x to the integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN
+// gives NaN. The polynomials are minimax on
 // [-1/2, 1/2] with the constant term fixed at 1.
 struct Exp2Float {  // relative error 2e-9, so that rounding dominates: 0.7 ulp in all
   static constexpr float shifter = 12582912.f + 127.f, lowest = -127.f;  // 1.5 * 2^23 + bias
   static constexpr int mantissa = 23;
-  static constexpr float c[] = {1.f,           0.69314718246f, 0.24022647738f, 0.05550332367f,
-                                0.00961843692f, 0.00133988750f, 0.00015353362f};
+  static constexpr float c[] = {
+      1.f, 0.69314718246f, 0.24022647738f, 0.05550332367f, 0.00961843692f, 0.00133988750f, 0.00015353362f};
 };
-struct Exp2Bf16 : Exp2Float {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
+struct Exp2Bf16
+    : Exp2Float {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
   static constexpr float c[] = {1.f, 0.69312417507f, 0.24024099112f, 0.05590642616f, 0.00958285294f};
 };
-struct Exp2Double {  // Taylor: relative error 4e-18
+struct Exp2Double {                                                                 // Taylor: relative error 4e-18
   static constexpr double shifter = 6755399441055744.0 + 1023.0, lowest = -1023.0;  // 1.5 * 2^52 + bias
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.0,
@@ -225,7 +234,8 @@ struct Exp2Of<double> {
   using type = Exp2Double;
 };
 
-// Storage types. The two 16-bit ones are plain bit patterns: conversions are exact upwards and round to nearest even downwards.
+// Storage types. The two 16-bit ones are plain bit patterns: conversions are exact upwards and round to nearest even
+// downwards.
 struct bf16 {
   uint16_t bits;
 };
@@ -244,9 +254,15 @@ VIDATTN_INLINE uint32_t float_to_bits(float f) {
   return u;
 }
 
-VIDATTN_INLINE float widen(float x) { return x; }
-VIDATTN_INLINE double widen(double x) { return x; }
-VIDATTN_INLINE float widen(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+VIDATTN_INLINE float widen(float x) {
+  return x;
+}
+VIDATTN_INLINE double widen(double x) {
+  return x;
+}
+VIDATTN_INLINE float widen(bf16 x) {
+  return bits_to_float(uint32_t(x.bits) << 16);
+}
 VIDATTN_INLINE float widen(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
@@ -258,8 +274,12 @@ VIDATTN_INLINE float widen(f16 x) {
 #endif
 }
 
-VIDATTN_INLINE void narrow(float x, float& y) { y = x; }
-VIDATTN_INLINE void narrow(double x, double& y) { y = x; }
+VIDATTN_INLINE void narrow(float x, float& y) {
+  y = x;
+}
+VIDATTN_INLINE void narrow(double x, double& y) {
+  y = x;
+}
 VIDATTN_INLINE void narrow(float x, bf16& y) {
   const uint32_t u = float_to_bits(x);
   y.bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);

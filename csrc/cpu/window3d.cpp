@@ -1,4 +1,5 @@
-// The native ops of the window family: reads the tensors, spreads the tasks over threads, and adds up what the tasks leave behind.
+// The native ops of the window family: reads the tensors, spreads the tasks over threads, and adds up what the tasks
+// leave behind.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,10 +25,13 @@ using torch::stable::Tensor;
 const Window3dKernels& kernels_for(ScalarType type, double scale) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
-  // Packed bfloat16 scores are scaled after the bias is added, so the bias is divided by the scale: not with extreme ones.
+  // Packed bfloat16 scores are scaled after the bias is added, so the bias is divided by the scale: not with extreme
+  // ones.
   const bool divisible = std::abs(scale) > 1e-6 && std::abs(scale) < 1e6;
   if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16 && divisible) return window3d_avx512bf16.bfloat16;
-  const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512 : isa == Isa::avx2 ? window3d_avx2 : window3d_baseline;
+  const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512
+                               : isa == Isa::avx2 ? window3d_avx2
+                                                  : window3d_baseline;
 #else
   const Window3dTable& table = window3d_baseline;
 #endif
@@ -57,11 +61,14 @@ TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
 }
 
 Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-                       const std::vector<int64_t>& bias_window, const std::optional<Tensor>& mask, const std::optional<Tensor>& pad_qkv,
-                       const std::optional<Tensor>& seed, const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
+                       const std::vector<int64_t>& bias_window, const std::optional<Tensor>& mask,
+                       const std::optional<Tensor>& pad_qkv, const std::optional<Tensor>& seed,
+                       const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
                        const std::vector<int64_t>& wrap, double scale, double mask_value, double dropout_p) {
-  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3, "expected q of 6 dimensions and 3 axes");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "expected q, k and v of one dtype");
+  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3,
+                  "expected q of 6 dimensions and 3 axes");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "expected q, k and v of one dtype");
   Window3dArgs a{};
   a.batch = q.size(0), a.heads = q.size(4), a.head_dim = q.size(5);
   STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
@@ -70,7 +77,8 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
     a.grid[axis] = q.size(axis + 1);
     a.window[axis] = window[axis];
     a.shift[axis] = shift[axis];
-    STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis], "expected 0 <= shift < window");
+    STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis],
+                    "expected 0 <= shift < window");
     a.count[axis] = (a.grid[axis] + window[axis] - 1) / window[axis];
     a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
     a.tokens *= window[axis];
@@ -87,7 +95,8 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
       int64_t rows = 1;
       for (int axis = 0; axis < 3; ++axis) rows *= 2 * (a.bias_window[axis] = bias_window[axis]) - 1;
       a.bias_extent[0] = bias_window[3], a.bias_extent[1] = bias_window[4];
-      STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == rows && bias->size(1) == a.heads, "bias table of the wrong shape");
+      STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == rows && bias->size(1) == a.heads,
+                      "bias table of the wrong shape");
       const int64_t slice = a.bias_extent[0] * a.bias_extent[1];
       STD_TORCH_CHECK((a.tokens + slice - 1) / slice <= a.bias_window[0], "window larger than the bias table's");
     } else {
@@ -106,13 +115,16 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
 template <class F>
 void run(const Window3dArgs& args, const Window3dKernels& kernels, bool backward, int64_t tasks, F task_range) {
   const int64_t bytes = kernels.scratch_bytes(args, backward);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
+  torch::stable::parallel_for(0, tasks, 1,
+                              [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
 }
 
-void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window, std::optional<Tensor> mask,
-             std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, std::vector<int64_t> window, std::vector<int64_t> shift,
-             std::vector<int64_t> wrap, double scale, double mask_value, double dropout_p, Tensor out, Tensor lse) {
-  Window3dArgs a = make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
+             std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed,
+             std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale,
+             double mask_value, double dropout_p, Tensor out, Tensor lse) {
+  Window3dArgs a =
+      make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.out = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
   const Window3dKernels& kernels = kernels_for(q.scalar_type(), scale);
@@ -131,8 +143,8 @@ void sum_chunks(const T* from, int64_t chunks, int64_t size, int64_t stride, T* 
 
 template <class T>
 void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* dpad) {
-  // A partial sum belongs to fixed windows whatever the number of threads: the number of chunks depends on the shapes alone. Dense bias
-  // gradients are large, so there are fewer partial sums of them.
+  // A partial sum belongs to fixed windows whatever the number of threads: the number of chunks depends on the shapes
+  // alone. Dense bias gradients are large, so there are fewer partial sums of them.
   const int64_t wanted = dbias && !a.bias_is_table ? 16 : 128;
   a.chunks = std::clamp<int64_t>((wanted + a.heads - 1) / a.heads, 1, a.groups);
   std::unique_ptr<T[]> dbias_partial, dpad_partial;
@@ -160,10 +172,12 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
 }
 
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
-              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out, Tensor lse,
-              std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale, double mask_value,
-              double dropout_p, Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
-  Window3dArgs a = make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out,
+              Tensor lse, std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap,
+              double scale, double mask_value, double dropout_p, Tensor dq, Tensor dk, Tensor dv,
+              std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
+  Window3dArgs a =
+      make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
   a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
   a.lse = lse.data_ptr();

@@ -1,11 +1,13 @@
 // Shifted-window 3D attention on the CPU: one pass forward, one backward, for one instruction set.
 //
-// A task owns one head and one or more windows. It packs the window's keys and values once, in L2-sized panels, then passes over the query
-// tokens a block of kQueryRows at a time. Nothing is rolled, padded or partitioned: a window's tokens are found by index arithmetic.
+// A task owns one head and one or more windows. It packs the window's keys and values once, in L2-sized panels, then
+// passes over the query tokens a block of kQueryRows at a time. Nothing is rolled, padded or partitioned: a window's
+// tokens are found by index arithmetic.
 //
-// The bias of a query row is one contiguous run of an expanded table. With P tokens to a (height, width) slice, the pair (i, j) depends on the
-// slices of i and j only through their difference, so expanded[p_i][(d_j - d_i + slices - 1) * P + p_j] holds every row of the window at
-// offset (slices - 1 - d_i) * P: (2 * slices - 1) * P^2 entries instead of (slices * P)^2. The bias gradient is summed in the same layout.
+// The bias of a query row is one contiguous run of an expanded table. With P tokens to a (height, width) slice, the
+// pair (i, j) depends on the slices of i and j only through their difference, so expanded[p_i][(d_j - d_i + slices - 1)
+// * P + p_j] holds every row of the window at offset (slices - 1 - d_i) * P: (2 * slices - 1) * P^2 entries instead of
+// (slices * P)^2. The bias gradient is summed in the same layout.
 #pragma once
 #include "philox.h"
 #include "tile.h"
@@ -19,16 +21,17 @@ template <class P, class In>
 class Window3d {
   using T = typename P::Acc;
   using Word = typename P::Word;
-  static constexpr int kWidth = 2 * kLanes<T>;      // keys of a tile
-  static constexpr int kWords = kWidth / P::pack;   // words of a tile's row packed along the keys
+  static constexpr int kWidth = 2 * kLanes<T>;         // keys of a tile
+  static constexpr int kWords = kWidth / P::pack;      // words of a tile's row packed along the keys
   static constexpr int kPairs = kQueryRows / P::pack;  // words of a tile's column packed along the queries
-  static constexpr int kBlocks = 56 / kQueryRows;   // query blocks that share one pass over the keys in the backward
+  static constexpr int kBlocks = 56 / kQueryRows;      // query blocks that share one pass over the keys in the backward
   static constexpr int kMaxDim = 128;
-  // Scores are computed in base 2. Where it costs no rounding beyond the product's own, scale * log2(e) is multiplied into the query; packed
-  // bfloat16 queries only take its sign, and the scores are scaled (by score_scale_) on their way into exp2. Bias and mask are added before
-  // that, divided by what comes after.
+  // Scores are computed in base 2. Where it costs no rounding beyond the product's own, scale * log2(e) is multiplied
+  // into the query; packed bfloat16 queries only take its sign, and the scores are scaled (by score_scale_) on their
+  // way into exp2. Bias and mask are added before that, divided by what comes after.
   static constexpr bool kScaleQuery = P::pack == 1;
-  static constexpr T kLog2e = T(1.44269504088896340736), kLn2 = T(0.69314718055994530942), kInfinity = T(__builtin_inf());
+  static constexpr T kLog2e = T(1.44269504088896340736), kLn2 = T(0.69314718055994530942),
+                     kInfinity = T(__builtin_inf());
 
  public:
   // Lays out the scratch memory; with base == nullptr only bytes() may be called.
@@ -54,6 +57,7 @@ class Window3d {
       table_ = arena.take<T>(a_.bias_size);
       expanded_ = arena.take<T>(expanded_size_ + kWidth);  // the last tile of a row reads on
     }
+    tile_regions_ = arena.take<int>(tiles_);
     stage_ = arena.take<Word>(kWidth * kMaxDim);
     keys_in_lanes_ = arena.take<Word>(tiles_ * kWidth * steps_);
     (backward ? keys_in_rows_ : values_in_rows_) = arena.take<Word>(keys / P::pack * padded_);
@@ -92,7 +96,7 @@ class Window3d {
       take_announced();
       if (task + 1 < end) announce((task + 1) / a_.groups, (task + 1) % a_.groups);
       Tokens q = tokens(kQ), out = tokens(kOut);
-      pack_in_lanes(tokens(kK), keys_in_lanes_);
+      pack_keys(tokens(kK));
       pack_in_rows(tokens(kV), values_in_rows_);
       for (int64_t first = 0; first < now_->query_count(); first += kQueryRows) {
         prefetch(first, first + kQueryRows, kV);
@@ -139,8 +143,8 @@ class Window3d {
     return {(In*)all[slot]->data + head * all[slot]->stride[4], window.offsets(slot), &window, pad};
   }
 
-  // The window after the current one is known in advance, so that its rows can be fetched while the current one is computed: they are short
-  // (one head) and far apart, which no hardware prefetcher foresees.
+  // The window after the current one is known in advance, so that its rows can be fetched while the current one is
+  // computed: they are short (one head) and far apart, which no hardware prefetcher foresees.
   void announce(int64_t head, int64_t group) {
     next_->load(group);
     announced_head_ = head;
@@ -167,19 +171,22 @@ class Window3d {
 
   void fill_bias_offsets() {
     for (int64_t i = 0; i < n_; ++i)
-      bias_offset_[i] = a_.bias_is_table ? ((i % slice_) * (2 * slices_ - 1) + slices_ - 1 - i / slice_) * slice_ : i * n_;
+      bias_offset_[i] =
+          a_.bias_is_table ? ((i % slice_) * (2 * slices_ - 1) + slices_ - 1 - i / slice_) * slice_ : i * n_;
   }
 
-  // Calls run(position in the expanded table, row of the reversed table, length) for every contiguous run that both have in common. The table
-  // is reversed so that its rows ascend with the key's coordinates.
+  // Calls run(position in the expanded table, row of the reversed table, length) for every contiguous run that both
+  // have in common. The table is reversed so that its rows ascend with the key's coordinates.
   template <class F>
   void for_each_run(F run) const {
-    const int64_t height = a_.bias_extent[0], width = a_.bias_extent[1], *w = a_.bias_window, used = slice_ < n_ ? slice_ : n_;
+    const int64_t height = a_.bias_extent[0], width = a_.bias_extent[1], *w = a_.bias_window,
+                  used = slice_ < n_ ? slice_ : n_;
     for (int64_t p = 0; p < used; ++p)
       for (int64_t t = 0; t < 2 * slices_ - 1; ++t)
         for (int64_t y = 0; y < height; ++y) {
           const int64_t delta_d = t - (slices_ - 1), delta_h = y - p / width, delta_w = -(p % width);
-          const int64_t row = ((delta_d + w[0] - 1) * (2 * w[1] - 1) + delta_h + w[1] - 1) * (2 * w[2] - 1) + delta_w + w[2] - 1;
+          const int64_t row =
+              ((delta_d + w[0] - 1) * (2 * w[1] - 1) + delta_h + w[1] - 1) * (2 * w[2] - 1) + delta_w + w[2] - 1;
           run((p * (2 * slices_ - 1) + t) * slice_ + y * width, row, width);
         }
   }
@@ -193,6 +200,12 @@ class Window3d {
     if (!a_.bias_is_table) return;
     for (int64_t row = 0; row < a_.bias_size; ++row)
       table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head] * addend_scale();
+    T low = table_[0], high = table_[0];
+    for (int64_t row = 1; row < a_.bias_size; ++row) {
+      low = table_[row] < low ? table_[row] : low;
+      high = table_[row] > high ? table_[row] : high;
+    }
+    bias_range_ = high - low;
     for_each_run([&](int64_t to, int64_t row, int64_t length) {
       for (int64_t i = 0; i < length; ++i) expanded_[to + i] = table_[row + i];
     });
@@ -208,6 +221,59 @@ class Window3d {
       }
       transpose(stage_, kMaxDim, kWidth, steps_, to + tile * kWidth * steps_);
     }
+  }
+
+  void pack_keys(const Tokens& k) {
+    pack_in_lanes(k, keys_in_lanes_);
+    if (!may_skip()) return;
+    Vec<T> longest{}, total{};
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      tile_regions_[tile] = 0;
+      for (int64_t j = tile * kWidth; j < (tile + 1) * kWidth && j < n_; ++j)
+        tile_regions_[tile] |= 1 << now_->region(j);
+      for (int64_t lane = 0; lane < kWidth; lane += kLanes<T>) {
+        Vec<T> squares{};
+        for (int64_t s = 0; s < steps_; ++s)
+          squares = P::add_squares(load(keys_in_lanes_ + (tile * steps_ + s) * kWidth + lane), squares);
+        longest = max<T>(longest, squares);
+        total += squares;
+      }
+    }
+    longest_key_ = largest<T>(longest) + 0 * sum<T>(total);  // NaN when any key is not finite, which max would lose
+  }
+
+  // Tiles whose keys all lie in other regions than the block's queries may be left out where that cannot be seen in the
+  // result.
+  bool may_skip() const {
+    return now_->has_regions() && !a_.mask && (sizeof(T) == 4 || a_.mask_value == -__builtin_inf()) &&
+           (!bias_ || a_.bias_is_table);
+  }
+
+  // Finds the range of tiles that a block of packed queries (numbers [first, first + count)) attends to. A masked key's
+  // score is at most 2 max|q| max|k| + (bias range) + mask_value above that of the query itself; at -40 its weight is
+  // e^-40 = 4e-18 of the largest.
+  void choose_tiles(int64_t first, int count) {
+    int regions = -1;
+    if (may_skip()) {
+      T longest = 0, total = 0;
+      regions = 0;
+      for (int r = 0; r < count; ++r) {
+        regions |= 1 << now_->region(now_->query(first + r));
+        Vec<T> squares{};
+        for (int64_t c = 0; c < padded_; c += kLanes<T>) squares = P::add_squares(load(q_ + r * kMaxDim + c), squares);
+        const T length = sum<T>(squares);
+        longest = length > longest ? length : longest;
+        total += length;
+      }
+      const T score =
+          T(__builtin_sqrt(longest * longest_key_)) * score_scale_ + 0 * total;  // in base 2, as the bias range
+      const bool unseen = 2 * score + bias_range_ * score_scale_ < T(-40 - a_.mask_value) * kLog2e;  // false for NaN
+      if (!unseen) regions = -1;
+    }
+    first_tile_ = 0, last_tile_ = tiles_;
+    if (regions == -1) return;
+    while (!(tile_regions_[first_tile_] & regions)) ++first_tile_;
+    while (!(tile_regions_[last_tile_ - 1] & regions)) --last_tile_;
   }
 
   // [key][channel]: the operand of products summed over the keys.
@@ -229,9 +295,11 @@ class Window3d {
 
   T addend_scale() const { return kLog2e / score_scale_; }
 
-  // Products of a query block with the keys of a tile plus bias and mask: log2-scores but for score_scale_; -inf beyond the last key.
+  // Products of a query block with the keys of a tile plus bias and mask: log2-scores but for score_scale_; -inf beyond
+  // the last key.
   template <int NV, bool Tail>
-  VIDATTN_INLINE void score_tile(const Word* q, int64_t tile, const T* const* bias, const T* const* mask, Vec<T> (&s)[kQueryRows][NV]) {
+  VIDATTN_INLINE void score_tile(const Word* q, int64_t tile, const T* const* bias, const T* const* mask,
+                                 Vec<T> (&s)[kQueryRows][NV]) {
     const int64_t first = tile * kWidth, left = n_ - first;
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
@@ -253,7 +321,8 @@ class Window3d {
   }
 
   template <int NV, bool Tail>
-  static VIDATTN_INLINE void add_rows(const T* const* rows, T factor, int64_t first, int64_t left, Vec<T> (&s)[kQueryRows][NV]) {
+  static VIDATTN_INLINE void add_rows(const T* const* rows, T factor, int64_t first, int64_t left,
+                                      Vec<T> (&s)[kQueryRows][NV]) {
 #pragma GCC unroll 16
     for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
@@ -263,15 +332,16 @@ class Window3d {
       }
   }
 
-  // Runs body(tile, number of vectors, is it the partial last tile) over all tiles, the two arguments as compile-time constants.
+  // Runs body(tile, number of vectors, is it the partial last tile) over the chosen tiles, the two arguments as
+  // compile-time constants.
   template <class F>
   VIDATTN_INLINE void for_each_tile(F body) {
-    const int64_t full = n_ / kWidth;
-    for (int64_t tile = 0; tile < full; ++tile) body(tile, Constant<2>{}, Constant<0>{});
-    const int64_t left = n_ - full * kWidth;
-    if (left > kLanes<T>)
+    const int64_t full = n_ / kWidth, last = last_tile_;
+    for (int64_t tile = first_tile_; tile < full && tile < last; ++tile) body(tile, Constant<2>{}, Constant<0>{});
+    if (last <= full) return;
+    if (n_ - full * kWidth > kLanes<T>)
       body(full, Constant<2>{}, Constant<1>{});
-    else if (left > 0)
+    else
       body(full, Constant<1>{}, Constant<1>{});
   }
   template <int V>
@@ -312,11 +382,16 @@ class Window3d {
   bool announced_ = false;
   int64_t head_ = -1, announced_head_ = 0;
   const T* bias_ = nullptr;  // of the current head
+  T bias_range_ = 0;
+  T longest_key_ = 0;  // square of the largest |k| of the window
+  int64_t first_tile_ = 0, last_tile_ = 0;
 
   // Scratch memory.
   int64_t* bias_offset_;
+  int* tile_regions_;
   T *table_ = nullptr, *expanded_ = nullptr, *dexpanded_ = nullptr, *keep_, *zero_row_, *scores_, *dk_, *dv_, *dpad_;
-  Word *stage_, *keys_in_lanes_, *keys_in_rows_, *values_in_rows_, *values_in_lanes_, *q_, *dout_, *weights_ = nullptr, *dscores_;
+  Word *stage_, *keys_in_lanes_, *keys_in_rows_, *values_in_rows_, *values_in_lanes_, *q_, *dout_, *weights_ = nullptr,
+                                                                                                   *dscores_;
   Word *q_pairs_, *dout_pairs_, *weight_pairs_, *dscore_pairs_;
 
   // The blocks of query rows in work.
@@ -340,8 +415,12 @@ namespace VIDATTN_ISA {
 template <class P, class In>
 constexpr Window3dKernels window3d_kernels() {
   return {[](const Window3dArgs& args, bool backward) { return Window3d<P, In>(args, backward, nullptr).bytes(); },
-          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) { Window3d<P, In>(args, false, scratch).forward(begin, end); },
-          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) { Window3d<P, In>(args, true, scratch).backward(begin, end); }};
+          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) {
+            Window3d<P, In>(args, false, scratch).forward(begin, end);
+          },
+          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) {
+            Window3d<P, In>(args, true, scratch).backward(begin, end);
+          }};
 }
 
 }  // namespace VIDATTN_ISA

@@ -1,4 +1,5 @@
-// What window3d.cpp hands to the kernels of an instruction set: plain data, so that no torch header reaches files with their own flags.
+// What window3d.cpp hands to the kernels of an instruction set: plain data, so that no torch header reaches files with
+// their own flags.
 #pragma once
 #include <stdint.h>
 
@@ -11,17 +12,18 @@ struct TokenTensor {  // (batch, depth, height, width, heads, head_dim), last st
 
 struct Window3dArgs {
   int64_t batch, heads, head_dim;
-  int64_t grid[3], window[3], shift[3], count[3];  // unpadded tokens, effective window and shift, windows along each axis
-  bool region_mask[3];                             // shifted and not cyclic: the last window of the axis holds two regions
-  int64_t tokens;                                  // of one window
-  int64_t groups;                                  // windows in all, batch outermost
+  int64_t grid[3], window[3], shift[3],
+      count[3];         // unpadded tokens, effective window and shift, windows along each axis
+  bool region_mask[3];  // shifted and not cyclic: the last window of the axis holds two regions
+  int64_t tokens;       // of one window
+  int64_t groups;       // windows in all, batch outermost
 
   TokenTensor q, k, v, out, dout, dq, dk, dv;
   const void* pad_qkv;  // (3, heads, head_dim) in the type of q, or null: zeros
   void* lse;            // (batch, depth, height, width, heads)
 
-  // Bias, in the accumulator's type. Dense: (heads, tokens, tokens). Table: (rows, heads), for the configured window `bias_window`, with tokens
-  // unravelled over (*, bias_extent[0], bias_extent[1]).
+  // Bias, in the accumulator's type. Dense: (heads, tokens, tokens). Table: (rows, heads), for the configured window
+  // `bias_window`, with tokens unravelled over (*, bias_extent[0], bias_extent[1]).
   const void* bias;
   bool bias_is_table;
   int64_t bias_window[3], bias_extent[2];
@@ -32,13 +34,15 @@ struct Window3dArgs {
   double scale, mask_value, dropout_p;
   uint64_t seed;
 
-  // Backward: the windows are cut into `chunks` fixed ranges; each (head, chunk) sums its bias and padding gradients in window order.
+  // Backward: the windows are cut into `chunks` fixed ranges; each (head, chunk) sums its bias and padding gradients in
+  // window order.
   int64_t chunks;
   void* dbias_partial;  // (chunks, heads, bias_size) or null
   void* dpad_partial;   // (chunks, heads, 2, head_dim) or null
 };
 
-// Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost; [begin, end) runs on one thread.
+// Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost; [begin, end) runs on
+// one thread.
 struct Window3dKernels {
   int64_t (*scratch_bytes)(const Window3dArgs&, bool backward);
   void (*forward)(const Window3dArgs&, int64_t begin, int64_t end, char* scratch);

@@ -35,7 +35,7 @@ template <class P, class In>
 void Window3d<P, In>::backward_window() {
   const Tokens q = tokens(kQ), k = tokens(kK), v = tokens(kV), out = tokens(kOut), dout = tokens(kDout);
   const Tokens dq = tokens(kDq), dk = tokens(kDk), dv = tokens(kDv);
-  pack_in_lanes(k, keys_in_lanes_);
+  pack_keys(k);
   pack_in_lanes(v, values_in_lanes_);
   pack_in_rows(k, keys_in_rows_);
   const int64_t keys = tiles_ * kWidth;
@@ -57,7 +57,8 @@ void Window3d<P, In>::backward_window() {
 }
 
 template <class P, class In>
-void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq, int64_t first) {
+void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq,
+                                      int64_t first) {
   const int count = int(now_->query_count() - first < kRows ? now_->query_count() - first : kRows);
   const int64_t blocks = ceil_div(count, kQueryRows);
   const In* query[kRows];
@@ -87,6 +88,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
       P::column_words(gradient + r, d_, padded_, dout_pairs_ + r / 2 * padded_);
     }
 
+  choose_tiles(first, count);
   for_each_tile([&](int64_t tile, auto vectors, auto tail) {
     prefetch(first + kRows * tile / tiles_, first + kRows * (tile + 1) / tiles_, kDout);
     backward_tile<decltype(vectors)::value, decltype(tail)::value>(tile, blocks);
@@ -98,9 +100,10 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
       constexpr int NV = decltype(vectors)::value;
       Vec<T> g[kQueryRows][NV];
       clear(g);
-      for (int64_t tile = 0; tile < tiles_; ++tile)
+      for (int64_t tile = first_tile_; tile < last_tile_; ++tile)
         multiply_tile<P, kQueryRows, NV, kWords>(dscores_ + (tile * kBlocks + b) * kQueryRows * kWords, 1,
-                                                 keys_in_rows_ + tile * kWords * padded_ + c, padded_, steps_in_tile(tile), g);
+                                                 keys_in_rows_ + tile * kWords * padded_ + c, padded_,
+                                                 steps_in_tile(tile), g);
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
         if (b * kQueryRows + r < count) {
@@ -108,7 +111,8 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, g[r][n]);
           const int64_t left = d_ - c;
-          narrow_row(row, T(a_.scale), dq.row(now_->query(first + b * kQueryRows + r)) + c, left < NV * kLanes<T> ? left : NV * kLanes<T>);
+          narrow_row(row, T(a_.scale), dq.row(now_->query(first + b * kQueryRows + r)) + c,
+                     left < NV * kLanes<T> ? left : NV * kLanes<T>);
         }
     });
 }
@@ -129,7 +133,8 @@ void Window3d<P, In>::backward_tile(int64_t tile, int64_t blocks) {
       for (int n = 0; n < NV; ++n) store(p + r * kWidth + n * kLanes<T>, weight(s[r][n], lse_[row + r]));
 
     clear(s);
-    multiply_tile<P, kQueryRows, NV, kMaxDim>(dout_ + row * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
+    multiply_tile<P, kQueryRows, NV, kMaxDim>(dout_ + row * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_,
+                                              kWidth, steps_, s);
     if (dropout_.p > 0) {
       for (int r = 0; r < kQueryRows; ++r)
         dropout_.factors(first, kWidth, query_of_row_[row + r], head_, now_->group(), keep_ + r * kWidth);
@@ -175,7 +180,8 @@ void Window3d<P, In>::backward_tile(int64_t tile, int64_t blocks) {
         for (int n = 0; n < NV; ++n) {
           const int64_t at = r / 2 * kWidth + n * kLanes<T>;
           store(dscore_pairs + at, P::pair(s[r][n], s[r + 1][n]));
-          store(weight_pairs + at, P::pair(load(p + r * kWidth + n * kLanes<T>), load(p + (r + 1) * kWidth + n * kLanes<T>)));
+          store(weight_pairs + at,
+                P::pair(load(p + r * kWidth + n * kLanes<T>), load(p + (r + 1) * kWidth + n * kLanes<T>)));
         }
         store(ds + r * kWords, P::narrow(s[r][0], NV == 2 ? s[r][NV - 1] : Vec<T>{}));
         store(ds + (r + 1) * kWords, P::narrow(s[r + 1][0], NV == 2 ? s[r + 1][NV - 1] : Vec<T>{}));
@@ -203,8 +209,8 @@ void Window3d<P, In>::add_key_gradients(int64_t tile, int64_t blocks) {
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n) g[r][n] = load(to + r * padded_ + n * kLanes<T>);
         // The blocks lie one behind the other in both operands, so they are one long sum over query rows.
-        multiply_tile<P, kKeyRows, NV, 1>((product ? dscores : weights) + key - tile * kWidth, kWidth, (product ? q : dout) + c, row_step,
-                                          blocks * kPairs, g);
+        multiply_tile<P, kKeyRows, NV, 1>((product ? dscores : weights) + key - tile * kWidth, kWidth,
+                                          (product ? q : dout) + c, row_step, blocks * kPairs, g);
 #pragma GCC unroll 16
         for (int r = 0; r < kKeyRows; ++r)
 #pragma GCC unroll 2

@@ -4,7 +4,8 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-// Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the undropped ones.
+// Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the
+// undropped ones.
 template <class P, class In>
 void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
   const bool drop = dropout_.p > 0;
@@ -36,6 +37,7 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
     bias_row_[r] = bias_ + bias_offset_[i];
     mask_row_[r] = now_->mask_row(i);
   }
+  choose_tiles(first, count);
   Vec<T> top[kQueryRows];
   for (auto& t : top) t = splat(-kInfinity);
   for_each_tile([&](int64_t tile, auto vectors, auto tail) {
@@ -65,8 +67,9 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
     constexpr int NV = decltype(vectors)::value;
     Vec<T> o[kQueryRows][NV];
     clear(o);
-    for (int64_t tile = 0; tile < tiles_; ++tile)
-      multiply_tile<P, kQueryRows, NV, kWords>(weights + tile * kQueryRows * kWords, 1, values_in_rows_ + tile * kWords * padded_ + c, padded_,
+    for (int64_t tile = first_tile_; tile < last_tile_; ++tile)
+      multiply_tile<P, kQueryRows, NV, kWords>(weights + tile * kQueryRows * kWords, 1,
+                                               values_in_rows_ + tile * kWords * padded_ + c, padded_,
                                                steps_in_tile(tile), o);
 #pragma GCC unroll 16
     for (int r = 0; r < kQueryRows; ++r)

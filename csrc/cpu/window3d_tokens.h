@@ -1,4 +1,5 @@
-// The tokens of one window: where they lie, which are padding, and what masks them. All of it is index arithmetic on the unpadded grid.
+// The tokens of one window: where they lie, which are padding, and what masks them. All of it is index arithmetic on
+// the unpadded grid.
 #pragma once
 #include "tile.h"
 #include "window3d_args.h"
@@ -9,7 +10,8 @@ namespace VIDATTN_ISA {
 template <class T>
 class WindowTokens {
  public:
-  WindowTokens(const Window3dArgs& args, int64_t padded_tokens, Arena& arena) : a_(args), padded_tokens_(padded_tokens) {
+  WindowTokens(const Window3dArgs& args, int64_t padded_tokens, Arena& arena)
+      : a_(args), padded_tokens_(padded_tokens) {
     for (int axis = 0; axis < 3; ++axis) source_[axis] = arena.take<int64_t>(a_.window[axis]);
     token_ = arena.take<int64_t>(a_.tokens);
     queries_ = arena.take<int64_t>(a_.tokens);
@@ -36,9 +38,14 @@ class WindowTokens {
 
   int64_t group() const { return group_; }
   bool real(int64_t i) const { return token_[i] >= 0; }
-  int64_t token(int64_t i) const { return token_[i]; }  // its number in the batch's contiguous token grid; negative for padding
+  int64_t token(int64_t i) const {
+    return token_[i];
+  }  // its number in the batch's contiguous token grid; negative for padding
   int64_t query_count() const { return query_count_; }
   int64_t query(int64_t n) const { return queries_[n]; }  // the n-th token that is not padding
+
+  bool has_regions() const { return border_ != 0; }
+  int region(int64_t i) const { return region_[i]; }  // 0 to 7; only with has_regions()
 
   // Mask values of query i for all keys of the window, or null.
   const T* mask_row(int64_t i) const {
@@ -46,8 +53,8 @@ class WindowTokens {
     return border_ ? region_mask_ + region_[i] * padded_tokens_ : nullptr;
   }
 
-  // Element offsets of the tokens in a tensor. `slot` is the tensor's place in all_tensors(); one with the strides of an earlier slot shares
-  // that one's array, as the three parts of a packed qkv do.
+  // Element offsets of the tokens in a tensor. `slot` is the tensor's place in all_tensors(); one with the strides of
+  // an earlier slot shares that one's array, as the three parts of a packed qkv do.
   const int64_t* offsets(int slot) {
     const TokenTensor* all[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
     const int64_t* stride = all[slot]->stride;
@@ -81,19 +88,21 @@ class WindowTokens {
         }
   }
 
-  // In the last window of a shifted axis the first window - shift positions and the rest come from opposite ends of the grid. One bit an axis
-  // tells them apart; tokens attend to each other freely when all three bits agree.
+  // In the last window of a shifted axis the first window - shift positions and the rest come from opposite ends of the
+  // grid. One bit an axis tells them apart; tokens attend to each other freely when all three bits agree.
   void fill_region_mask() {
     int64_t n = 0;
     for (int64_t x = 0; x < a_.window[0]; ++x)
       for (int64_t y = 0; y < a_.window[1]; ++y)
         for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
-          const int late_x = x + a_.shift[0] >= a_.window[0], late_y = y + a_.shift[1] >= a_.window[1], late_z = z + a_.shift[2] >= a_.window[2];
+          const int late_x = x + a_.shift[0] >= a_.window[0], late_y = y + a_.shift[1] >= a_.window[1],
+                    late_z = z + a_.shift[2] >= a_.window[2];
           region_[n] = border_ & (late_x | late_y << 1 | late_z << 2);
         }
     for (int region = 0; region < 8; ++region)
       if ((region & ~border_) == 0)
-        for (int64_t j = 0; j < n; ++j) region_mask_[region * padded_tokens_ + j] = region_[j] == region ? T(0) : T(a_.mask_value);
+        for (int64_t j = 0; j < n; ++j)
+          region_mask_[region * padded_tokens_ + j] = region_[j] == region ? T(0) : T(a_.mask_value);
   }
 
   const Window3dArgs& a_;
