@@ -82,13 +82,16 @@ def test_info_says_what_runs_and_why_not():
 def test_info_survives_wrong_settings_and_missing_extras():
     result = run("info", VIDATTN_BACKEND="nonsense")
     assert result.returncode == 0 and "nonsense" in result.stdout, result.stderr
+    absent = ["av", "rich", "numpy", "matplotlib", "triton", "safetensors", "vidattn._C"]
     bare = (
-        "import sys; sys.modules.update(dict.fromkeys(['av', 'rich', 'numpy', 'matplotlib', 'triton', 'safetensors']));"
+        f"import sys; sys.modules.update(dict.fromkeys({absent}));"
         "sys.argv = ['vidattn', 'info']; import vidattn.cli; sys.exit(vidattn.cli.main())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and "available" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "extension   not in use" in result.stdout and "CPU kernels none" in result.stdout
+    assert "reference  available" in result.stdout and "vidattn._C is not built" in result.stdout
 
 
 def test_version_and_help():

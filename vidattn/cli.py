@@ -152,7 +152,7 @@ def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
             f"built with kernels for {' and '.join(built)}" if built else "not in use, see the reasons below",
         ),
         ("CUDA", f"torch built for {torch.version.cuda or 'none'}; devices: {', '.join(gpus) or 'none'}"),
-        ("CPU kernels", _told(_instruction_sets)),
+        ("CPU kernels", _told(_instruction_sets) if "cpu" in built else "none"),
         ("backend", f"{_told(vidattn.current_backend)} (VIDATTN_BACKEND, set_backend)"),
         ("video", f"PyAV {_version('av')}, rich {_version('rich')}"),
     ]
