@@ -136,9 +136,10 @@ def load_checkpoint(
         TypeError: ``model`` is not a bundled model, or ``path_or_state`` neither a path nor a mapping.
 
     Example:
+        >>> from vidattn.models import create_model
         >>> model = create_model("video_swin_t", embed_dim=24, depths=(1, 1), num_heads=(1, 2))
         >>> print(load_checkpoint(model, {"state_dict": model.state_dict()}))
-        loaded 43 tensors from a checkpoint of layout 'official'
+        loaded 39 tensors from a checkpoint of layout 'official'
     """
     converter = next((_converters[base] for base in type(model).__mro__ if base in _converters), None)
     if converter is None:

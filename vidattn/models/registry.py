@@ -101,6 +101,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         TypeError: An override is not an argument of this model.
 
     Example:
+        >>> import torch
         >>> model = create_model("video_swin_t", num_classes=10, embed_dim=24, depths=(1, 1), num_heads=(1, 2))
         >>> model(torch.zeros(1, 3, 4, 32, 32)).shape
         torch.Size([1, 10])

@@ -62,7 +62,8 @@ def get_window_size(
         >>> get_window_size((4, 14, 7), (8, 7, 7), (4, 3, 3))
         ((4, 7, 7), (0, 3, 0))
     """
-    window = [min(size, axis) for size, axis in zip(x_size, window_size, strict=True)]
+    # A comparison, not min(): a compiler then specialises on the case, and a window that is not clipped stays a number.
+    window = [size if size <= axis else axis for size, axis in zip(x_size, window_size, strict=True)]
     if shift_size is None:
         return _as_triple(window)
     shift = [0 if size <= axis else offset for size, axis, offset in zip(x_size, window_size, shift_size, strict=True)]

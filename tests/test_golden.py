@@ -1,0 +1,152 @@
+"""Every golden case: what the papers' own code computed, by the reference models and by the accelerated ones.
+
+``VIDATTN_GOLDEN`` names the folders to search (separated by ":"); ``VIDATTN_BACKEND`` names the backend of the second
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import LEVELS, GoldenCase, UnknownCaseError, assert_golden, compare_case, find_cases, run_case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vidattn
+
+CASES = find_cases()
+
+
+def _device() -> torch.device:
+    on_gpu = vidattn.current_backend() in ("cuda", "triton") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _dtypes() -> list[torch.dtype]:
+    """Dtypes of the accelerated run: float64 only where the backend in force has it."""
+    probe = torch.zeros(1, 1, 1, 1, 3, 1, 8, dtype=torch.float64, device=_device())
+    has_float64 = not vidattn.why_not("window3d_attention", probe, window_size=1)
+    return [torch.float32, torch.float64] if has_float64 else [torch.float32]
+
+
+def _runs() -> Iterator[Any]:
+    for case in CASES:
+        try:
+            level = case.level
+        except Exception:
+            level = "unreadable"  # fails when it runs, and by its name
+        kinds = [("function", torch.float32)]
+        if level != "function":
+            kinds = [("reference", dtype) for dtype in (torch.float32, torch.float64)]
+            kinds += [("accelerated", dtype) for dtype in _dtypes()]
+        for kind, dtype in kinds:
+            yield pytest.param(case, kind, dtype, id=f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}")
+
+
+class _CalledOps(TorchDispatchMode):
+    """Names of the ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("case", "kind", "dtype"), list(_runs()))
+def test_golden(case: GoldenCase, kind: str, dtype: torch.dtype) -> None:
+    assert case.level in LEVELS, f"level must be one of {', '.join(LEVELS)}, got {case.level!r}"
+    family = case.family()
+    if kind == "function":
+        family.check_function(case)
+        return
+    run = family.build(case)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if kind == "reference":
+            compare_case(case, *run_case(case, run, dtype, _device()))
+            return
+        first = run_case(case, run, dtype, _device()) if not run.swaps else None
+        acceleration = vidattn.accelerate(run.module)
+        with _CalledOps() as called:
+            second = run_case(case, run, dtype, _device())
+    compare_case(case, *second)
+    ours = {name for name in called.names if name.startswith("vidattn::")}
+    if first is None:
+        assert acceleration.swapped
+        assert ours
+    else:
+        assert not acceleration.swapped
+        assert not ours
+        for results, others in zip(first, second):
+            assert results.keys() == others.keys()
+            for name, result in results.items():
+                assert torch.equal(result, others[name]), name
+
+
+@pytest.fixture
+def block_case() -> GoldenCase:
+    return next(case for case in find_cases(str(Path(__file__).parent / "golden")) if case.level == "block")
+
+
+def test_a_wrong_number_fails(block_case: GoldenCase) -> None:
+    outputs, gradients = run_case(block_case, block_case.family().build(block_case), torch.float32, _device())
+    compare_case(block_case, outputs, gradients)
+    for results in (outputs, gradients):
+        for name, tensor in results.items():
+            if not tensor.any():
+                continue
+            wrong = tensor.detach().clone()
+            wrong.view(-1)[0] += 3e-4 * tensor.abs().max()
+            with pytest.raises(AssertionError, match=name.rpartition(".")[2]):
+                compare_case(
+                    block_case,
+                    {**outputs, name: wrong} if results is outputs else outputs,
+                    {**gradients, name: wrong} if results is gradients else gradients,
+                )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_fails(value: float) -> None:
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_golden("output", torch.tensor([1.0, value]), torch.ones(2), 1e30)
+
+
+def test_float64_is_compared_to_the_rounding_of_the_file() -> None:
+    exact = torch.tensor([1.0, 1.0 / 3.0, 1e-3], dtype=torch.float64)
+    assert_golden("output", exact, exact.float(), 1e-4)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_golden("output", exact + 1e-7, exact.float(), 1e-4)
+
+
+def test_a_missing_or_an_extra_gradient_fails(block_case: GoldenCase) -> None:
+    outputs, gradients = run_case(block_case, block_case.family().build(block_case), torch.float32, _device())
+    name = "state.attn.qkv.weight"
+    with pytest.raises(AssertionError, match=r"qkv\.weight is missing"):
+        compare_case(block_case, outputs, {key: value for key, value in gradients.items() if key != name})
+    with pytest.raises(AssertionError, match="original has none"):
+        compare_case(block_case, outputs, {**gradients, "state.other": torch.zeros(1)})
+
+
+def test_an_unknown_case_fails(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for architecture, class_name in (("video_swin", "Nonsense"), ("nonsense", "SwinTransformerBlock3D")):
+        file = tmp_path / architecture / "case.safetensors"
+        file.parent.mkdir()
+        metadata = {"arch": architecture, "level": "block", "config": f'{{"class": "{class_name}", "args": {{}}}}'}
+        save_file({"input.x": torch.zeros(1)}, file, metadata)
+    cases = find_cases(str(tmp_path))
+    assert len(cases) == 2
+    for case in cases:
+        with pytest.raises(UnknownCaseError, match=r"(?i)nonsense"):
+            case.family().build(case)
+
+
+def test_a_folder_without_cases_fails(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        find_cases(str(tmp_path))
