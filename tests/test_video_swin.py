@@ -18,6 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision_swin import torchvision_swin3d
 
 import vidattn
 from vidattn.models import (
@@ -186,6 +187,32 @@ def test_models_are_built_on_the_meta_device_and_run_there() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     features = model.eval().forward_features(torch.empty(2, 3, 10, 100, 90, device="meta"))
     assert features.shape == (2, 768, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ({"window_size": (8, 7, 7)}, (9, 60, 58)),  # height and width clipped in the second stage
+        ({"window_size": (2, 4, 4), "depths": (1, 2, 2), "num_heads": (1, 2, 4)}, (12, 51, 77)),
+        ({"window_size": (4, 3, 5), "embed_dim": 12, "num_heads": (3, 4), "mlp_ratio": 2.5}, (4, 41, 24)),
+    ],
+)
+def test_equal_to_torchvision(overrides: dict[str, object], size: tuple[int, int, int]) -> None:
+    model = tiny(**overrides).double().eval()
+    options = {
+        "patch_size": (2, 4, 4),
+        "embed_dim": 8,
+        "depths": (2, 1),
+        "num_heads": (1, 2),
+        "num_classes": 5,
+        **overrides,
+    }
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    theirs = torchvision_swin3d.SwinTransformer3d(**lists).double().eval()
+    theirs.load_state_dict(revert_state_dict(model.state_dict(), "torchvision"), strict=True)
+    video = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(video), theirs(video), rtol=1e-12, atol=1e-12)
 
 
 # Any input
