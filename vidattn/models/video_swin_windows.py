@@ -164,9 +164,8 @@ def compute_mask(
     if torch.compiler.is_compiling():
         return _build_mask(padded, window, shift, torch.device(device))
     probe = torch.empty(0, device=device)
-    if (
-        type(probe) is not torch.Tensor
-    ):  # a fake or traced tensor must neither enter the cache nor meet a real one from it
+    # A fake or traced tensor must neither enter the cache nor meet a real one from it.
+    if type(probe) is not torch.Tensor:
         return _build_mask(padded, window, shift, probe.device)
     key = (padded, window, shift, probe.device)
     with _mask_lock:
