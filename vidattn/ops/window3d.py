@@ -282,6 +282,7 @@ def _backward(
             qkv,
             bias_table,
             pad_qkv,
+            out,
             lse,
             window_size=window_size,
             shift_size=shift_size,

@@ -15,9 +15,8 @@ covers them. A row whose scores are all -inf gives context 0 and L = -inf.
 
 Backward, with dO the gradient of the context (zero in rows of padding queries)::
 
-    dv = R^T dO          dR = dO v^T          delta_i = sum_j P_ij dP_ij = sum_e dO_ie O_ie
-    dP = dR * keep / (1 - p)
-    dS = P * (dP - delta)
+    dv = R^T dO          dR = dO v^T          delta_i = sum_e dO_ie O_ie
+    dS = P * (dR * keep / (1 - p) - delta)
     dq = scale * dS k    dk = scale * dS^T q  dB = sum of dS over windows
 
 Padding slots add their dk and dv to the gradient of ``pad_qkv``; padding queries have no output, so its q part gets 0.
@@ -74,13 +73,14 @@ def window3d_attention(
         (B, D, H, W, h * d) in q's dtype, and with ``return_lse`` also (B, D, H, W, h) in float32 (float64 for float64).
     """
     q, k, v = qkv.unbind(-3) if isinstance(qkv, Tensor) else qkv
+    dtype = q.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
     bias = _dense_bias(bias_table, window_size, windows, bias_index, q.device)
     mask = _additive_mask(windows, mask_value, q)
-    pads = (None, None, None) if pad_qkv is None else pad_qkv.to(q.dtype).unbind(0)
-    q, k, v = (_to_windows(x, windows, pad) for x, pad in zip((q, k, v), pads, strict=True))
-    out, lse = window_attention((q, k, v), bias, mask, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=True)
-    out = _crop(_from_windows(out, windows), windows).contiguous()
+    q, k, v = _windows_of((q, k, v), pad_qkv, windows)
+    out, lse = _attend(q, k, v, bias, mask, scale, dropout_p, seed)
+    out = _crop(_from_windows(out, windows), windows).to(dtype).contiguous()
     if not return_lse:
         return out
     return out, _crop(_from_windows(lse, windows), windows).contiguous()
@@ -113,7 +113,22 @@ def window_attention(
         (G, N, h * d) in q's dtype, and with ``return_lse`` also (G, N, h) in float32 (float64 for float64).
     """
     q, k, v = qkv.unbind(-3) if isinstance(qkv, Tensor) else qkv
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _attend(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attend inside windows (G, N, h, d): context (G, N, h * d) and log-sum-exp (G, N, h), not rounded."""
     with torch.autocast(q.device.type, enabled=False):
         scores = _scores(q, k, bias, mask, scale)
         # A row of -inf alone must give zeros and zero gradients, not the NaN of -inf - -inf: its maximum reads 0.
@@ -126,8 +141,7 @@ def window_attention(
         if dropout_p > 0:
             probabilities = probabilities * _keep_factors(probabilities, dropout_p, seed)
         out = probabilities @ _by_head(v)
-    out = out.transpose(1, 2).flatten(2).to(q.dtype)
-    return (out, lse) if return_lse else out
+    return out.transpose(1, 2).flatten(2), lse
 
 
 def window3d_attention_backward(
@@ -135,6 +149,7 @@ def window3d_attention_backward(
     qkv: tuple[Tensor, Tensor, Tensor],
     bias_table: Tensor | None,
     pad_qkv: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     *,
     window_size: Sequence[int],
@@ -146,13 +161,14 @@ def window3d_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differentiate :func:`window3d_attention` by the formulas of this module, from its log-sum-exp.
+    """Differentiate :func:`window3d_attention` by the formulas of this module, from its output and log-sum-exp.
 
     Args:
         grad_out: (B, D, H, W, h * d), gradient of the context.
         qkv: three tensors (B, D, H, W, h, d).
         bias_table: as in the forward pass.
         pad_qkv: as in the forward pass.
+        out: (B, D, H, W, h * d), the context.
         lse: (B, D, H, W, h), the log-sum-exp.
         window_size: as in the forward pass; so are all further arguments, with ``scale`` resolved.
         shift_size: configured shift.
@@ -171,14 +187,13 @@ def window3d_attention_backward(
     windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
     bias = _dense_bias(bias_table, window_size, windows, bias_index, lse.device)
     mask = _additive_mask(windows, mask_value, q)
-    pads = (None, None, None) if pad_qkv is None else pad_qkv.to(q.dtype).unbind(0)
-    partitioned = tuple(_to_windows(x, windows, pad) for x, pad in zip(qkv, pads, strict=True))
     # Rows of padding queries carry no gradient: a log-sum-exp of +inf makes their probabilities 0.
     window_grads = window_attention_backward(
         _to_windows(grad_out, windows),
-        partitioned,  # type: ignore[arg-type]
+        _windows_of(qkv, pad_qkv, windows),
         bias,
         mask,
+        _to_windows(out, windows),
         _to_windows(lse, windows, lse.new_tensor(float("inf"))),
         scale=scale,
         dropout_p=dropout_p,
@@ -208,6 +223,7 @@ def window_attention_backward(
     qkv: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
     mask: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     *,
     scale: float,
@@ -215,13 +231,14 @@ def window_attention_backward(
     seed: Tensor | None,
     round_gradients: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`window_attention` by the formulas of this module, from its log-sum-exp.
+    """Differentiate :func:`window_attention` by the formulas of this module, from its output and log-sum-exp.
 
     Args:
         grad_out: (G, N, h * d), gradient of the context.
         qkv: three tensors (G, N, h, d).
         bias: (h, N, N) or None.
         mask: (nW, N, N) or None.
+        out: (G, N, h * d), the context.
         lse: (G, N, h), the log-sum-exp.
         scale: factor of q k^T.
         dropout_p: dropout probability.
@@ -242,7 +259,7 @@ def window_attention_backward(
         if dropout_p > 0:
             factors = _keep_factors(probabilities, dropout_p, seed)
             dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        delta = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+        delta = (grad_heads * _by_head(out.unflatten(-1, q.shape[2:]))).sum(-1, keepdim=True)
         grad_scores = probabilities * (grad_probabilities - delta)
         grad_v = dropped.transpose(-2, -1) @ grad_heads
         grad_q = scale * (grad_scores @ _by_head(k))
@@ -287,7 +304,8 @@ def _dense_bias(
     if table is None:
         return None
     rows = geo.bias_rows(window_size, windows, bias_index, device)
-    return table.index_select(0, rows.flatten()).t().unflatten(1, rows.shape)
+    # Widened first: its gradient sums over all pairs with the same row.
+    return table.to(accumulator_dtype(table.dtype)).index_select(0, rows.flatten()).t().unflatten(1, rows.shape)
 
 
 def _additive_mask(windows: geo.WindowGeometry, mask_value: float, like: Tensor) -> Tensor | None:
@@ -306,6 +324,16 @@ def _real_tokens(windows: geo.WindowGeometry, device: torch.device) -> Tensor:
         torch.arange(padded, device=device) < size for padded, size in zip(windows.padded, windows.grid, strict=True)
     )
     return depth[:, None, None] & height[:, None] & width
+
+
+def _windows_of(
+    qkv: tuple[Tensor, Tensor, Tensor], pad_qkv: Tensor | None, windows: geo.WindowGeometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partition q, k and v, padding with what a padding token holds, in the accumulator's dtype."""
+    dtype = accumulator_dtype(qkv[0].dtype)
+    pads = (None, None, None) if pad_qkv is None else pad_qkv.to(qkv[0].dtype).to(dtype).unbind(0)
+    q, k, v = (_to_windows(x.to(dtype), windows, pad) for x, pad in zip(qkv, pads, strict=True))
+    return q, k, v
 
 
 def _to_windows(x: Tensor, windows: geo.WindowGeometry, pad_value: Tensor | None = None) -> Tensor:

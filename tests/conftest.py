@@ -1,0 +1,37 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import vidattn
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill freshly allocated tensors, those of compiled kernels too, with NaN: an output left unwritten cannot pass."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_run() -> None:
+    """Seed torch's generator, so that a test that failed fails again."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_backend_choice() -> Iterator[None]:
+    """Undo what a test chose with ``set_backend``; each starts from what the environment says."""
+    chosen = vidattn.current_backend()
+    yield
+    vidattn.set_backend(chosen)

@@ -1,0 +1,208 @@
+"""Numbers of window_attention: windows that are already partitioned, dense biases, arbitrary masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_all_close
+from torch import Tensor
+from window3d_cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    DTYPES,
+    check_window,
+    device_of,
+    evaluate,
+    on_cpu,
+    separated,
+    to,
+    window_inputs,
+)
+
+import vidattn
+from vidattn import reference
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("head_dim", [1, 5, 16, 24, 32, 64, 128])
+def test_head_dims(backend: str, dtype: torch.dtype, head_dim: int) -> None:
+    check_window(window_inputs(6, 27, 2, head_dim, dtype), backend)
+
+
+@backends
+@pytest.mark.parametrize("tokens", range(1, 68))
+def test_every_short_window(backend: str, tokens: int) -> None:
+    mask = torch.randn(2, tokens, tokens)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_window(window_inputs(4, tokens, 1, 8, dtype), backend, mask.to(dtype))
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("tokens", [98, 392])
+def test_real_windows(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    check_window(window_inputs(2, tokens, 3, 32, dtype), backend, torch.randn(2, tokens, tokens).to(dtype))
+
+
+@backends_and_dtypes
+def test_without_bias_or_mask(backend: str, dtype: torch.dtype) -> None:
+    check_window(window_inputs(3, 20, 2, 16, dtype, bias=False), backend)
+    check_window(window_inputs(4, 20, 2, 16, dtype, bias=False), backend, torch.randn(4, 20, 20).to(dtype), scale=0.7)
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("kinds", [1, 2, 3, 6])
+def test_masks_repeat_over_the_batch(backend: str, dtype: torch.dtype, kinds: int) -> None:
+    """Window g takes mask g modulo nW, whatever the values: shallow, deep, positive, minus infinity."""
+    mask = 5 * torch.randn(kinds, 20, 20)
+    mask[torch.rand(kinds, 20, 20) < 0.3] = -100.0
+    mask[torch.rand(kinds, 20, 20) < 0.2] = -math.inf
+    mask.diagonal(dim1=1, dim2=2).zero_()
+    check_window(window_inputs(6, 20, 2, 16, dtype), backend, mask.to(dtype))
+
+
+@backends_and_dtypes
+def test_fully_masked_rows(backend: str, dtype: torch.dtype) -> None:
+    """Rows without a key give 0, log-sum-exp -inf and zero gradients; the others what they give anyway."""
+    inputs = window_inputs(4, 20, 2, 16, dtype)
+    mask = torch.zeros(2, 20, 20, dtype=dtype)
+    mask[0, 3], mask[0, 19], mask[1] = -math.inf, -math.inf, -math.inf
+    mask[0, :, 7] = -math.inf
+    check_window(inputs, backend, mask)
+    device = device_of(backend)
+    out, lse = torch.ops.vidattn.window_attention(
+        inputs["qkv"].to(device), None, None, inputs["bias"].to(device), mask.to(device), None, 0.25, 0.0, backend
+    )
+    grads = evaluate(vidattn.window_attention, to(inputs, device), {"mask": mask.to(device), "backend": backend})
+    empty = torch.zeros(4, 20, dtype=torch.bool)
+    empty[0::2, 3], empty[0::2, 19], empty[1::2] = True, True, True
+    assert (out.cpu()[empty] == 0).all() and (lse.cpu()[empty] == -math.inf).all()
+    assert lse.cpu()[~empty].isfinite().all()
+    grad_q, grad_k, grad_v = on_cpu(grads)["qkv"].unbind(-3)  # type: ignore[union-attr]
+    assert (grad_q[empty] == 0).all()
+    assert (grad_k[0::2, 7] == 0).all() and (grad_v[0::2, 7] == 0).all()  # a key that nobody sees
+    assert (grad_k[1::2] == 0).all() and (grad_v[1::2] == 0).all()
+
+
+@backends_and_dtypes
+def test_minus_infinity_in_the_bias(backend: str, dtype: torch.dtype) -> None:
+    inputs = window_inputs(4, 20, 2, 16, dtype)
+    inputs["bias"][1, 4] = -math.inf
+    inputs["bias"][0, :, 2] = -math.inf
+    check_window(inputs, backend)
+
+
+@backends
+@pytest.mark.parametrize("mask_dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_masks_and_biases_of_another_dtype(backend: str, mask_dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    inputs = to(window_inputs(4, 20, 2, 16, torch.bfloat16), device)
+    mask = torch.randn(2, 20, 20, device=device).to(mask_dtype)
+    bias = inputs["bias"].to(mask_dtype).requires_grad_()
+    out = vidattn.window_attention(inputs["qkv"], bias, mask, backend=backend)
+    same = vidattn.window_attention(inputs["qkv"], bias.float(), mask.float(), backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, same)
+    (grad,) = torch.autograd.grad(out, bias, inputs["grad_out"])
+    assert grad.dtype == mask_dtype
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("dropout_p", [0.1, 0.6])
+def test_dropout(backend: str, dtype: torch.dtype, dropout_p: float) -> None:
+    mask = torch.randn(2, 21, 21).to(dtype)
+    check_window(window_inputs(6, 21, 3, 16, dtype), backend, mask, dropout_p=dropout_p)
+
+
+@backends
+def test_separate_and_strided_tensors(backend: str) -> None:
+    device = device_of(backend)
+    inputs = to(window_inputs(4, 20, 2, 16, torch.float32), device)
+    options = {"backend": backend, "mask": torch.randn(2, 20, 20, device=device)}
+    expected = evaluate(vidattn.window_attention, inputs, options)
+    apart = evaluate(separated(vidattn.window_attention), inputs, options)
+
+    def strided(qkv: Tensor, bias: Tensor, **kwargs: Any) -> Tensor:
+        mask = kwargs.pop("mask").transpose(1, 2).contiguous().transpose(1, 2)
+        by_head = qkv.permute(2, 3, 0, 1, 4).contiguous().permute(2, 3, 0, 1, 4)
+        return vidattn.window_attention(by_head, bias.permute(1, 2, 0).contiguous().permute(2, 0, 1), mask, **kwargs)
+
+    for actual in (apart, evaluate(strided, inputs, options)):
+        for name, value in actual.items():
+            assert torch.equal(value, expected[name]), name  # type: ignore[arg-type]
+
+
+@backends
+def test_each_input_alone_requires_a_gradient(backend: str) -> None:
+    inputs = to(window_inputs(4, 20, 2, 16, torch.float32), device_of(backend))
+    expected = evaluate(vidattn.window_attention, inputs, {"backend": backend})
+    for alone in ("qkv", "bias"):
+        leaves = {name: inputs[name].clone().requires_grad_(name == alone) for name in ("qkv", "bias")}
+        vidattn.window_attention(**leaves, backend=backend).backward(inputs["grad_out"])
+        assert torch.equal(leaves[alone].grad, expected[alone])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)], ids=str)
+def test_empty_inputs(backend: str, shape: tuple[int, int]) -> None:
+    groups, tokens = shape
+    inputs = to(window_inputs(groups, tokens, 2, 8, torch.float32), device_of(backend))
+    for attend in (vidattn.window_attention, separated(vidattn.window_attention)):
+        results = evaluate(attend, inputs, {"backend": backend})
+        assert results["out"].shape == (groups, tokens, 16)  # type: ignore[union-attr]
+        assert results["qkv"].shape == inputs["qkv"].shape and (results["bias"] == 0).all()  # type: ignore[union-attr]
+
+
+@backends
+def test_seventy_thousand_windows(backend: str) -> None:
+    check_window(window_inputs(70_000, 3, 1, 2, torch.float32), backend, torch.randn(7, 3, 3))
+
+
+@backends
+def test_same_as_a_grid_of_whole_windows(backend: str) -> None:
+    """Partitioned by hand, with the table expanded, it is window3d_attention."""
+    device = device_of(backend)
+    qkv = torch.randn(2, 4, 6, 6, 3, 2, 8, device=device)
+    table = torch.randn(3 * 5 * 5, 2, device=device)
+    windows = vidattn.geometry.resolve_windows((4, 6, 6), (2, 3, 3))
+    bias = table[vidattn.geometry.bias_rows((2, 3, 3), windows).to(device)].permute(2, 0, 1)
+    tokens = vidattn.geometry.source_tokens(windows).to(device)
+    partitioned = qkv.flatten(1, 3)[:, tokens].flatten(0, 1)
+    out = vidattn.window_attention(partitioned, bias, backend=backend)
+    grid = vidattn.window3d_attention(qkv, table, window_size=(2, 3, 3), backend=backend)
+    torch.testing.assert_close(out, grid.flatten(1, 3)[:, tokens].flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@backends
+def test_float64_gradcheck(backend: str) -> None:
+    qkv = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+    bias = torch.randn(2, 5, 5, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+    mask = torch.randn(2, 5, 5, device=device_of(backend))
+    mask[0, 3], mask[:, :, 1] = -math.inf, -math.inf
+
+    def attend(qkv: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
+        torch.manual_seed(5)
+        return vidattn.window_attention(qkv, bias, mask, dropout_p=dropout_p, backend=backend)
+
+    for dropout_p in (0.0, 0.4):
+        assert torch.autograd.gradcheck(attend, (qkv, bias, dropout_p))
+
+
+@backends
+def test_a_learned_bias_of_one_kind_for_all_heads(backend: str) -> None:
+    """A bias broadcast over the heads gets the sum of their gradients."""
+    device = device_of(backend)
+    inputs = window_inputs(4, 20, 2, 16, torch.float64, bias=False)
+    shared = torch.randn(1, 20, 20, dtype=torch.float64)
+
+    def attend(qkv: Tensor, shared: Tensor, **options: Any) -> Tensor:
+        function = vidattn.window_attention if "backend" in options else reference.window_attention
+        return function(qkv, shared.expand(2, -1, -1), **options)  # type: ignore[operator]
+
+    given = dict(inputs, shared=shared)
+    exact = evaluate(attend, given, {})
+    assert_all_close(on_cpu(evaluate(attend, to(given, device), {"backend": backend})), exact, exact, torch.float64)
