@@ -34,7 +34,15 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation and dropout between them and after them."""
+    """Two linear layers with an activation between them, and dropout after it and at the end.
+
+    Args:
+        in_features: Channels in.
+        hidden_features: Channels between the layers; ``in_features`` by default.
+        out_features: Channels out; ``in_features`` by default.
+        act_layer: Activation, called without arguments.
+        drop: Dropout probability.
+    """
 
     def __init__(
         self,

@@ -225,7 +225,12 @@ class SwinTransformerBlock3D(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve height and width: join 2 x 2 tokens, normalise, project 4C channels to 2C (arXiv 2106.13230)."""
+    """Halve height and width: join 2 x 2 tokens, normalise, project 4C channels to 2C (arXiv 2106.13230, section 3.1).
+
+    Args:
+        dim: Channels C.
+        norm_layer: Normalisation, called with 4C.
+    """
 
     def __init__(self, dim: int, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()

@@ -88,6 +88,10 @@ def window_partition(x: Tensor, window_size: Sequence[int]) -> Tensor:
 
     Returns:
         Windows (B * number of windows, tokens of a window, C), the batch outermost.
+
+    Example:
+        >>> window_partition(torch.zeros(2, 4, 14, 14, 96), (4, 7, 7)).shape
+        torch.Size([8, 196, 96])
     """
     batch, depth, height, width, channels = x.shape
     wd, wh, ww = window_size
@@ -109,6 +113,10 @@ def window_reverse(windows: Tensor, window_size: Sequence[int], B: int, D: int, 
 
     Returns:
         Tokens (B, D, H, W, C).
+
+    Example:
+        >>> window_reverse(torch.zeros(8, 196, 96), (4, 7, 7), 2, 4, 14, 14).shape
+        torch.Size([2, 4, 14, 14, 96])
     """
     wd, wh, ww = window_size
     channels = windows.shape[-1]
@@ -188,6 +196,12 @@ def relative_position_index(window_size: Sequence[int]) -> Tensor:
 
     Returns:
         int64 (N, N) index, query by key, into a table of (2 Wd - 1)(2 Wh - 1)(2 Ww - 1) rows.
+
+    Example:
+        >>> relative_position_index((1, 1, 3))
+        tensor([[2, 1, 0],
+                [3, 2, 1],
+                [4, 3, 2]])
     """
     wd, wh, ww = window_size
     tokens = torch.stack(torch.meshgrid(torch.arange(wd), torch.arange(wh), torch.arange(ww), indexing="ij")).flatten(1)
