@@ -17,8 +17,8 @@ from setuptools import setup
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 
-# A source named *_<suffix>.cpp is compiled with these flags and runs only where the CPU has them (csrc/cpu/isa.cpp). They
-# are spelled out rather than -march=...: the same object on every vendor's machine.
+# A source named *_<suffix>.cpp is compiled with these flags and runs only where the CPU has them (csrc/cpu/isa.cpp).
+# They are spelled out rather than -march=...: the same object on every vendor's machine.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 

@@ -16,6 +16,7 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native
+from vidattn.ops.window3d import NATIVE_FORWARD
 from vidattn.reference.window3d import window_attention_backward
 
 __all__ = ["window_attention"]
@@ -256,4 +257,4 @@ register_attention(
     flops=_flops,
     num_tensors=6,
 )
-register_native("window_attention", "_window3d_attention_forward")
+register_native("window_attention", NATIVE_FORWARD)

@@ -184,10 +184,11 @@ LIBRARY.define(
 )
 # Implemented by the extension per device. bias_window is [] for a dense bias (h, N, N), else the configured window and
 # the extents that unravel a token number. window and shift are effective; wrap has 1 on cyclic axes.
+NATIVE_FORWARD = "_window3d_attention_forward"
 _NATIVE_INPUTS = "Tensor? bias, int[] bias_window, Tensor? mask, Tensor? pad_qkv, Tensor? seed"
 _NATIVE_OPTIONS = "int[] window, int[] shift, int[] wrap, float scale, float mask_value, float dropout_p"
 LIBRARY.define(
-    f"_window3d_attention_forward(Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
+    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
     " Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 LIBRARY.define(
@@ -374,4 +375,4 @@ register_attention(
     flops=_flops,
     num_tensors=6,
 )
-register_native("window3d_attention", "_window3d_attention_forward")
+register_native("window3d_attention", NATIVE_FORWARD)
