@@ -124,13 +124,12 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
             mask = mask_matrix.build(x.device) if isinstance(mask_matrix, RegionMask) else mask_matrix
             return super().forward_part1(x, mask)
         qkv = attention.qkv(self.norm1(x))
-        has_padding = padded[0] != grid[0] or padded[1] != grid[1] or padded[2] != grid[2]
         context = window3d_attention(
             qkv.unflatten(-1, (3, self.num_heads, -1)),
             attention.relative_position_bias_table,
             window_size=self.window_size,
             shift_size=self.shift_size,
-            pad_qkv=_projected_zero(attention.qkv, qkv, self.dim) if has_padding else None,
+            pad_qkv=_projected_zero(attention.qkv, qkv, self.dim),
             mask_value=MASK_VALUE,
             wrap=mask_matrix is None,
             scale=attention.scale,
