@@ -47,9 +47,11 @@ struct Bf16Pairs {
     return _mm512_dpbf16_ps(c, (__m512bh)words, (__m512bh)words);
   }
   static VIDATTN_INLINE void row_words(const bf16* row, int64_t n, int64_t padded, Word* to) {
-    bf16* halves = reinterpret_cast<bf16*>(to);
-    if (row) __builtin_memcpy(halves, row, 2 * n);
-    for (int64_t i = row ? n : 0; i < 2 * padded; ++i) halves[i].bits = 0;
+    for (int64_t i = 0; i < padded; i += 16) {
+      const int64_t left = row ? n - 2 * i : 0;
+      const __mmask32 valid = left >= 32 ? ~0u : (1u << (left > 0 ? left : 0)) - 1;
+      _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(valid, row + (left > 0 ? 2 * i : 0)));
+    }
   }
   static VIDATTN_INLINE void column_words(const bf16* const* rows, int64_t n, int64_t padded, Word* to) {
     for (int64_t i = 0; i < padded; i += 16) {

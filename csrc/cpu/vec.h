@@ -154,6 +154,17 @@ VIDATTN_INLINE float largest<float>(Vec<float> v) {
 }
 #endif
 
+template <class T>
+constexpr T kLargest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+
+// x * factor that stays finite where x is: a mask of the lowest finite number is not one of -inf.
+template <class T>
+VIDATTN_INLINE Vec<T> scale_finite(Vec<T> x, T factor) {
+  const Vec<T> y = x * factor, high = splat(kLargest<T>);
+  const Vec<T> capped = y < -high ? -high : y > high ? high : y;
+  return x - x == Vec<T>{} ? capped : y;
+}
+
 // One stage of a transposition: blocks of W x W lanes change places across the diagonal.
 template <int W, class T, int... Lane>
 VIDATTN_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
@@ -306,6 +317,14 @@ template <class In, class T>
 VIDATTN_INLINE void widen_row(const In* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
+#if defined(__AVX512BF16__)
+VIDATTN_INLINE void narrow_row(const float* from, float factor, bf16* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 x = _mm512_mul_ps(load_first(from + i, n - i), _mm512_set1_ps(factor));
+    _mm256_mask_storeu_epi16(to + i, n - i >= 16 ? 0xffff : (1u << (n - i)) - 1, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+#endif
 template <class T, class Out>
 VIDATTN_INLINE void narrow_row(const T* from, T factor, Out* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(from[i] * factor, to[i]);

@@ -223,9 +223,11 @@ class Window3d {
     }
   }
 
+  bool has_regions() const { return now_->has_regions() && !a_.mask; }
+
   void pack_keys(const Tokens& k) {
     pack_in_lanes(k, keys_in_lanes_);
-    if (!may_skip()) return;
+    if (!has_regions()) return;
     Vec<T> longest{}, total{};
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       tile_regions_[tile] = 0;
@@ -242,38 +244,35 @@ class Window3d {
     longest_key_ = largest<T>(longest) + 0 * sum<T>(total);  // NaN when any key is not finite, which max would lose
   }
 
-  // Tiles whose keys all lie in other regions than the block's queries may be left out where that cannot be seen in the
-  // result.
-  bool may_skip() const {
-    return now_->has_regions() && !a_.mask && (sizeof(T) == 4 || a_.mask_value == -__builtin_inf()) &&
-           (!bias_ || a_.bias_is_table);
+  // Finds the range of tiles that a block of packed queries (numbers [first, first + count)) attends to, and whether
+  // the block lies in one region. Tiles of other regions alone are left out where that cannot be seen in the result: a
+  // masked key's score is at most 2 max|q| max|k| + (bias range) + mask_value above that of the query itself, and at
+  // -40 its weight is e^-40 = 4e-18 of the largest. float64 could see it.
+  void choose_tiles(int64_t first, int count) {
+    first_tile_ = 0, last_tile_ = tiles_;
+    block_regions_ = 0;
+    if (!has_regions()) return;
+    T longest = 0, total = 0;
+    for (int r = 0; r < count; ++r) {
+      block_regions_ |= 1 << now_->region(now_->query(first + r));
+      Vec<T> squares{};
+      for (int64_t c = 0; c < padded_; c += kLanes<T>) squares = P::add_squares(load(q_ + r * kMaxDim + c), squares);
+      const T length = sum<T>(squares);
+      longest = length > longest ? length : longest;
+      total += length;  // not finite when any query is not
+    }
+    const T score =
+        T(__builtin_sqrt(longest * longest_key_)) * score_scale_ + 0 * total;  // in base 2, as the bias range
+    const bool unseen = 2 * score + bias_range_ * score_scale_ < T(-40 - a_.mask_value) * kLog2e;  // false for NaN
+    if (!unseen || (sizeof(T) == 8 && a_.mask_value != -__builtin_inf())) return;
+    while (!(tile_regions_[first_tile_] & block_regions_)) ++first_tile_;
+    while (!(tile_regions_[last_tile_ - 1] & block_regions_)) --last_tile_;
   }
 
-  // Finds the range of tiles that a block of packed queries (numbers [first, first + count)) attends to. A masked key's
-  // score is at most 2 max|q| max|k| + (bias range) + mask_value above that of the query itself; at -40 its weight is
-  // e^-40 = 4e-18 of the largest.
-  void choose_tiles(int64_t first, int count) {
-    int regions = -1;
-    if (may_skip()) {
-      T longest = 0, total = 0;
-      regions = 0;
-      for (int r = 0; r < count; ++r) {
-        regions |= 1 << now_->region(now_->query(first + r));
-        Vec<T> squares{};
-        for (int64_t c = 0; c < padded_; c += kLanes<T>) squares = P::add_squares(load(q_ + r * kMaxDim + c), squares);
-        const T length = sum<T>(squares);
-        longest = length > longest ? length : longest;
-        total += length;
-      }
-      const T score =
-          T(__builtin_sqrt(longest * longest_key_)) * score_scale_ + 0 * total;  // in base 2, as the bias range
-      const bool unseen = 2 * score + bias_range_ * score_scale_ < T(-40 - a_.mask_value) * kLog2e;  // false for NaN
-      if (!unseen) regions = -1;
-    }
-    first_tile_ = 0, last_tile_ = tiles_;
-    if (regions == -1) return;
-    while (!(tile_regions_[first_tile_] & regions)) ++first_tile_;
-    while (!(tile_regions_[last_tile_ - 1] & regions)) --last_tile_;
+  // Whether the mask is zero for a tile: its keys and all queries of the block lie in one region.
+  bool unmasked(int64_t tile) const {
+    const bool one_region = block_regions_ && !(block_regions_ & (block_regions_ - 1));
+    return one_region && tile_regions_[tile] == block_regions_;
   }
 
   // [key][channel]: the operand of products summed over the keys.
@@ -304,8 +303,27 @@ class Window3d {
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
     // Added last, not as the start of the sums: a large bias would round every partial sum.
-    if (bias_) add_rows<NV, Tail>(bias, a_.bias_is_table ? T(1) : addend_scale(), first, left, s);
-    if (mask[0]) add_rows<NV, Tail>(mask, addend_scale(), first, left, s);
+    if (bias_ && a_.bias_is_table) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) s[r][n] += load(bias[r] + first + n * kLanes<T>);
+    }
+    const bool masked = mask[0] && !unmasked(tile);
+    if ((bias_ && !a_.bias_is_table) || masked) {
+      alignas(64) T rows[kQueryRows][NV * kLanes<T>];
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) store(rows[r] + n * kLanes<T>, s[r][n]);
+      if (bias_ && !a_.bias_is_table) add_rows(bias, first, NV, rows[0]);
+      if (masked && a_.mask) add_rows(mask, first, NV, rows[0]);
+      if (masked && !a_.mask) add_region_rows(mask, first, NV, rows[0]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) s[r][n] = load(rows[r] + n * kLanes<T>);
+    }
     if (Tail) {
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
@@ -314,22 +332,28 @@ class Window3d {
     }
   }
 
-  // exp2 of scaled scores minus `top`, the row's maximum or log-sum-exp in base 2.
-  VIDATTN_INLINE Vec<T> weight(Vec<T> score, T top) const {
-    if constexpr (kScaleQuery) return exp2<typename P::Exp2, T>(score - top);
-    return exp2<typename P::Exp2, T>(score * score_scale_ - top);
+  // Adds keys [first, ...) of dense bias or mask rows, in natural units, to `vectors` vectors a row of scores. Not
+  // inlined: beside the unrolled loops above it would cost them registers.
+  __attribute__((noinline)) void add_rows(const T* const* rows, int64_t first, int vectors, T* scores) const {
+    for (int r = 0; r < kQueryRows; ++r)
+      for (int n = 0; n < vectors; ++n, scores += kLanes<T>) {
+        const int64_t at = first + n * kLanes<T>;
+        store(scores, load(scores) + scale_finite<T>(load_first(rows[r] + at, n_ - at), addend_scale()));
+      }
   }
 
-  template <int NV, bool Tail>
-  static VIDATTN_INLINE void add_rows(const T* const* rows, T factor, int64_t first, int64_t left,
-                                      Vec<T> (&s)[kQueryRows][NV]) {
-#pragma GCC unroll 16
+  __attribute__((noinline)) void add_region_rows(const T* const* rows, int64_t first, int vectors, T* scores) const {
+    const T scale = addend_scale();
     for (int r = 0; r < kQueryRows; ++r)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) {
-        const T* p = rows[r] + first + n * kLanes<T>;
-        s[r][n] += (Tail ? load_first(p, left - n * kLanes<T>) : load(p)) * factor;
-      }
+      for (int n = 0; n < vectors; ++n, scores += kLanes<T>)
+        store(scores, load(scores) + load(rows[r] + first + n * kLanes<T>) * scale);
+  }
+
+  // exp2 of the scaled difference of scores and `top`, the row's maximum or log-sum-exp in the units of the scores. The
+  // difference comes first: the rounding of a scaled top would show where masks of -1e30 cancel.
+  VIDATTN_INLINE Vec<T> weight(Vec<T> score, T top) const {
+    if constexpr (kScaleQuery) return exp2<typename P::Exp2, T>(score - top);
+    return exp2<typename P::Exp2, T>((score - top) * score_scale_);
   }
 
   // Runs body(tile, number of vectors, is it the partial last tile) over the chosen tiles, the two arguments as
@@ -385,6 +409,7 @@ class Window3d {
   T bias_range_ = 0;
   T longest_key_ = 0;  // square of the largest |k| of the window
   int64_t first_tile_ = 0, last_tile_ = 0;
+  int block_regions_ = 0;  // bit per region of the block's queries; 0 when the mask has no regions
 
   // Scratch memory.
   int64_t* bias_offset_;

@@ -78,7 +78,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
     delta_[r] = 0;
     if (!real) continue;
     const T lse = ((const T*)a_.lse)[now_->token(i) * a_.heads + head_];
-    if (lse != -kInfinity) lse_[r] = lse * kLog2e;
+    if (lse != -kInfinity) lse_[r] = lse * addend_scale();
     const In* context = out.row(i);
     for (int64_t c = 0; c < d_; ++c) delta_[r] += widen(gradient[r][c]) * widen(context[c]);
   }

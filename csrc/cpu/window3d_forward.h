@@ -56,11 +56,11 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
   T inverse[kQueryRows];
   for (int r = 0; r < count; ++r) {
     const int64_t i = now_->query(first + r);
-    T m = largest<T>(top[r]) * score_scale_, sum;
+    T m = largest<T>(top[r]), sum;
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     softmax_row(r, i, m, &sum);
     inverse[r] = sum == 0 ? T(0) : 1 / sum;
-    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = (m + log2(sum)) * kLn2;
+    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = (m * score_scale_ + log2(sum)) * kLn2;
   }
   const Word* weights = P::pack == 1 ? (const Word*)scores_ : weights_;
   for_each_column([&](int64_t c, auto vectors) {
