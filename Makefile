@@ -38,7 +38,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
-	VIDATTN_BUILD_EXT=1 $(BIN)/python setup.py build_ext --inplace
+	VIDATTN_BUILD_EXT=$${VIDATTN_BUILD_EXT:-1} $(BIN)/python setup.py build_ext --inplace
 	@touch $@
 
 venv: $(VENV)/.built ## create .venv, install everything, build the extension
