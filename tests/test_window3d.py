@@ -454,6 +454,5 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
         mask_value=(-100.0, -math.inf, -5.0)[pick(0, 2)],
         scale=(None, 0.3)[pick(0, 1)],
         dropout_p=(0.0, 0.2)[pick(0, 1)],
-        spread=(1.0, 4.0)[pick(0, 1)],
     )
     check(case, dtype, backend, separate=pick(0, 1) == 1)
