@@ -16,7 +16,7 @@ template <class T>
 struct Plain {
   using Acc = T;
   using Word = T;
-  using Exp2 = typename Exp2Of<T>::type;
+  using Exp = typename ExpOf<T>::type;
   static constexpr int pack = 1;
 
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
@@ -37,7 +37,7 @@ struct Plain {
 struct Bf16Pairs {
   using Acc = float;
   using Word = float;  // 32 bits that hold two bfloat16, the first in the low half; only ever copied
-  using Exp2 = Exp2Bf16;
+  using Exp = ExpBf16;
   static constexpr int pack = 2;
 
   static VIDATTN_INLINE Vec<float> multiply_add(Word a, Vec<float> b, Vec<float> c) {
@@ -62,11 +62,6 @@ struct Bf16Pairs {
           rows[1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i)) : _mm512_setzero_si512();
       _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
-  }
-  static VIDATTN_INLINE void negate(Word* words, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16)
-      _mm512_storeu_si512(words + i,
-                          _mm512_xor_si512(_mm512_loadu_si512(words + i), _mm512_set1_epi32(int(0x80008000))));
   }
   // 32 neighbours of a row, rounded, as 16 words.
   static VIDATTN_INLINE Vec<float> narrow(Vec<float> first, Vec<float> second) {

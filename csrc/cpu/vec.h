@@ -154,17 +154,6 @@ VIDATTN_INLINE float largest<float>(Vec<float> v) {
 }
 #endif
 
-template <class T>
-constexpr T kLargest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
-
-// x * factor that stays finite where x is: a mask of the lowest finite number is not one of -inf.
-template <class T>
-VIDATTN_INLINE Vec<T> scale_finite(Vec<T> x, T factor) {
-  const Vec<T> y = x * factor, high = splat(kLargest<T>);
-  const Vec<T> capped = y < -high ? -high : y > high ? high : y;
-  return x - x == Vec<T>{} ? capped : y;
-}
-
 // One stage of a transposition: blocks of W x W lanes change places across the diagonal.
 template <int W, class T, int... Lane>
 VIDATTN_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
@@ -183,28 +172,27 @@ VIDATTN_INLINE void exchange_rows(Vec<T>* rows) {
   }
 }
 
-VIDATTN_INLINE float log2(float x) {
-  return __builtin_log2f(x);
+VIDATTN_INLINE float log(float x) {
+  return __builtin_logf(x);
 }
-VIDATTN_INLINE double log2(double x) {
-  return __builtin_log2(x);
+VIDATTN_INLINE double log(double x) {
+  return __builtin_log(x);
 }
 
-// 2^x for x <= 128 (1024): x = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent. Adding
-// `shifter` rounds x to the integer n and leaves n + bias in the low bits of the sum. x <= -bias gives exactly 0, NaN
-// gives NaN. The polynomials are minimax on
-// [-1/2, 1/2] with the constant term fixed at 1.
-struct Exp2Float {  // relative error 2e-9, so that rounding dominates: 0.7 ulp in all
+// e^x = 2^y for y <= 128 (1024): y = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent.
+// Adding `shifter` rounds y to the integer n and leaves n + bias in the low bits of the sum. y <= -bias gives exactly
+// 0, NaN gives NaN. The polynomials are minimax on [-1/2, 1/2] with the constant term fixed at 1.
+struct ExpFloat {  // relative error 2e-9, so that rounding dominates: 0.7 ulp in all
   static constexpr float shifter = 12582912.f + 127.f, lowest = -127.f;  // 1.5 * 2^23 + bias
   static constexpr int mantissa = 23;
   static constexpr float c[] = {
       1.f, 0.69314718246f, 0.24022647738f, 0.05550332367f, 0.00961843692f, 0.00133988750f, 0.00015353362f};
 };
-struct Exp2Bf16
-    : Exp2Float {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
+struct ExpBf16
+    : ExpFloat {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
   static constexpr float c[] = {1.f, 0.69312417507f, 0.24024099112f, 0.05590642616f, 0.00958285294f};
 };
-struct Exp2Double {                                                                 // Taylor: relative error 4e-18
+struct ExpDouble {                                                                  // Taylor: relative error 4e-18
   static constexpr double shifter = 6755399441055744.0 + 1023.0, lowest = -1023.0;  // 1.5 * 2^52 + bias
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.0,
@@ -223,11 +211,11 @@ struct Exp2Double {                                                             
                                  1.3691488853904128881e-12};
 };
 template <class E, class T>
-VIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+VIDATTN_INLINE Vec<T> exp(Vec<T> x) {
   typedef Bits<T> IntVec __attribute__((vector_size(kVectorBytes)));
-  x = max<T>(splat(E::lowest), x);
-  const Vec<T> shifted = x + E::shifter;
-  const Vec<T> r = x - (shifted - E::shifter);
+  const Vec<T> y = max<T>(splat(E::lowest), x * T(1.44269504088896340736));
+  const Vec<T> shifted = y + E::shifter;
+  const Vec<T> r = y - (shifted - E::shifter);
   constexpr int degree = sizeof(E::c) / sizeof(T) - 1;
   Vec<T> p = splat(E::c[degree]);
 #pragma GCC unroll 16
@@ -235,14 +223,14 @@ VIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
   return p * (Vec<T>)((IntVec)shifted << E::mantissa);
 }
 template <class T>
-struct Exp2Of;
+struct ExpOf;
 template <>
-struct Exp2Of<float> {
-  using type = Exp2Float;
+struct ExpOf<float> {
+  using type = ExpFloat;
 };
 template <>
-struct Exp2Of<double> {
-  using type = Exp2Double;
+struct ExpOf<double> {
+  using type = ExpDouble;
 };
 
 // Storage types. The two 16-bit ones are plain bit patterns: conversions are exact upwards and round to nearest even

@@ -7,7 +7,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -22,13 +21,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Window3dKernels& kernels_for(ScalarType type, double scale) {
+const Window3dKernels& kernels_for(ScalarType type) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
-  // Packed bfloat16 scores are scaled after the bias is added, so the bias is divided by the scale: not with extreme
-  // ones.
-  const bool divisible = std::abs(scale) > 1e-6 && std::abs(scale) < 1e6;
-  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16 && divisible) return window3d_avx512bf16.bfloat16;
+  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16) return window3d_avx512bf16.bfloat16;
   const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512
                                : isa == Isa::avx2 ? window3d_avx2
                                                   : window3d_baseline;
@@ -127,7 +123,7 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vect
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.out = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type(), scale);
+  const Window3dKernels& kernels = kernels_for(q.scalar_type());
   run(a, kernels, false, a.heads * a.groups, kernels.forward);
 }
 
@@ -181,7 +177,7 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> b
   a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
   a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type(), scale);
+  const Window3dKernels& kernels = kernels_for(q.scalar_type());
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (q.scalar_type() == ScalarType::Double)
     backward_as(a, kernels, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));

@@ -26,12 +26,7 @@ class Window3d {
   static constexpr int kPairs = kQueryRows / P::pack;  // words of a tile's column packed along the queries
   static constexpr int kBlocks = 56 / kQueryRows;      // query blocks that share one pass over the keys in the backward
   static constexpr int kMaxDim = 128;
-  // Scores are computed in base 2. Where it costs no rounding beyond the product's own, scale * log2(e) is multiplied
-  // into the query; packed bfloat16 queries only take its sign, and the scores are scaled (by score_scale_) on their
-  // way into exp2. Bias and mask are added before that, divided by what comes after.
-  static constexpr bool kScaleQuery = P::pack == 1;
-  static constexpr T kLog2e = T(1.44269504088896340736), kLn2 = T(0.69314718055994530942),
-                     kInfinity = T(__builtin_inf());
+  static constexpr T kInfinity = T(__builtin_inf());
 
  public:
   // Lays out the scratch memory; with base == nullptr only bytes() may be called.
@@ -44,8 +39,7 @@ class Window3d {
         tiles_(ceil_div(n_, kWidth)),
         slice_(args.bias_is_table ? args.bias_extent[0] * args.bias_extent[1] : n_),
         slices_(ceil_div(n_, slice_)),
-        query_scale_(kScaleQuery ? T(args.scale) * kLog2e : T(args.scale < 0 ? -1 : 1)),
-        score_scale_(kScaleQuery ? T(1) : T(args.scale < 0 ? -args.scale : args.scale) * kLog2e),
+        scale_(T(args.scale)),
         dropout_{args.dropout_p, args.seed},
         arena_(base),
         windows_{{args, tiles_ * kWidth, arena_}, {args, tiles_ * kWidth, arena_}} {
@@ -199,7 +193,7 @@ class Window3d {
     bias_ = (const T*)a_.bias + head * a_.bias_size;
     if (!a_.bias_is_table) return;
     for (int64_t row = 0; row < a_.bias_size; ++row)
-      table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head] * addend_scale();
+      table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head];
     T low = table_[0], high = table_[0];
     for (int64_t row = 1; row < a_.bias_size; ++row) {
       low = table_[row] < low ? table_[row] : low;
@@ -261,9 +255,8 @@ class Window3d {
       longest = length > longest ? length : longest;
       total += length;  // not finite when any query is not
     }
-    const T score =
-        T(__builtin_sqrt(longest * longest_key_)) * score_scale_ + 0 * total;  // in base 2, as the bias range
-    const bool unseen = 2 * score + bias_range_ * score_scale_ < T(-40 - a_.mask_value) * kLog2e;  // false for NaN
+    const T score = T(__builtin_sqrt(longest * longest_key_)) * __builtin_fabs(scale_) + 0 * total;
+    const bool unseen = 2 * score + bias_range_ < T(-40 - a_.mask_value);  // false for NaN
     if (!unseen || (sizeof(T) == 8 && a_.mask_value != -__builtin_inf())) return;
     while (!(tile_regions_[first_tile_] & block_regions_)) ++first_tile_;
     while (!(tile_regions_[last_tile_ - 1] & block_regions_)) --last_tile_;
@@ -284,26 +277,20 @@ class Window3d {
     }
   }
 
-  void pack_query(const In* row, Word* to) {
-    P::row_words(row, d_, padded_, to);
-    if constexpr (kScaleQuery)
-      for (int64_t c = 0; c < d_; ++c) to[c] *= query_scale_;
-    else if (query_scale_ < 0)
-      P::negate(to, padded_);
-  }
-
-  T addend_scale() const { return kLog2e / score_scale_; }
-
-  // Products of a query block with the keys of a tile plus bias and mask: log2-scores but for score_scale_; -inf beyond
-  // the last key.
+  // Scores of a query block for the keys of a tile: scaled products plus bias and mask; -inf beyond the last key.
   template <int NV, bool Tail>
   VIDATTN_INLINE void score_tile(const Word* q, int64_t tile, const T* const* bias, const T* const* mask,
                                  Vec<T> (&s)[kQueryRows][NV]) {
     const int64_t first = tile * kWidth, left = n_ - first;
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
-    // Added last, not as the start of the sums: a large bias would round every partial sum.
-    if (bias_ && a_.bias_is_table) {
+    // The bias comes last, not as the start of the sums: a large one would round every partial sum.
+    const bool expanded = bias_ && a_.bias_is_table;
+#pragma GCC unroll 16
+    for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) s[r][n] *= scale_;
+    if (expanded) {
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
@@ -317,8 +304,7 @@ class Window3d {
 #pragma GCC unroll 2
         for (int n = 0; n < NV; ++n) store(rows[r] + n * kLanes<T>, s[r][n]);
       if (bias_ && !a_.bias_is_table) add_rows(bias, first, NV, rows[0]);
-      if (masked && a_.mask) add_rows(mask, first, NV, rows[0]);
-      if (masked && !a_.mask) add_region_rows(mask, first, NV, rows[0]);
+      if (masked) add_rows(mask, first, NV, rows[0]);
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
@@ -332,28 +318,14 @@ class Window3d {
     }
   }
 
-  // Adds keys [first, ...) of dense bias or mask rows, in natural units, to `vectors` vectors a row of scores. Not
-  // inlined: beside the unrolled loops above it would cost them registers.
+  // Adds keys [first, ...) of dense bias or mask rows to `vectors` vectors a row of scores. Not inlined: beside the
+  // unrolled loops above it would cost them registers.
   __attribute__((noinline)) void add_rows(const T* const* rows, int64_t first, int vectors, T* scores) const {
     for (int r = 0; r < kQueryRows; ++r)
       for (int n = 0; n < vectors; ++n, scores += kLanes<T>) {
         const int64_t at = first + n * kLanes<T>;
-        store(scores, load(scores) + scale_finite<T>(load_first(rows[r] + at, n_ - at), addend_scale()));
+        store(scores, load(scores) + load_first(rows[r] + at, n_ - at));
       }
-  }
-
-  __attribute__((noinline)) void add_region_rows(const T* const* rows, int64_t first, int vectors, T* scores) const {
-    const T scale = addend_scale();
-    for (int r = 0; r < kQueryRows; ++r)
-      for (int n = 0; n < vectors; ++n, scores += kLanes<T>)
-        store(scores, load(scores) + load(rows[r] + first + n * kLanes<T>) * scale);
-  }
-
-  // exp2 of the scaled difference of scores and `top`, the row's maximum or log-sum-exp in the units of the scores. The
-  // difference comes first: the rounding of a scaled top would show where masks of -1e30 cancel.
-  VIDATTN_INLINE Vec<T> weight(Vec<T> score, T top) const {
-    if constexpr (kScaleQuery) return exp2<typename P::Exp2, T>(score - top);
-    return exp2<typename P::Exp2, T>((score - top) * score_scale_);
   }
 
   // Runs body(tile, number of vectors, is it the partial last tile) over the chosen tiles, the two arguments as
@@ -397,7 +369,7 @@ class Window3d {
 
   const Window3dArgs& a_;
   const int64_t n_, d_, steps_, padded_, tiles_, slice_, slices_;
-  const T query_scale_, score_scale_;
+  const T scale_;
   const Dropout dropout_;
   Arena arena_;
   int64_t expanded_size_;
@@ -411,13 +383,21 @@ class Window3d {
   int64_t first_tile_ = 0, last_tile_ = 0;
   int block_regions_ = 0;  // bit per region of the block's queries; 0 when the mask has no regions
 
-  // Scratch memory.
-  int64_t* bias_offset_;
-  int* tile_regions_;
-  T *table_ = nullptr, *expanded_ = nullptr, *dexpanded_ = nullptr, *keep_, *zero_row_, *scores_, *dk_, *dv_, *dpad_;
-  Word *stage_, *keys_in_lanes_, *keys_in_rows_, *values_in_rows_, *values_in_lanes_, *q_, *dout_, *weights_ = nullptr,
-                                                                                                   *dscores_;
-  Word *q_pairs_, *dout_pairs_, *weight_pairs_, *dscore_pairs_;
+  // Scratch memory. "In lanes" is [tile][step][key of the tile], "in rows" [key / pack][channel]; a block is
+  // kQueryRows.
+  int64_t* bias_offset_;                      // [query]: start of its row in bias_ and dbias_
+  T *table_ = nullptr, *expanded_ = nullptr;  // one head's table, reversed; and expanded
+  T *dexpanded_ = nullptr, *dpad_ = nullptr;  // gradients of the expanded table and of pad_qkv
+  int* tile_regions_;                         // [tile]: bit per region of its keys
+  Word* stage_;                               // rows of a tile on their way into lanes
+  Word *keys_in_lanes_, *values_in_lanes_, *keys_in_rows_, *values_in_rows_;
+  Word *q_, *dout_;                     // [block][row][kMaxDim]
+  Word *q_pairs_, *dout_pairs_;         // [block][row / pack][channel]
+  T* scores_;                           // forward [tile][row][key], backward [block][row][key]
+  Word *weights_ = nullptr, *dscores_;  // [tile][row][key / pack], [tile][block][row][key / pack]
+  Word *weight_pairs_, *dscore_pairs_;  // [block][row / pack][key]
+  T *dk_, *dv_;                         // [key][channel]
+  T *keep_, *zero_row_;                 // dropout factors; where rows without a query add theirs
 
   // The blocks of query rows in work.
   static constexpr int kRows = kBlocks * kQueryRows;

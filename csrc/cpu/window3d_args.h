@@ -20,7 +20,7 @@ struct Window3dArgs {
 
   TokenTensor q, k, v, out, dout, dq, dk, dv;
   const void* pad_qkv;  // (3, heads, head_dim) in the type of q, or null: zeros
-  void* lse;            // (batch, depth, height, width, heads)
+  void* lse;            // (batch, depth, height, width, heads): log-sum-exp
 
   // Bias, in the accumulator's type. Dense: (heads, tokens, tokens). Table: (rows, heads), for the configured window
   // `bias_window`, with tokens unravelled over (*, bias_extent[0], bias_extent[1]).

@@ -42,14 +42,13 @@ void Window3d<P, In>::backward_window() {
   for (int64_t i = 0; i < keys * padded_; ++i) dk_[i] = dv_[i] = 0;
   for (int64_t first = 0; first < now_->query_count(); first += kRows) backward_blocks(q, out, dout, dq, first);
 
-  const T dk_scale = T(a_.scale) / query_scale_;  // the packed query is scaled
   for (int64_t j = 0; j < n_; ++j) {
     if (now_->real(j)) {
-      narrow_row(dk_ + j * padded_, dk_scale, dk.row(j), d_);
+      narrow_row(dk_ + j * padded_, scale_, dk.row(j), d_);
       narrow_row(dv_ + j * padded_, T(1), dv.row(j), d_);
     } else {
       for (int64_t c = 0; c < d_; ++c) {
-        dpad_[c] += dk_[j * padded_ + c] * dk_scale;
+        dpad_[c] += dk_[j * padded_ + c] * scale_;
         dpad_[d_ + c] += dv_[j * padded_ + c];
       }
     }
@@ -68,7 +67,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
     const int64_t i = now_->query(first + (real ? r : 0));
     query[r] = real ? q.row(i) : nullptr;
     gradient[r] = real ? dout.row(i) : nullptr;
-    pack_query(query[r], q_ + r * kMaxDim);
+    P::row_words(query[r], d_, padded_, q_ + r * kMaxDim);
     P::row_words(gradient[r], d_, padded_, dout_ + r * kMaxDim);
     bias_row_[r] = bias_ + bias_offset_[i];
     mask_row_[r] = now_->mask_row(i);
@@ -78,7 +77,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
     delta_[r] = 0;
     if (!real) continue;
     const T lse = ((const T*)a_.lse)[now_->token(i) * a_.heads + head_];
-    if (lse != -kInfinity) lse_[r] = lse * addend_scale();
+    if (lse != -kInfinity) lse_[r] = lse;
     const In* context = out.row(i);
     for (int64_t c = 0; c < d_; ++c) delta_[r] += widen(gradient[r][c]) * widen(context[c]);
   }
@@ -111,7 +110,7 @@ void Window3d<P, In>::backward_blocks(const Tokens& q, const Tokens& out, const 
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, g[r][n]);
           const int64_t left = d_ - c;
-          narrow_row(row, T(a_.scale), dq.row(now_->query(first + b * kQueryRows + r)) + c,
+          narrow_row(row, scale_, dq.row(now_->query(first + b * kQueryRows + r)) + c,
                      left < NV * kLanes<T> ? left : NV * kLanes<T>);
         }
     });
@@ -130,7 +129,8 @@ void Window3d<P, In>::backward_tile(int64_t tile, int64_t blocks) {
 #pragma GCC unroll 16
     for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) store(p + r * kWidth + n * kLanes<T>, weight(s[r][n], lse_[row + r]));
+      for (int n = 0; n < NV; ++n)
+        store(p + r * kWidth + n * kLanes<T>, exp<typename P::Exp, T>(s[r][n] - lse_[row + r]));
 
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(dout_ + row * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_,

@@ -4,7 +4,7 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-// Turns the log2-scores of one query row into probabilities (times the dropout factor) and returns the sum of the
+// Turns the scores of one query row into probabilities (times the dropout factor) and returns the sum of the
 // undropped ones.
 template <class P, class In>
 void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
@@ -18,7 +18,7 @@ void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
     Vec<T> p[2] = {};
 #pragma GCC unroll 2
     for (int n = 0; n < NV; ++n) {
-      p[n] = weight(load(s + n * kLanes<T>), m);
+      p[n] = exp<typename P::Exp, T>(load(s + n * kLanes<T>) - m);
       total[n] += p[n];
       if (drop) p[n] *= load(keep + tile * kWidth + n * kLanes<T>);
       if (P::pack == 1) store(s + n * kLanes<T>, p[n]);
@@ -33,7 +33,7 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
   const int count = int(now_->query_count() - first < kQueryRows ? now_->query_count() - first : kQueryRows);
   for (int r = 0; r < kQueryRows; ++r) {  // a short last block repeats its first query and drops the result
     const int64_t i = now_->query(first + (r < count ? r : 0));
-    pack_query(q.row(i), q_ + r * kMaxDim);
+    P::row_words(q.row(i), d_, padded_, q_ + r * kMaxDim);
     bias_row_[r] = bias_ + bias_offset_[i];
     mask_row_[r] = now_->mask_row(i);
   }
@@ -60,7 +60,7 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     softmax_row(r, i, m, &sum);
     inverse[r] = sum == 0 ? T(0) : 1 / sum;
-    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = (m * score_scale_ + log2(sum)) * kLn2;
+    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = m + log(sum);
   }
   const Word* weights = P::pack == 1 ? (const Word*)scores_ : weights_;
   for_each_column([&](int64_t c, auto vectors) {
