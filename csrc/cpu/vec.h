@@ -172,8 +172,25 @@ VIDATTN_INLINE void exchange_rows(Vec<T>* rows) {
   }
 }
 
+VIDATTN_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+VIDATTN_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+// x = m 2^e with m in [sqrt(1/2), sqrt(2)): log x = e log 2 + 2 atanh(t), t = (m - 1) / (m + 1). A call of the
+// library's for every query row would cost 4 % of a bfloat16 forward pass.
 VIDATTN_INLINE float log(float x) {
-  return __builtin_logf(x);
+  if (!(x >= __FLT_MIN__ && x <= __FLT_MAX__)) return __builtin_logf(x);
+  const int32_t bits = int32_t(float_to_bits(x)), e = (bits - 0x3f3504f3) >> 23;
+  const float m = bits_to_float(uint32_t(bits - e * (1 << 23))), t = (m - 1) / (m + 1), u = t * t;
+  const float series = u * (1.f / 3 + u * (1.f / 5 + u * (1.f / 7 + u * (1.f / 9))));
+  return float(e) * 0.693147180559945f + 2 * (t + t * series);
 }
 VIDATTN_INLINE double log(double x) {
   return __builtin_log(x);
@@ -241,17 +258,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-VIDATTN_INLINE float bits_to_float(uint32_t u) {
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-VIDATTN_INLINE uint32_t float_to_bits(float f) {
-  uint32_t u;
-  __builtin_memcpy(&u, &f, 4);
-  return u;
-}
 
 VIDATTN_INLINE float widen(float x) {
   return x;

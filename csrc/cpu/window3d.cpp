@@ -21,6 +21,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 const Window3dKernels& kernels_for(ScalarType type) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
@@ -75,7 +79,7 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
     a.shift[axis] = shift[axis];
     STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis],
                     "expected 0 <= shift < window");
-    a.count[axis] = (a.grid[axis] + window[axis] - 1) / window[axis];
+    a.count[axis] = ceil_div(a.grid[axis], window[axis]);
     a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
@@ -94,7 +98,7 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
       STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == rows && bias->size(1) == a.heads,
                       "bias table of the wrong shape");
       const int64_t slice = a.bias_extent[0] * a.bias_extent[1];
-      STD_TORCH_CHECK((a.tokens + slice - 1) / slice <= a.bias_window[0], "window larger than the bias table's");
+      STD_TORCH_CHECK(ceil_div(a.tokens, slice) <= a.bias_window[0], "window larger than the bias table's");
     } else {
       STD_TORCH_CHECK(a.bias_size == a.tokens * a.tokens, "dense bias of the wrong shape");
     }
@@ -131,18 +135,19 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vect
 template <class T>
 void sum_chunks(const T* from, int64_t chunks, int64_t size, int64_t stride, T* to, int64_t to_step) {
   for (int64_t i = 0; i < size; ++i) {
-    T sum = 0;
+    double sum = 0;
     for (int64_t c = 0; c < chunks; ++c) sum += from[c * stride + i];
-    to[i * to_step] = sum;
+    to[i * to_step] = static_cast<T>(sum);
   }
 }
 
 template <class T>
 void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* dpad) {
   // A partial sum belongs to fixed windows whatever the number of threads: the number of chunks depends on the shapes
-  // alone. Dense bias gradients are large, so there are fewer partial sums of them.
-  const int64_t wanted = dbias && !a.bias_is_table ? 16 : 128;
-  a.chunks = std::clamp<int64_t>((wanted + a.heads - 1) / a.heads, 1, a.groups);
+  // alone. Enough of them to keep many threads busy (dense bias gradients are large, so fewer of those), and at most 64
+  // windows each, so that long sums in float32 do not lose digits.
+  const int64_t tasks = dbias && !a.bias_is_table ? 16 : 128;
+  a.chunks = std::min(std::max(ceil_div(tasks, a.heads), ceil_div(a.groups, 64)), a.groups);
   std::unique_ptr<T[]> dbias_partial, dpad_partial;
   const bool direct = dbias && !a.bias_is_table && a.chunks == 1;
   if (dbias && !direct) dbias_partial.reset(new T[a.chunks * a.heads * a.bias_size]);

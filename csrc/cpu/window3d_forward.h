@@ -7,7 +7,7 @@ namespace VIDATTN_ISA {
 // Turns the scores of one query row into probabilities (times the dropout factor) and returns the sum of the
 // undropped ones.
 template <class P, class In>
-void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
+VIDATTN_INLINE void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
   const bool drop = dropout_.p > 0;
   T *const keep = keep_, *const scores = scores_;
   if (drop) dropout_.factors(0, tiles_ * kWidth, i, head_, now_->group(), keep_);
