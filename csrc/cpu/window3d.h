@@ -285,16 +285,16 @@ class Window3d {
     clear(s);
     multiply_tile<P, kQueryRows, NV, kMaxDim>(q, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
     // The bias comes last, not as the start of the sums: a large one would round every partial sum.
-    const bool expanded = bias_ && a_.bias_is_table;
-#pragma GCC unroll 16
-    for (int r = 0; r < kQueryRows; ++r)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) s[r][n] *= scale_;
-    if (expanded) {
+    if (bias_ && a_.bias_is_table) {
 #pragma GCC unroll 16
       for (int r = 0; r < kQueryRows; ++r)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) s[r][n] += load(bias[r] + first + n * kLanes<T>);
+        for (int n = 0; n < NV; ++n) s[r][n] = s[r][n] * scale_ + load(bias[r] + first + n * kLanes<T>);
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < kQueryRows; ++r)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; ++n) s[r][n] *= scale_;
     }
     const bool masked = mask[0] && !unmasked(tile);
     if ((bias_ && !a_.bias_is_table) || masked) {
@@ -350,7 +350,7 @@ class Window3d {
   }
 
   void forward_block(const Tokens& q, const Tokens& out, int64_t first);
-  void softmax_row(int r, int64_t i, T largest_score, T* sum);
+  Vec<T> softmax_row(int r, int64_t i, T largest_score);
   void backward_window();
   void backward_blocks(const Tokens& q, const Tokens& out, const Tokens& dout, const Tokens& dq, int64_t first);
   template <int NV, bool Tail>

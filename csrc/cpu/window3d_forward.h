@@ -7,7 +7,7 @@ namespace VIDATTN_ISA {
 // Turns the scores of one query row into probabilities (times the dropout factor) and returns the sum of the
 // undropped ones.
 template <class P, class In>
-VIDATTN_INLINE void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_out) {
+VIDATTN_INLINE Vec<typename P::Acc> Window3d<P, In>::softmax_row(int r, int64_t i, T m) {
   const bool drop = dropout_.p > 0;
   T *const keep = keep_, *const scores = scores_;
   if (drop) dropout_.factors(0, tiles_ * kWidth, i, head_, now_->group(), keep_);
@@ -25,7 +25,7 @@ VIDATTN_INLINE void Window3d<P, In>::softmax_row(int r, int64_t i, T m, T* sum_o
     }
     if constexpr (P::pack == 2) store(weights_ + (tile * kQueryRows + r) * kWords, P::narrow(p[0], p[1]));
   });
-  *sum_out = sum<T>(total[0] + total[1]);
+  return total[0] + total[1];
 }
 
 template <class P, class In>
@@ -53,14 +53,17 @@ void Window3d<P, In>::forward_block(const Tokens& q, const Tokens& out, int64_t 
         top[r] = max<T>(top[r], s[r][n]);
       }
   });
-  T inverse[kQueryRows];
+  // Three loops, so that the latency of one row's reductions hides behind the other rows'.
+  T m[kQueryRows], inverse[kQueryRows];
   for (int r = 0; r < count; ++r) {
-    const int64_t i = now_->query(first + r);
-    T m = largest<T>(top[r]), sum;
-    if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
-    softmax_row(r, i, m, &sum);
-    inverse[r] = sum == 0 ? T(0) : 1 / sum;
-    ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = m + log(sum);
+    m[r] = largest<T>(top[r]);
+    if (m[r] == -kInfinity) m[r] = 0;  // a fully masked row: all weights become 0, not NaN
+  }
+  for (int r = 0; r < count; ++r) top[r] = softmax_row(r, now_->query(first + r), m[r]);
+  for (int r = 0; r < count; ++r) {
+    const T total = sum<T>(top[r]);
+    inverse[r] = total == 0 ? T(0) : 1 / total;
+    ((T*)a_.lse)[now_->token(now_->query(first + r)) * a_.heads + head_] = m[r] + log(total);
   }
   const Word* weights = P::pack == 1 ? (const Word*)scores_ : weights_;
   for_each_column([&](int64_t c, auto vectors) {
