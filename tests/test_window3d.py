@@ -134,6 +134,35 @@ def test_adversarial_logits(backend: str, dtype: torch.dtype, mask_value: float)
     assert_all_close(on_cpu(actual), expected, exact, dtype)
 
 
+@backends_and_dtypes
+@pytest.mark.parametrize("mask_value", [-100.0, -math.inf])
+@pytest.mark.parametrize("shift", [(4, 0, 0), (4, 3, 3)])
+def test_tiles_that_the_mask_hides(
+    backend: str, dtype: torch.dtype, mask_value: float, shift: tuple[int, int, int]
+) -> None:
+    """Windows long enough that whole tiles of keys lie in another region; with ordinary scores they may be left out."""
+    case = Case((16, 7, 10), (8, 7, 7), shift, batch=1, heads=2, head_dim=16, mask_value=mask_value)
+    check(case, dtype, backend)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key", [5.0, 50.0, 150.0, math.nan])
+def test_hidden_tiles_count_when_they_can_win(backend: str, dtype: torch.dtype, key: float) -> None:
+    """Leaving tiles out must depend on the scores: a masked key 150 above the rest takes all the weight."""
+    device = device_of(backend)
+    qkv = torch.zeros(1, 8, 8, 8, 3, 1, 1, device=device)
+    qkv[..., 0, :, :] = 1.0
+    qkv[0, :4, :, :, 2] = 1.0  # the values of the first half of the frames
+    # Windows of 4 frames, shift 2: the last window holds frames 6 and 7, whose values are 0, then frames 0 and 1.
+    qkv[0, 0, 0, 0, 1] = key
+    out = vidattn.window3d_attention(
+        qkv.to(dtype), window_size=(4, 8, 8), shift_size=(2, 0, 0), scale=1.0, backend=backend
+    )
+    expected = {5.0: 0.0, 50.0: 0.0, 150.0: 1.0}.get(key, math.nan)
+    torch.testing.assert_close(out[0, 6:].float(), torch.full_like(out[0, 6:].float(), expected), equal_nan=True)
+
+
 @backends
 def test_a_masked_key_that_wins(backend: str) -> None:
     """A hundred is added, not minus infinity: a masked key whose score is 150 above the rest takes all the weight."""

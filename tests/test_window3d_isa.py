@@ -18,7 +18,7 @@ BUILT = not vidattn.why_not("window3d_attention", backend="cpu")
 # What differs between instruction sets: vector and tile lengths, conversions, the exponential, the dropout mask.
 SWEEP = (
     "head_dims or every_short_window or padding or clipped or dropout or log_sum_exp or adversarial or nan"
-    " or repeatable or masked_rows or expanded or (window_lengths and 98)"
+    " or repeatable or masked_rows or expanded or hid or (window_lengths and 98)"
 )
 
 
