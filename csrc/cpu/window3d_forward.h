@@ -4,8 +4,8 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-// Turns the scores of one query row into probabilities (times the dropout factor) and returns the sum of the
-// undropped ones.
+// Turns the scores of one query row into weights e^(score - m), times the dropout factor, and returns the sums over the
+// lanes of the undropped ones.
 template <class P, class In>
 VIDATTN_INLINE Vec<typename P::Acc> Window3d<P, In>::softmax_row(int r, int64_t i, T m) {
   const bool drop = dropout_.p > 0;
