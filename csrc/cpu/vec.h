@@ -198,18 +198,20 @@ VIDATTN_INLINE double log(double x) {
 
 // e^x = 2^y for y <= 128 (1024): y = n + r with |r| <= 1/2, a polynomial in r, and 2^n written into the exponent.
 // Adding `shifter` rounds y to the integer n and leaves n + bias in the low bits of the sum. y <= -bias gives exactly
-// 0, NaN gives NaN. The polynomials are minimax on [-1/2, 1/2] with the constant term fixed at 1.
+// 0, NaN gives NaN. The float polynomials are minimax on [-1/2, 1/2]
+// with the constant term fixed at 1.
 struct ExpFloat {  // relative error 2e-9, so that rounding dominates: 0.7 ulp in all
   static constexpr float shifter = 12582912.f + 127.f, lowest = -127.f;  // 1.5 * 2^23 + bias
   static constexpr int mantissa = 23;
   static constexpr float c[] = {
       1.f, 0.69314718246f, 0.24022647738f, 0.05550332367f, 0.00961843692f, 0.00133988750f, 0.00015353362f};
 };
-struct ExpBf16
-    : ExpFloat {  // relative error 3e-6: three digits better than the bfloat16 that its results are rounded to
+// For results that are rounded to bfloat16 next: relative error 3e-6, three digits better than the rounding's.
+struct ExpBf16 : ExpFloat {
   static constexpr float c[] = {1.f, 0.69312417507f, 0.24024099112f, 0.05590642616f, 0.00958285294f};
 };
-struct ExpDouble {                                                                  // Taylor: relative error 4e-18
+// Taylor's: relative error 4e-18.
+struct ExpDouble {
   static constexpr double shifter = 6755399441055744.0 + 1023.0, lowest = -1023.0;  // 1.5 * 2^52 + bias
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.0,
