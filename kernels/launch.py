@@ -1,0 +1,126 @@
+"""One kernel launch as a value: run it, compile it ahead of time for a GPU that is not here, or look at its grid."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = ["INTERPRETED", "TARGETS", "Launch", "Work", "is_capturing"]
+
+# Decided when triton is imported: its decorators then make functions that run on the CPU, one program after the other.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_MAX_GRID = 2**31 - 1  # axis x; the others end at 65,535, so they are not used
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does at least, for predictions.
+
+    Attributes:
+        steps: iterations of the main loop in a program.
+        scores_per_step: scores that one iteration computes.
+        scores: scores that all programs compute, those that only fill up a tile included.
+        flops: operations of the matrix products on these scores.
+        bytes: each input read once, each output written once.
+    """
+
+    steps: int = 0
+    scores_per_step: int = 0
+    scores: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid, arguments and launch options.
+
+    Attributes:
+        kernel: a ``triton.jit`` function.
+        grid: number of programs, all along axis x.
+        arguments: values of the kernel's parameters, compile-time ones included.
+        options: ``num_warps``, ``num_stages``.
+        work: what it costs at least.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 1})
+    work: Work = Work()
+
+    def __post_init__(self) -> None:
+        if self.grid > _MAX_GRID:
+            raise ValueError(f"{self.name}: expected at most {_MAX_GRID} programs, got {self.grid}")
+
+    @property
+    def name(self) -> str:
+        """What the kernel is called."""
+        return self.kernel.__name__
+
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device."""
+        if self.grid == 0:
+            return
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Compile as a first launch on ``target`` would, from the arguments' types and alignment.
+
+        Args:
+            target: one of ``TARGETS``.
+
+        Returns:
+            What ``triton.compile`` gives: ``asm``, ``metadata``.
+        """
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for parameter in self.kernel.params:
+            value, place = self.arguments[parameter.name], (parameter.num,)
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+                signature[parameter.name], constants[place] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                kind = _POINTERS[value.dtype]
+                aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
+            elif isinstance(value, float):
+                kind, aligned = "fp32", False
+            else:
+                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned = specialised and value % 16 == 0
+            signature[parameter.name] = kind
+            if aligned:
+                attributes[place] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=dict(self.options))
+
+
+def is_capturing() -> bool:
+    """Tell whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
