@@ -1,4 +1,4 @@
-"""The ways of computing window attention that are timed against each other.
+"""The ways of computing window attention that are timed against each other, on the CPU or a GPU.
 
 All of them start from the packed output of the qkv projection (B, D, H, W, 3, h, d) and end with the context
 (B, D, H, W, h * d), and for ``forward_backward`` with the gradients of both qkv and the bias table.
@@ -8,10 +8,15 @@ context, reverse. One difference: the modules roll and partition before the proj
 ``compiled`` is ``torch.compile`` of it. ``sdpa`` replaces scores, softmax and context by
 ``F.scaled_dot_product_attention``, with bias plus shift mask as its mask, built in the call: the bias is a parameter.
 ``sdpa_prebuilt`` gets that mask ready made, as an inference engine could keep one for each layer.
+
+On a GPU there are two more. ``flex`` is compiled FlexAttention, which gathers the bias from the table in its score_mod
+and excludes what the shift separates by its mask_mod; its block mask is ready made. ``natten`` computes something less,
+where that package is installed: no bias and no shift.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -20,11 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
-from benchmarks.shapes import DTYPES, SMOKE_CASES, WINDOW_CASES, WindowCase
+from benchmarks.shapes import SMOKE_CASES, WINDOW_CASES, WindowCase
 from vidattn.geometry import bias_rows, region_mask
 
 CASES = WINDOW_CASES | SMOKE_CASES
 CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_float32")
+GPU_CONTENDERS = ("vidattn", "eager", "sdpa", "sdpa_prebuilt", "compiled", "flex", "natten")
+
+Attend = Callable[[Tensor, Tensor], Tensor]
 
 
 def contenders(direction: str, dtype: str) -> list[str]:
@@ -92,57 +100,135 @@ def _sdpa(qkv: Tensor, table: Tensor, rows: Tensor, mask: Tensor | None, case: W
     return _sdpa_prebuilt(qkv, table, _sdpa_mask(table, rows, mask, case), case)
 
 
+def _flex(shape: WindowCase, rows: Tensor, mask: Tensor | None) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # A row of the table is a difference of two numbers that depend on one token each: two short gathers, not N x N.
+    offsets, base = rows[:, 0].int().contiguous(), int(rows[0, 0])
+    block_mask = None
+    if mask is not None:
+        allowed, kinds = mask == 0, mask.shape[0]
+        sizes = (shape.batch * kinds, None, *mask.shape[1:])
+        block_mask = create_block_mask(lambda b, h, i, j: allowed[b % kinds, i, j], *sizes, device=mask.device)
+
+    def attend(qkv: Tensor, table: Tensor) -> Tensor:
+        wide = table.float()  # the backward adds to the table's gradient once per score
+
+        def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + wide[offsets[query] - offsets[key] + base, head]
+
+        q, k, v = _partition(qkv, shape).unbind(0)
+        return _reverse(flex_attention(q, k, v, score_mod=add_bias, block_mask=block_mask), shape)
+
+    return attend
+
+
+def _natten(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
+    from natten import na3d
+
+    window = case.geometry.window
+    return na3d(*qkv.unbind(4), kernel_size=window, stride=window).flatten(-2)
+
+
 def _vidattn(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
     return vidattn.window3d_attention(qkv, table, window_size=case.window, shift_size=case.shift)
 
 
-def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Make inputs, the same ones for every contender, and the call to time.
+def why_not(case: WindowCase, direction: str, contender: str) -> str | None:
+    """Say why a contender of ``GPU_CONTENDERS`` is left out of a comparison; None if it takes part."""
+    if contender == "sdpa_prebuilt" and direction == "forward_backward":
+        return "a mask made before the call has no gradient"
+    if contender == "natten":
+        if importlib.util.find_spec("natten") is None:
+            return "natten is not installed"
+        if any(case.geometry.shift) or case.geometry.padded != case.grid:
+            return "natten has no shifted or padded windows"
+    return None
+
+
+def computes_the_same(contender: str) -> bool:
+    """Tell whether results of a contender can be compared with those of the others."""
+    return contender != "natten"
+
+
+def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
+    """Prepare what a contender keeps between calls, and give its function of qkv and table.
 
     Args:
-        case: name of a case in ``shapes``.
-        direction: "forward" | "forward_backward".
-        dtype: "float32" | "bfloat16".
-        contender: one of ``CONTENDERS``.
+        shape: the call's sizes.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``.
+        table: bias table, for what is built from it beforehand; its device and dtype are those of the call.
 
     Returns:
-        A function that returns (context,), or (context, gradient of qkv, gradient of the table).
+        (qkv, table) -> context.
     """
-    shape, training = CASES[case], direction == "forward_backward"
-    element = DTYPES["float32" if contender == "vidattn_float32" else dtype]
-    generator = torch.Generator().manual_seed(0)
-    qkv, table, gradient = (
-        torch.randn(size, generator=generator).to(element)
-        for size in (shape.qkv_shape, shape.table_shape, (*shape.qkv_shape[:4], shape.heads * shape.head_dim))
-    )
-    rows = bias_rows(shape.window, shape.geometry)
-    regions = region_mask(shape.geometry)
-    mask = None if regions is None else regions.to(element) * -100.0
+    rows = bias_rows(shape.window, shape.geometry, device=table.device)
+    regions = region_mask(shape.geometry, table.device)
+    mask = None if regions is None else regions.to(table.dtype) * -100.0
 
     eager = partial(_eager, rows=rows, mask=mask, case=shape)
-    attend: Callable[[Tensor, Tensor], Tensor]
     if contender == "eager":
-        attend = eager
-    elif contender == "compiled":
+        return eager
+    if contender == "sdpa":
+        return partial(_sdpa, rows=rows, mask=mask, case=shape)
+    if contender == "sdpa_prebuilt":
+        return partial(_sdpa_prebuilt, attention_mask=_sdpa_mask(table, rows, mask, shape), case=shape)
+    if contender == "natten":
+        return partial(_natten, case=shape)
+    if contender in ("compiled", "flex"):
         torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
-        attend = torch.compile(eager, dynamic=False, fullgraph=True)
-    elif contender == "sdpa":
-        attend = partial(_sdpa, rows=rows, mask=mask, case=shape)
-    elif contender == "sdpa_prebuilt":
-        attend = partial(_sdpa_prebuilt, attention_mask=_sdpa_mask(table, rows, mask, shape), case=shape)
-    else:
-        attend = partial(_vidattn, case=shape)
+        return torch.compile(
+            eager if contender == "compiled" else _flex(shape, rows, mask), dynamic=False, fullgraph=True
+        )
+    return partial(_vidattn, case=shape)
 
-    def forward() -> tuple[Tensor, ...]:
+
+def build_copies(
+    shape: WindowCase, direction: str, dtype: str, contender: str, device: str = "cpu", copies: int = 1
+) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Make inputs, the same ones for every contender, and the calls to time.
+
+    Args:
+        shape: sizes of the call.
+        direction: "forward" | "forward_backward".
+        dtype: "float32" | "bfloat16" | "float16".
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``.
+        device: where the inputs are.
+        copies: how many calls, each with a qkv and an output gradient of its own; the table is everybody's.
+
+    Returns:
+        Functions that return (context,), or (context, gradient of qkv, gradient of the table).
+    """
+    element = getattr(torch, "float32" if contender == "vidattn_float32" else dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(element)
+
+    qkvs, table = [random(shape.qkv_shape)], random(shape.table_shape)
+    gradients = [random((*shape.qkv_shape[:4], shape.heads * shape.head_dim))]
+    for _ in range(copies - 1):
+        qkvs.append(random(shape.qkv_shape))
+        gradients.append(random(gradients[0].shape))
+    attend = make_attend(shape, contender, table)
+
+    def forward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (attend(qkv, table),)
 
-    def forward_backward() -> tuple[Tensor, ...]:
+    def forward_backward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         context = attend(qkv, table)
-        return (context, *torch.autograd.grad(context, (qkv, table), gradient))
+        learnt = (qkv, table) if computes_the_same(contender) else (qkv,)
+        return (context, *torch.autograd.grad(context, learnt, gradient))
 
-    if training:
-        qkv.requires_grad_()
-        table.requires_grad_()
-        return forward_backward
-    return forward
+    call = forward
+    if direction == "forward_backward":
+        call = forward_backward
+        for leaf in (*qkvs, table):
+            leaf.requires_grad_()
+    return [partial(call, qkv, gradient) for qkv, gradient in zip(qkvs, gradients, strict=True)]
+
+
+def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender)[0]
