@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +74,21 @@ WINDOW_CASES = {
     "swin_b_ssv2_stage1_shifted": _stage(16, 56, 4, shifted=True, window=(16, 7, 7)),
     "swin_b_ssv2_stage3": _stage(16, 14, 16, shifted=False, window=(16, 7, 7)),
     "padded_stage1_shifted": WindowCase((16, 60, 80), (8, 7, 7), (4, 3, 3), 3),
+}
+# What a GPU is given: batches of eight clips. Swin-B has a third more heads. Eight frames make a grid four deep, which
+# clips the window. A stage that its window covers has no shifted form.
+GPU_WINDOW_CASES = {
+    f"{model}_stage{stage}{'_shifted' if shifted else ''}": replace(case, batch=8)
+    for model, depth, heads, window in (
+        ("swin_t", 16, 3, (8, 7, 7)),
+        ("swin_b", 16, 4, (8, 7, 7)),
+        ("swin_b_ssv2", 16, 4, (16, 7, 7)),
+        ("swin_t_8frames", 4, 3, (8, 7, 7)),
+    )
+    for stage, size in enumerate((56, 28, 14, 7), start=1)
+    for shifted in (False, True)
+    for case in [_stage(depth, size, heads << (stage - 1), shifted=shifted, window=window)]
+    if not shifted or any(case.geometry.shift)
 }
 # Padded, shifted, clipped and odd all at once, in milliseconds: what the tests run.
 SMOKE_CASES = {"smoke": WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=20, batch=2)}

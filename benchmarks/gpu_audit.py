@@ -1,0 +1,456 @@
+"""Audits the GPU kernels without a GPU: ``python -m benchmarks.gpu_audit [--case NAME ...] [--dump DIR]``.
+
+Compiles every kernel that the full-size cases launch, reads its machine code, and prints what it occupies, how it
+loads, what its main loop costs a score, and a predicted time beside the floor of each case. The prediction is the
+largest of four terms, each at the rate that the hardware can sustain with nothing else going on: a lower bound. Waste
+of tiles is in it. Exits with status 1 if a figure is past a ceiling; all that are get printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.sass import Kernel, inspect
+from benchmarks.shapes import GPU_WINDOW_CASES, WindowCase
+from vidattn.geometry import bias_extents, explain_windows
+from vidattn.ops import _tensors as tensors
+from vidattn.ops._arguments import draw_seed
+
+if TYPE_CHECKING:
+    from vidattn.kernels.launch import Launch
+
+ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
+DIRECTIONS = ("forward", "backward")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- Ceilings ----
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The most that a figure may be, or for words exactly what.
+
+    Attributes:
+        where: pattern of "family/case/direction".
+        figure: of a launch (see :class:`LaunchAudit`), or ``microseconds``, the prediction of the case.
+        limit: the ceiling.
+    """
+
+    where: str
+    figure: str
+    limit: float | str
+
+    def admits(self, value: float | str) -> bool:
+        """Tell whether a value is within the ceiling."""
+        return value == self.limit if isinstance(self.limit, str) else float(value) <= self.limit
+
+
+CEILED = ("sm_90", "bfloat16")  # what the ceilings are for
+CEILINGS = (
+    Ceiling("*", "spill_instructions", 0),
+    Ceiling("*", "local_bytes", 0),
+    Ceiling("window3d/swin_[tb]_stage*/forward", "instructions_per_score", 10.0),  # N = 392
+    Ceiling("window3d/swin_b_ssv2_stage*/forward", "instructions_per_score", 10.0),  # N = 784
+    Ceiling("window3d/*/backward", "matrix_instructions", "wgmma"),
+    Ceiling("window3d/*", "narrow_tile_loads", 0),  # q, k, v, out, dout, bias: 16 bytes a lane
+    Ceiling("window3d/swin_t_stage1*/forward", "microseconds", 300.0),
+    Ceiling("window3d/swin_t_stage1*/backward", "microseconds", 800.0),
+)
+
+
+# ---- Rates and costs ----
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an H200 sustains: measured copies and matrix products; instructions and exponentials at 1.755 GHz."""
+
+    copy_bytes_per_s: float = 4.3e12
+    instructions_per_s: float = 2.96e13  # counted for each lane
+    exponentials_per_s: float = 3.71e12
+    wgmma_flops_per_s: float = 790e12
+    mma_sync_flops_per_s: float = 500e12
+
+    @classmethod
+    def load(cls, path: Path) -> Rates:
+        """Read what a calibration measured; what it does not say stays as assumed."""
+        measured = json.loads(path.read_text())
+        known = {field.name: float(measured[field.name]) for field in fields(cls) if field.name in measured}
+        if not known or min(known.values()) <= 0:
+            raise ValueError(f"{path}: expected positive rates among {[field.name for field in fields(cls)]}")
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a launch or a case does."""
+
+    bytes: float
+    instructions: float  # of all lanes
+    exponentials: float
+    flops: float
+    matrix_instructions: str = "wgmma"
+
+    def microseconds(self, rates: Rates) -> dict[str, float]:
+        """Time of each term on its own."""
+        slow = self.matrix_instructions == "mma.sync"
+        return {
+            "bytes": 1e6 * self.bytes / rates.copy_bytes_per_s,
+            "instructions": 1e6 * self.instructions / rates.instructions_per_s,
+            "exponentials": 1e6 * self.exponentials / rates.exponentials_per_s,
+            "matrix": 1e6 * self.flops / (rates.mma_sync_flops_per_s if slow else rates.wgmma_flops_per_s),
+        }
+
+
+# ---- Families: which cases there are, what they launch, what they cost at least ----
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of attention: its full-size cases, the launches of a case, and the least that a case can cost."""
+
+    cases: Mapping[str, Any]
+    plan: Callable[..., list[Launch]]  # (case, direction, dtype, arch)
+    floor: Callable[..., Cost]  # (case, direction, dtype)
+
+
+def plan_window3d(
+    case: WindowCase,
+    direction: str,
+    dtype: torch.dtype,
+    arch: str,
+    *,
+    has_bias: bool = True,
+    has_pad: bool = True,
+    mask_value: float = -100.0,
+    dropout_p: float = 0.0,
+) -> list[Launch]:
+    """Launches of ``window3d_attention`` or its backward, on tensors without memory."""
+    from vidattn.kernels import window3d
+
+    windows = case.geometry
+    with torch.device("meta"):
+        qkv = torch.empty(case.qkv_shape, dtype=dtype)
+        table = torch.empty(case.table_shape) if has_bias else None
+        pad = torch.empty(3, case.heads, case.head_dim, dtype=dtype) if has_pad else None
+    out, lse = tensors.new_outputs(qkv.select(-3, 0))
+    bias_window = [*case.window, *bias_extents(case.window, windows, "prefix")] if has_bias else []
+    inputs = (*qkv.unbind(-3), table, bias_window, None, pad, draw_seed(qkv, dropout_p))
+    options = (windows.window, windows.shift, (0, 0, 0), case.head_dim**-0.5, mask_value, dropout_p)
+    if direction == "forward":
+        return window3d.plan_forward(*inputs, *options, out, lse, arch=arch)
+    gradients = tensors.new_gradients(qkv, None, None)[1]
+    sums = (tensors.new_sum(table, lse, has_bias), tensors.new_sum(pad, lse, has_pad))
+    return window3d.plan_backward(torch.empty_like(out), *inputs, out, lse, *options, *gradients, *sums, arch=arch)
+
+
+def window3d_floor(case: WindowCase, direction: str, dtype: torch.dtype) -> Cost:
+    """The pairs that no mask separates, each with one exponential, and every tensor moved once; no instructions."""
+    windows = case.geometry
+    pairs = case.batch * windows.num_windows * case.heads * windows.num_tokens**2
+    visible = 1.0 - explain_windows(case.grid, case.window, case.shift).masked_share
+    flops, moved = case.flops("forward"), case.bytes_moved("forward", dtype)
+    if direction == "backward":
+        lse_bytes = 4 * case.batch * math.prod(case.grid) * case.heads  # read; the forward wrote it
+        flops = case.flops("forward_backward") - flops
+        moved = case.bytes_moved("forward_backward", dtype) - moved - lse_bytes
+    return Cost(moved, 0, pairs * visible, flops * visible)
+
+
+FAMILIES = {"window3d": Family(GPU_WINDOW_CASES, plan_window3d, window3d_floor)}
+
+
+# ---- Launches and cases ----
+
+
+def specialisation(launch: Launch) -> str:
+    """Name what a launch compiles to: two launches of the same name share their machine code."""
+    parts: list[Any] = [launch.name, sorted(launch.options.items()), launch.work.scores > 0]
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if isinstance(value, Tensor):
+            value = (str(value.dtype), value.storage_offset() * value.itemsize % 16)
+        elif isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr:
+            value = "int" if parameter.do_not_specialize else (value == 1, value % 16 == 0)
+            value = (value, abs(launch.arguments[parameter.name]) >= 2**31)
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            value = "float"
+        parts.append(value)
+    return f"{launch.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class LaunchAudit:
+    """One launch of a case. Helpers compute no scores and have no figures that are about scores."""
+
+    kernel: str
+    grid: int
+    work: Mapping[str, int]
+    spill_instructions: int
+    local_bytes: int
+    narrow_tile_loads: int
+    matrix_instructions: str | None
+    instructions_per_score: float | None
+    cost: Cost
+    terms: Mapping[str, float]  # microseconds
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class CaseAudit:
+    """One direction of a case: its launches one after the other, and the floor."""
+
+    family: str
+    case: str
+    direction: str
+    launches: tuple[LaunchAudit, ...]
+    microseconds: float
+    floor_terms: Mapping[str, float]
+
+    @property
+    def where(self) -> str:
+        """What the patterns of ceilings are matched with."""
+        return f"{self.family}/{self.case}/{self.direction}"
+
+    @property
+    def terms(self) -> Counter[str]:
+        """Microseconds of the launches by the term that is the largest of each."""
+        total: Counter[str] = Counter()
+        for launch in self.launches:
+            total[_largest(launch.terms)] += launch.microseconds  # type: ignore[assignment]
+        return total
+
+
+def _largest(terms: Mapping[str, float]) -> str:
+    return max(terms, key=lambda term: terms[term])
+
+
+def audit_launch(launch: Launch, kernel: Kernel, rates: Rates) -> LaunchAudit:
+    """Count what a launch executes: its main loop as often as it runs, everything else once."""
+    work = launch.work
+    # The compiler may have unrolled the loop: its matrix instructions say how many steps one round does.
+    expected = work.scores_per_step * work.flops / work.scores if work.scores else 0.0
+    unrolled = max(1, round(kernel.loop_flops / expected)) if expected else 1
+    rounds = max(1.0, work.steps / unrolled)
+    lanes = launch.grid * kernel.threads
+    cost = Cost(
+        bytes=work.bytes,
+        instructions=lanes * (kernel.instructions + (rounds - 1) * kernel.loop_instructions),
+        exponentials=lanes * (kernel.exponentials + (rounds - 1) * kernel.loop_exponentials),
+        flops=work.flops,
+        matrix_instructions=kernel.matrix_instructions,
+    )
+    terms = cost.microseconds(rates)
+    per_score = None
+    if work.scores:
+        # Without a loop the whole program is its body.
+        body, scores = kernel.loop_instructions, work.scores_per_step * unrolled
+        if not body:
+            body, scores = kernel.instructions, work.scores // launch.grid
+        per_score = body * kernel.threads / scores
+    return LaunchAudit(
+        kernel=specialisation(launch),
+        grid=launch.grid,
+        work=asdict(work),
+        spill_instructions=kernel.spill_instructions,
+        local_bytes=kernel.local_bytes,
+        narrow_tile_loads=kernel.narrow_tile_loads,
+        matrix_instructions=kernel.matrix_instructions if work.scores else None,
+        instructions_per_score=per_score,
+        cost=cost,
+        terms=terms,
+        microseconds=max(terms.values()),
+    )
+
+
+def violations(cases: Sequence[CaseAudit], ceilings: Iterable[Ceiling]) -> list[str]:
+    """List what is past a ceiling, and ceilings that no figure of their cases could be held against."""
+    found: dict[str, list[str]] = {}
+    for ceiling in ceilings:
+        for case in cases:
+            if not fnmatchcase(case.where, ceiling.where):
+                continue
+            if ceiling.figure == "microseconds":
+                values: list[tuple[str, Any]] = [("prediction", case.microseconds)]
+            else:
+                values = [(launch.kernel, getattr(launch, ceiling.figure)) for launch in case.launches]
+            values = [(name, value) for name, value in values if value is not None]
+            if not values:
+                found.setdefault(f"{ceiling.figure}: nothing to hold against the ceiling", []).append(case.where)
+            for name, value in values:
+                if not ceiling.admits(value):
+                    shown = f"{value:.2f}" if isinstance(value, float) else value
+                    found.setdefault(f"{name}: {ceiling.figure} {shown}, ceiling {ceiling.limit}", []).append(
+                        case.where
+                    )
+    return [f"{what} ({', '.join(where)})" for what, where in found.items()]
+
+
+@cache
+def _plan(family: str, case: str, direction: str, dtype: str, arch: str) -> list[Launch]:
+    planner = FAMILIES[family]
+    return planner.plan(planner.cases[case], direction, DTYPES[dtype], arch)
+
+
+def _inspect_planned(place: tuple[str, str, str, str, str], index: int) -> tuple[Kernel, bytes]:
+    """Work of a child process: kernels do not travel between processes, so the launch is planned anew."""
+    return inspect(_plan(*place)[index], place[-1])
+
+
+def audit(
+    names: Iterable[str] | None, arch: str, dtype: str, rates: Rates, *, processes: int = 2
+) -> tuple[list[CaseAudit], dict[str, Kernel], dict[str, bytes]]:
+    """Compile the kernels of the cases and audit both directions of each.
+
+    Args:
+        names: cases; all by default.
+        arch: one of :data:`ARCHITECTURES`.
+        dtype: a key of :data:`DTYPES`.
+        rates: what predictions divide by.
+        processes: compilations at a time.
+
+    Returns:
+        The audited cases; figures and cubins by the name of the specialisation.
+    """
+    places = [
+        (family, case, direction, dtype, arch)
+        for family, of in FAMILIES.items()
+        for case in of.cases
+        for direction in DIRECTIONS
+        if names is None or case in names
+    ]
+    wanted = {specialisation(launch): (place, index) for place in places for index, launch in enumerate(_plan(*place))}
+    # Started afresh: a copy of this process would copy the locks of its threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(wanted)), mp_context=context) as pool:
+        inspected = dict(zip(wanted, pool.map(_inspect_planned, *zip(*wanted.values()))))
+    kernels = {name: kernel for name, (kernel, _) in inspected.items()}
+    cases = []
+    for place in places:
+        family, case, direction = place[:3]
+        launches = tuple(audit_launch(launch, kernels[specialisation(launch)], rates) for launch in _plan(*place))
+        floor = FAMILIES[family].floor(FAMILIES[family].cases[case], direction, DTYPES[dtype])
+        total = sum(launch.microseconds for launch in launches)
+        cases.append(CaseAudit(family, case, direction, launches, total, floor.microseconds(rates)))
+    return cases, kernels, {name: cubin for name, (_, cubin) in inspected.items()}
+
+
+# ---- Report ----
+
+
+def _histogram(widths: Mapping[str, int]) -> str:
+    return " ".join(f"{count}x{width}" for width, count in sorted(widths.items()))
+
+
+def show(cases: Sequence[CaseAudit], kernels: Mapping[str, Kernel], title: str) -> None:
+    """Print the table of kernels and the table of cases."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    per_score = {
+        launch.kernel: launch.instructions_per_score
+        for case in cases
+        for launch in case.launches
+        if launch.instructions_per_score is not None
+    }
+    columns = ("kernel", "warps", "registers", "spills", "shared, B", "warps/SM", "matrix", "loads x bytes")
+    table = Table(*columns, "stores x bytes", "narrow tiles", "instructions/score", title=f"Kernels, {title}")
+    for name, kernel in kernels.items():
+        table.add_row(
+            name,
+            str(kernel.warps),
+            str(kernel.registers),
+            f"{kernel.spill_instructions} ({kernel.local_bytes} B)",
+            str(kernel.shared_bytes),
+            str(kernel.resident_warps),
+            kernel.matrix_instructions,
+            _histogram(kernel.load_widths),
+            _histogram(kernel.store_widths),
+            str(kernel.narrow_tile_loads),
+            f"{per_score[name]:.2f}" if name in per_score else "",
+        )
+    console.print(table)
+    columns = ("case", "direction", "predicted, us", "by", "floor, us", "by", "floor/predicted", "launches, us")
+    table = Table(*columns, title=f"Predicted times (lower bounds), {title}")
+    for case in cases:
+        floor = max(case.floor_terms.values())
+        table.add_row(
+            case.case,
+            case.direction,
+            f"{case.microseconds:.1f}",
+            case.terms.most_common(1)[0][0],
+            f"{floor:.1f}",
+            _largest(case.floor_terms),
+            f"{floor / case.microseconds:.0%}",
+            ", ".join(
+                f"{launch.kernel.rpartition('-')[0]} {launch.microseconds:.1f} {_largest(launch.terms)}"
+                for launch in case.launches
+            ),
+        )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_audit", description=(__doc__ or "").partition("\n\n")[2]
+    )
+    names = [name for family in FAMILIES.values() for name in family.cases]
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="ceilings are for sm_90")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="ceilings are for bfloat16")
+    parser.add_argument("--case", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write every cubin, and every figure to audit.json")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="JSON of a calibration, in place of assumed rates")
+    options = parser.parse_args(arguments)
+
+    from vidattn.kernels.launch import INTERPRETED
+
+    if INTERPRETED:
+        parser.error("expected TRITON_INTERPRET to be unset: the interpreter does not compile")
+    rates = Rates.load(options.rates) if options.rates else Rates()
+    cases, kernels, cubins = audit(options.case, options.arch, options.dtype, rates)
+    show(cases, kernels, f"{options.arch}, {options.dtype}")
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in asdict(rates).items())
+    print(f"{'Measured' if options.rates else 'Assumed'} rates: {shown}")
+    ceilings = CEILINGS if (options.arch, options.dtype) == CEILED else ()
+    past = violations(cases, ceilings)
+    if options.dump:
+        options.dump.mkdir(parents=True, exist_ok=True)
+        for name, cubin in cubins.items():
+            (options.dump / f"{name}.cubin").write_bytes(cubin)
+        figures = {
+            "arch": options.arch,
+            "dtype": options.dtype,
+            "rates": asdict(rates),
+            "ceilings": [asdict(ceiling) for ceiling in ceilings],
+            "kernels": {name: asdict(kernel) for name, kernel in kernels.items()},
+            "cases": [asdict(case) for case in cases],
+            "violations": past,
+        }
+        (options.dump / "audit.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for line in past:
+        print(f"past a ceiling: {line}")
+    if ceilings and not past:
+        print(f"within all {len(ceilings)} ceilings")
+    return 1 if past else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
