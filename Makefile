@@ -15,10 +15,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BENCH_JSON ?= .benchmarks/latest.json
+GPU_OUT ?= benchmarks/results
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all lint format demo bench clean distclean
+.PHONY: help venv build test test-all lint format demo bench gpu-test gpu-bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -71,6 +72,16 @@ bench: $(VENV)/.built ## run the benchmarks and print the report (ARGS="-k stage
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/pytest benchmarks/ --benchmark-only --benchmark-json=$(BENCH_JSON) $(ARGS)
 	$(BIN)/python -m benchmarks.report $(BENCH_JSON)
+
+# The two below take $(PYTHON) as it is, with whatever torch and triton it has: no .venv, no network, no extension. Each
+# needs less than 8 minutes and writes to GPU_OUT as it goes.
+gpu-test: ## prove the kernels on the GPU that is here (ARGS="--step small" chooses)
+	$(PYTHON) -m benchmarks.gpu_test --out $(GPU_OUT) $(ARGS)
+
+gpu-bench: ## measure the GPU, time window attention on it, audit the kernels with the measured rates
+	$(PYTHON) -m benchmarks.calibration --out $(GPU_OUT)/gpu-calibration.json
+	$(PYTHON) -m benchmarks.gpu_bench --out $(GPU_OUT) --rates $(GPU_OUT)/gpu-calibration.json --seconds 340 $(ARGS)
+	timeout 80 $(PYTHON) -m benchmarks.gpu_audit --rates $(GPU_OUT)/gpu-calibration.json
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist ./*.egg-info vidattn/_C*.so .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built

@@ -108,8 +108,10 @@ def _flex(shape: WindowCase, rows: Tensor, mask: Tensor | None) -> Attend:
     block_mask = None
     if mask is not None:
         allowed, kinds = mask == 0, mask.shape[0]
-        sizes = (shape.batch * kinds, None, *mask.shape[1:])
-        block_mask = create_block_mask(lambda b, h, i, j: allowed[b % kinds, i, j], *sizes, device=mask.device)
+        windows, tokens = shape.batch * kinds, mask.shape[1]
+        block_mask = create_block_mask(
+            lambda b, h, i, j: allowed[b % kinds, i, j], windows, None, tokens, tokens, device=str(mask.device)
+        )
 
     def attend(qkv: Tensor, table: Tensor) -> Tensor:
         wide = table.float()  # the backward adds to the table's gradient once per score

@@ -1,0 +1,381 @@
+"""Runs on a GPU what proves the kernels: ``python -m benchmarks.gpu_test [--seconds N] [--step NAME ...]``.
+
+Steps, each in processes of its own with a time limit: a small set of calls against the reference; the parity suite in
+every dtype; opcheck and torch.compile; the golden cases; and the small set again under compute-sanitizer. Test
+processes share the suite among them, since most of the time goes into compiling kernels on the CPU. What a missing
+package or tool makes impossible is skipped with the reason. The result is rewritten every few seconds.
+
+``--backend cpu`` tries this program without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
+SHARD, LINES = "VIDATTN_TEST_SHARD", "VIDATTN_TEST_LINES"  # "index/count" and the file of a test process
+# In place of pyproject.toml, whose settings need a newer pytest than may be here.
+PYTEST_INI = "[pytest]\nmarkers = slow: longer sweeps\n"
+MAX_PROCESSES = 12
+KEPT_FAILURES = 40
+POLL_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to run.
+
+    Attributes:
+        name: what it is called.
+        seconds: time limit.
+        files: test files; without any, the step is the small set.
+        select: pytest's -k, where {backend} is the backend under test.
+        strict: whether the backend is also the one in force, by ``VIDATTN_BACKEND``.
+        needs: packages without which there is nothing to run.
+        tool: compute-sanitizer's tool to run under.
+    """
+
+    name: str
+    seconds: float
+    files: tuple[str, ...] = ()
+    select: str = "{backend}"
+    strict: bool = False
+    needs: tuple[str, ...] = ()
+    tool: str | None = None
+
+
+STEPS = (
+    Step("small", 60),
+    Step("numbers", 190, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
+    Step("ops", 75, ("tests/test_window3d_op.py",), needs=("pytest",)),
+    Step("golden", 50, ("tests/test_golden.py",), "accelerated", strict=True, needs=("pytest", "safetensors")),
+    Step("memcheck", 40, tool="memcheck"),
+    Step("racecheck", 30, tool="racecheck"),
+    Step("initcheck", 30, tool="initcheck"),
+)
+
+
+@dataclass
+class Outcome:
+    """What came of a step: "running", "passed", "failed", "timed out" or "skipped"."""
+
+    status: str = "running"
+    reason: str = ""
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+# ---- A test process: these hooks make this module a pytest plugin ----
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """Keep this process's share of the tests: every so-manieth, so that neighbours, which share kernels, spread."""
+    index, count = map(int, os.environ[SHARD].split("/"))
+    session.items[:] = session.items[index::count]
+    _write_line({"selected": len(session.items)})
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Note a result at once: the process may be killed."""
+    if report.when == "call" or report.outcome != "passed":
+        message = ""
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = str(crash.message if crash else report.longrepr)[:400]
+        elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            message = str(report.longrepr[2])[:200]
+        _write_line({"test": report.nodeid, "outcome": report.outcome, "message": message})
+
+
+def pytest_collectreport(report: Any) -> None:
+    """Note a file that cannot be imported."""
+    if report.failed:
+        _write_line({"test": report.nodeid, "outcome": "failed", "message": str(report.longrepr)[-400:]})
+
+
+def _write_line(line: Mapping[str, object]) -> None:
+    with open(os.environ[LINES], "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+# ---- The small set ----
+
+
+def run_small_set(backend: str) -> list[str]:
+    """Compare a few calls of every kind with the reference, forward and backward.
+
+    Args:
+        backend: what is tested.
+
+    Returns:
+        One line for each call that is wrong.
+    """
+    import torch
+
+    import vidattn
+    from tests.tolerance import assert_all_close  # the one rule of all tests
+    from vidattn import reference
+
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    cases = (
+        # Padded on every axis, shifted, an odd head dimension; a whole window of Video Swin, shifted on two axes.
+        ((3, 5, 7), (2, 3, 3), (1, 1, 1), 2, 20),
+        ((8, 14, 14), (8, 7, 7), (4, 3, 3), 2, 32),
+    )
+    wrong = []
+    for grid, window, shift, heads, head_dim in cases:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            generator = torch.Generator().manual_seed(0)
+            rows = vidattn.geometry.num_bias_rows(window)
+            sizes = {
+                "qkv": (1, *grid, 3, heads, head_dim),
+                "bias_table": (rows, heads),
+                "pad_qkv": (3, heads, head_dim),
+                "grad_out": (1, *grid, heads * head_dim),
+            }
+            inputs = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
+            options = {"window_size": window, "shift_size": shift}
+
+            def evaluate(attend: Any, to: Any, inputs: Any = inputs, **options: Any) -> dict[str, torch.Tensor | None]:
+                leaves = {name: value.to(to).requires_grad_() for name, value in inputs.items()}
+                grad_out = leaves.pop("grad_out").detach()
+                out = attend(**leaves, **options)
+                # Without padding the float64 graph does not contain pad_qkv.
+                gradients = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=True)
+                return {
+                    name: value.detach().cpu() for name, value in zip(("out", *leaves), (out, *gradients), strict=True)
+                }
+
+            expected = evaluate(vidattn.window3d_attention, "cpu", backend="reference", **options)
+            exact = evaluate(reference.window3d_attention, torch.float64, **options)
+            try:
+                actual = evaluate(vidattn.window3d_attention, device, backend=backend, **options)
+                assert_all_close(actual, expected, exact, dtype)
+            except Exception as error:
+                wrong.append(
+                    f"{grid} {window} {shift} {dtype}: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
+    return wrong
+
+
+# ---- Running steps ----
+
+
+def find_sanitizer() -> str | None:
+    """Find compute-sanitizer, which is often installed beside a PATH that does not name it."""
+    toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{toolkit}/bin" for toolkit in toolkits if toolkit)])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+def missing(step: Step) -> str:
+    """Say why a step cannot run here; nothing if it can."""
+    absent = [name for name in step.needs if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    if step.tool is not None and find_sanitizer() is None:
+        return "no compute-sanitizer"
+    return ""
+
+
+def commands(step: Step, backend: str, processes: int, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """Give the command lines of a step's processes, each with what it adds to the environment."""
+    python = sys.executable
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # torch demands it of anyone who asks for deterministic products on a GPU, as the tests do.
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if step.strict:
+        environment["VIDATTN_BACKEND"] = backend
+    if not step.files:
+        command = [python, "-m", "benchmarks.gpu_test", "--small-set", "--backend", backend]
+        if step.tool is not None:
+            sanitizer = [find_sanitizer() or "compute-sanitizer", "--tool", step.tool, "--error-exitcode", "9"]
+            # torch probes for features by calls that may fail; those are no errors of the kernels.
+            command = [*sanitizer, *(["--report-api-errors", "no"] if step.tool == "memcheck" else []), *command]
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else neighbours in torch's blocks hide overruns
+        return [(command, environment)]
+    settings = folder / "pytest.ini"
+    settings.write_text(PYTEST_INI)
+    command = [python, "-m", "pytest", "-q", "-c", str(settings), f"--rootdir={ROOT}", "--import-mode=importlib"]
+    command += ["-p", "benchmarks.gpu_test", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-m", "not slow", "-k", step.select.format(backend=backend), *step.files]
+    return [
+        (command, environment | {SHARD: f"{i}/{processes}", LINES: str(folder / f"{step.name}-{i}.jsonl")})
+        for i in range(processes)
+    ]
+
+
+def read_lines(files: Sequence[Path]) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Add up what test processes have noted so far: counts by outcome, and the failures."""
+    counts, failures = {"selected": 0, "passed": 0, "failed": 0, "skipped": 0}, []
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            try:
+                noted = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            if "selected" in noted:
+                counts["selected"] += noted["selected"]
+                continue
+            counts[noted["outcome"]] += 1
+            if noted["outcome"] == "failed":
+                failures.append({"test": noted["test"], "message": noted["message"]})
+    return counts, failures
+
+
+def judge(step: Step, codes: Sequence[int | None], counts: Mapping[str, int], output: str) -> tuple[str, str]:
+    """Turn exit statuses (None: killed at the limit) and counts into a status and a reason."""
+    tail = "\n".join(output.strip().splitlines()[-12:])[-1500:]
+    if None in codes:
+        return "timed out", f"limit of {step.seconds:.0f} s"
+    if not step.files:
+        return ("passed", "") if not any(codes) else ("failed", tail)
+    if not counts["selected"]:
+        return "failed", f"no test selected: {tail}"
+    # 5: a process whose share is empty.
+    if any(code not in (0, 1, 5) for code in codes):
+        return "failed", f"exit statuses {sorted(set(codes) - {0}, key=str)}: {tail}"
+    return ("failed", "") if counts["failed"] else ("passed", "")
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process with its children: it was started as the leader of a group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Run:
+    """Runs steps one after the other and keeps the result file up to date."""
+
+    def __init__(self, path: Path, backend: str, processes: int) -> None:
+        from benchmarks.calibration import describe_gpu
+
+        self._path, self._backend, self._processes = path, backend, processes
+        self.outcomes: dict[str, Outcome] = {}
+        self._header = {"machine": describe_gpu(), "backend": backend, "processes": processes}
+
+    def save(self) -> None:
+        """Write the result file."""
+        from benchmarks.calibration import write_json
+
+        steps = {name: outcome.__dict__ for name, outcome in self.outcomes.items()}
+        write_json(self._path, self._header | {"steps": steps})
+
+    def step(self, step: Step, seconds: float) -> Outcome:
+        """Run a step in at most so many seconds."""
+        outcome = self.outcomes[step.name] = Outcome()
+        reason = missing(step)
+        if reason:
+            outcome.status, outcome.reason = "skipped", reason
+            self.save()
+            return outcome
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            running: list[tuple[subprocess.Popen[str], IO[str]]] = []
+            for command, environment in commands(step, self._backend, self._processes, folder):
+                output = (folder / f"output-{len(running)}").open("w+", errors="replace")
+                running.append((self._start(command, environment, output), output))
+            files = [folder / f"{step.name}-{i}.jsonl" for i in range(len(running))] if step.files else []
+            try:
+                while any(process.poll() is None for process, _ in running):
+                    time.sleep(min(POLL_SECONDS, 0.2 + (time.monotonic() - start) / 10))
+                    outcome.counts, outcome.failures = read_lines(files) if files else ({}, [])
+                    outcome.seconds = round(time.monotonic() - start, 1)
+                    self.save()
+                    if outcome.seconds > seconds:
+                        break
+            finally:
+                codes = [process.poll() for process, _ in running]
+                for process, _ in running:
+                    _kill(process)
+            outcome.counts, failures = read_lines(files) if files else ({}, [])
+            outcome.failures = failures[:KEPT_FAILURES]
+            outcome.status, outcome.reason = judge(step, codes, outcome.counts, _worst_output(running, codes))
+        outcome.seconds = round(time.monotonic() - start, 1)
+        self.save()
+        return outcome
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def _worst_output(running: Sequence[tuple[subprocess.Popen[str], IO[str]]], codes: Sequence[int | None]) -> str:
+    """Read what the process with the worst exit status printed."""
+    worst = max(range(len(running)), key=lambda i: abs(codes[i] or 0))
+    file = running[worst][1]
+    file.seek(0)
+    text = file.read()
+    for _, opened in running:
+        opened.close()
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_test", description=(__doc__ or "").splitlines()[0])
+    folder = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=folder, help="folder of the result, gpu-test.json (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=460.0, help="time limit of all steps (%(default)s)")
+    parser.add_argument("--step", nargs="+", choices=[step.name for step in STEPS], help="only these")
+    parser.add_argument("--backend", default="triton", help="backend under test (%(default)s)")
+    parser.add_argument("--processes", type=int, help="test processes at a time")
+    parser.add_argument("--small-set", action="store_true", help="run the small set in this process, nothing else")
+    options = parser.parse_args(arguments)
+    if options.small_set:
+        wrong = run_small_set(options.backend)
+        print("\n".join(wrong) or "all right")
+        parser.exit(1 if wrong else 0)
+
+    import torch
+
+    import vidattn
+
+    reasons = vidattn.why_not("window3d_attention", backend=options.backend)
+    if options.backend in ("cuda", "triton") and not torch.cuda.is_available():
+        reasons.append(f"torch {torch.__version__} finds no GPU")
+    if reasons:
+        parser.exit(2, f"{parser.prog}: {options.backend} cannot run here: {'; '.join(reasons)}\n")
+    processes = options.processes or max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0)) - 2))
+    run = Run(options.out / "gpu-test.json", options.backend, processes)
+    deadline = time.monotonic() + options.seconds
+    for step in STEPS:
+        if options.step is None or step.name in options.step:
+            outcome = run.step(step, min(step.seconds, deadline - time.monotonic()))
+            print(
+                f"{step.name:10} {outcome.status:9} {outcome.seconds:6.1f} s  {outcome.counts or ''} {outcome.reason}"
+            )
+            for failure in outcome.failures[:10]:
+                print(f"    {failure['test']}: {(failure['message'].splitlines() or [''])[0][:160]}")
+            sys.stdout.flush()
+    if any(outcome.status in ("failed", "timed out") for outcome in run.outcomes.values()):
+        parser.exit(1)
+
+
+if __name__ == "__main__":
+    main()
