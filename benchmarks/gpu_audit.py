@@ -152,13 +152,15 @@ def plan_window3d(
         pad = torch.empty(3, case.heads, case.head_dim, dtype=dtype) if has_pad else None
     out, lse = tensors.new_outputs(qkv.select(-3, 0))
     bias_window = [*case.window, *bias_extents(case.window, windows, "prefix")] if has_bias else []
-    inputs = (*qkv.unbind(-3), table, bias_window, None, pad, draw_seed(qkv, dropout_p))
-    options = (windows.window, windows.shift, (0, 0, 0), case.head_dim**-0.5, mask_value, dropout_p)
+    inputs: tuple[Any, ...] = (*qkv.unbind(-3), table, bias_window, None, pad, draw_seed(qkv, dropout_p))
+    options: tuple[Any, ...] = (windows.window, windows.shift, (0, 0, 0), case.head_dim**-0.5, mask_value, dropout_p)
     if direction == "forward":
-        return window3d.plan_forward(*inputs, *options, out, lse, arch=arch)
+        call = [*inputs, *options, out, lse]
+        return window3d.plan_forward(*call, arch=arch)
     gradients = tensors.new_gradients(qkv, None, None)[1]
     sums = (tensors.new_sum(table, lse, has_bias), tensors.new_sum(pad, lse, has_pad))
-    return window3d.plan_backward(torch.empty_like(out), *inputs, out, lse, *options, *gradients, *sums, arch=arch)
+    call = [torch.empty_like(out), *inputs, out, lse, *options, *gradients, *sums]
+    return window3d.plan_backward(*call, arch=arch)
 
 
 def window3d_floor(case: WindowCase, direction: str, dtype: torch.dtype) -> Cost:
@@ -243,7 +245,7 @@ def _largest(terms: Mapping[str, float]) -> str:
 
 
 def audit_launch(launch: Launch, kernel: Kernel, rates: Rates) -> LaunchAudit:
-    """Count what a launch executes: its main loop as often as it runs, everything else once."""
+    """Count what a launch executes: its main loop as often as it runs, all else once, even what a branch skips."""
     work = launch.work
     # The compiler may have unrolled the loop: its matrix instructions say how many steps one round does.
     expected = work.scores_per_step * work.flops / work.scores if work.scores else 0.0
@@ -252,10 +254,10 @@ def audit_launch(launch: Launch, kernel: Kernel, rates: Rates) -> LaunchAudit:
     lanes = launch.grid * kernel.threads
     cost = Cost(
         bytes=work.bytes,
-        instructions=lanes * (kernel.instructions + (rounds - 1) * kernel.loop_instructions),
-        exponentials=lanes * (kernel.exponentials + (rounds - 1) * kernel.loop_exponentials),
+        instructions=lanes * (kernel.outside_instructions + rounds * kernel.loop_instructions),
+        exponentials=lanes * (kernel.outside_exponentials + rounds * kernel.loop_exponentials),
         flops=work.flops,
-        matrix_instructions=kernel.matrix_instructions,
+        matrix_instructions=kernel.loop_matrix_instructions,
     )
     terms = cost.microseconds(rates)
     per_score = None
@@ -272,7 +274,7 @@ def audit_launch(launch: Launch, kernel: Kernel, rates: Rates) -> LaunchAudit:
         spill_instructions=kernel.spill_instructions,
         local_bytes=kernel.local_bytes,
         narrow_tile_loads=kernel.narrow_tile_loads,
-        matrix_instructions=kernel.matrix_instructions if work.scores else None,
+        matrix_instructions=kernel.loop_matrix_instructions if work.scores else None,
         instructions_per_score=per_score,
         cost=cost,
         terms=terms,
@@ -400,7 +402,7 @@ def show(cases: Sequence[CaseAudit], kernels: Mapping[str, Kernel], title: str) 
             f"{floor:.1f}",
             _largest(case.floor_terms),
             f"{floor / case.microseconds:.0%}",
-            ", ".join(
+            "\n".join(
                 f"{launch.kernel.rpartition('-')[0]} {launch.microseconds:.1f} {_largest(launch.terms)}"
                 for launch in case.launches
             ),

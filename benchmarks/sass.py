@@ -151,22 +151,28 @@ class Program:
         return [frozenset(body) for body in bodies.values()]
 
     @cached_property
+    def _richest_loops(self) -> list[frozenset[int]]:
+        """The innermost of the loops with most matrix instructions, in the order of the code."""
+
+        def products(body: frozenset[int]) -> int:
+            return sum(self.instructions[index].matrix_kind is not None for index in body)
+
+        most = max(map(products, self.loops), default=0)
+        richest = [body for body in self.loops if most and products(body) == most]
+        return sorted((body for body in richest if not any(other < body for other in richest)), key=min)
+
+    @cached_property
     def main_loop(self) -> frozenset[int]:
         """The loop with most matrix instructions; without any, the longest; empty without a loop.
 
         Of several equals it is the innermost, then the first: kernels place the loop that they always run in front.
         """
-        if not self.loops:
-            return frozenset()
+        return self._richest_loops[0] if self._richest_loops else max(self.loops, key=len, default=frozenset())
 
-        def products(body: frozenset[int]) -> int:
-            return sum(self.instructions[index].matrix_kind is not None for index in body)
-
-        most = max(map(products, self.loops))
-        if most == 0:
-            return max(self.loops, key=len)
-        equals = [body for body in self.loops if products(body) == most]
-        return min((body for body in equals if not any(other < body for other in equals)), key=min)
+    @cached_property
+    def other_main_loops(self) -> frozenset[int]:
+        """Instructions of further loops that take steps of the same work, such as the tiles that a mask hides."""
+        return frozenset().union(*self._richest_loops[1:]) - self.main_loop
 
     def executed(self) -> list[Instruction]:
         """All instructions that a path reaches."""
@@ -175,6 +181,10 @@ class Program:
     def in_loop(self) -> list[Instruction]:
         """The instructions of the main loop."""
         return [self.instructions[index] for index in sorted(self.main_loop)]
+
+    def outside(self) -> list[Instruction]:
+        """The instructions that are in no main loop."""
+        return [self.instructions[i] for i in sorted(set(self.flow) - self.main_loop - self.other_main_loops)]
 
 
 @dataclass(frozen=True)
@@ -306,9 +316,12 @@ class Kernel:
     store_widths: Mapping[str, int]
     narrow_tile_loads: int
     instructions: int
-    exponentials: int
+    outside_instructions: int  # in no main loop
+    outside_exponentials: int
     loop_instructions: int
     loop_exponentials: int
+    loop_opcodes: Mapping[str, int]
+    loop_matrix_instructions: str  # of the whole program if there is no loop
     loop_flops: float  # of the matrix instructions of the main loop in one program; 0 if their opcodes do not say
 
     @property
@@ -352,7 +365,7 @@ def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
     compiled = launch.compile(TARGETS[arch])
     cubin, warps = compiled.asm["cubin"], compiled.metadata.num_warps
     program, resources = read(cubin)
-    executed, loop = program.executed(), program.in_loop()
+    executed, loop, outside = program.executed(), program.in_loop(), program.outside()
     loads = load_widths(executed)
     threads = warps * LANES
     kernel = Kernel(
@@ -370,9 +383,12 @@ def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
         store_widths=dict(store_widths(executed)),
         narrow_tile_loads=missing_wide_loads(compiled.asm["ttgir"], threads, loads, single=launch.work.scores > 0),
         instructions=len(executed),
-        exponentials=exponentials(executed),
+        outside_instructions=len(outside),
+        outside_exponentials=exponentials(outside),
         loop_instructions=len(loop),
         loop_exponentials=exponentials(loop),
+        loop_opcodes=dict(Counter(instruction.name for instruction in loop).most_common()),
+        loop_matrix_instructions=matrix_kind(loop or executed),
         loop_flops=warps * sum(instruction.matrix_flops for instruction in loop),
     )
     return kernel, cubin

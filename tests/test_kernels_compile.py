@@ -1,0 +1,182 @@
+"""Ahead-of-time compilation of the GPU kernels, for every architecture that they are meant for; no GPU is needed."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("triton", reason="triton, which compiles the kernels, is not installed")
+
+import torch
+
+from benchmarks import sass
+from benchmarks.gpu_audit import DIRECTIONS, plan_window3d, specialisation
+from benchmarks.shapes import GPU_WINDOW_CASES, WindowCase
+from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
+from vidattn.ops import _tensors as tensors
+from vidattn.ops._arguments import draw_seed
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: the interpreter does not compile")
+
+SHIFTED = GPU_WINDOW_CASES["swin_t_stage1_shifted"]
+WHOLE = WindowCase((8, 8, 8), (8, 8, 8), (0, 0, 0), 2)  # tokens that fill every tile: no tail
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of ``window3d_attention``, or of ``window_attention`` on the windows of the case."""
+
+    case: WindowCase = SHIFTED
+    dtype: str = "bfloat16"
+    partitioned: bool = False
+    has_bias: bool = True
+    has_mask: bool = False  # of partitioned windows
+    has_pad: bool = True
+    mask_value: float = -100.0
+    dropout_p: float = 0.0
+
+    def launches(self, direction: str, arch: str) -> list[Launch]:
+        """What it launches, on tensors without memory."""
+        if self.partitioned:
+            return self._partitioned_launches(direction, arch)
+        return plan_window3d(
+            self.case,
+            direction,
+            getattr(torch, self.dtype),
+            arch,
+            has_bias=self.has_bias,
+            has_pad=self.has_pad,
+            mask_value=self.mask_value,
+            dropout_p=self.dropout_p,
+        )
+
+    def _partitioned_launches(self, direction: str, arch: str) -> list[Launch]:
+        from vidattn.kernels import window3d
+
+        windows, tokens = self.case.geometry.num_windows, self.case.geometry.num_tokens
+        groups, heads = self.case.batch * windows, self.case.heads
+        with torch.device("meta"):
+            qkv = torch.empty(groups, 1, 1, tokens, 3, heads, self.case.head_dim, dtype=getattr(torch, self.dtype))
+            bias = torch.empty(heads, tokens, tokens) if self.has_bias else None
+            mask = torch.empty(windows, tokens, tokens) if self.has_mask else None
+        out, lse = tensors.new_outputs(qkv.select(-3, 0))
+        inputs = (*qkv.unbind(-3), bias, [], mask, None, draw_seed(qkv, self.dropout_p))
+        options = ([1, 1, tokens], [0, 0, 0], [0, 0, 0], self.case.head_dim**-0.5, 0.0, self.dropout_p)
+        if direction == "forward":
+            return window3d.plan_forward(*inputs, *options, out, lse, arch=arch)
+        gradients = tensors.new_gradients(qkv, None, None)[1]
+        grad_bias = tensors.new_sum(bias, lse, self.has_bias)
+        return window3d.plan_backward(
+            torch.empty_like(out), *inputs, out, lse, *options, *gradients, grad_bias, None, arch=arch
+        )
+
+    def __str__(self) -> str:
+        grid, window = ("x".join(map(str, part)) for part in (self.case.grid, self.case.window))
+        words = [f"{grid}-w{window}-d{self.case.head_dim}-{self.dtype}"]
+        words += ["shifted"] * any(self.case.geometry.shift) + ["partitioned"] * self.partitioned
+        words += ["no_bias"] * (not self.has_bias) + ["mask"] * self.has_mask + ["no_pad"] * (not self.has_pad)
+        words += ["infinite"] * math.isinf(self.mask_value) + ["dropout"] * (self.dropout_p > 0)
+        return "-".join(words)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a test looks at of a compiled kernel."""
+
+    name: str
+    attends: bool
+    spills: int  # accesses to local memory and its bytes
+    matrix: str  # kind of matrix instructions in the main loop
+
+
+def compile_launch(call: Call, direction: str, index: int, arch: str) -> Compiled:
+    """Work of a child process: kernels do not travel between processes, so the launch is planned anew."""
+    launch = call.launches(direction, arch)[index]
+    compiled = launch.compile(TARGETS[arch])
+    attends = launch.work.scores > 0
+    if "amdgcn" in compiled.asm:
+        matrix = "mfma" if "v_mfma" in compiled.asm["amdgcn"] else "none"
+        return Compiled(launch.name, attends, 0, matrix)
+    program, resources = sass.read(compiled.asm["cubin"])
+    spills = sass.spills(program.executed()) + resources.local + resources.stack
+    return Compiled(launch.name, attends, spills, sass.matrix_kind(program.in_loop() or program.executed()))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Iterator[ProcessPoolExecutor]:
+    """Two compilers, which share one cache with all tests of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TRITON_CACHE_DIR" not in os.environ:
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton-cache"))
+        # Started afresh: a copy of this process would copy the locks of its threads.
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+def compile_all(processes: ProcessPoolExecutor, call: Call, arch: str) -> list[Compiled]:
+    """Compile each kernel of both directions once."""
+    places = {
+        specialisation(launch): (call, direction, index, arch)
+        for direction in DIRECTIONS
+        for index, launch in enumerate(call.launches(direction, arch))
+    }
+    return list(processes.map(compile_launch, *zip(*places.values())))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_default_configuration(processes, arch, dtype):
+    compiled = compile_all(processes, Call(dtype=dtype), arch)
+    attending = [kernel for kernel in compiled if kernel.attends]
+    assert {kernel.name for kernel in attending} == {
+        "window3d_forward",
+        "window3d_backward_queries",
+        "window3d_backward_keys",
+        "window3d_backward_bias",
+    }
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[arch]
+    assert {kernel.name: kernel.matrix for kernel in attending} == {kernel.name: expected for kernel in attending}
+    assert {kernel.name: kernel.spills for kernel in compiled} == {kernel.name: 0 for kernel in compiled}
+
+
+CALLS = [
+    *[
+        Call(WindowCase((16, 14, 14), (8, 7, 7), (4, 3, 3), 2, head_dim=head_dim), dtype)
+        for head_dim in (1, 16, 20, 32, 64, 96, 128)
+        for dtype in ("bfloat16", "float32")
+    ],
+    *[Call(case, dtype) for case in (WHOLE, GPU_WINDOW_CASES["swin_t_stage1"]) for dtype in ("bfloat16", "float32")],
+    *[
+        Call(GPU_WINDOW_CASES[name])
+        for name in ("swin_b_ssv2_stage1", "swin_b_ssv2_stage1_shifted", "swin_t_8frames_stage1_shifted")
+    ],
+    Call(WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=20)),  # padded, clipped
+    Call(WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=20), "float32", has_pad=False),
+    Call(WindowCase((3, 3, 3), (1, 1, 1), (0, 0, 0), 2)),  # windows of one token
+    Call(WindowCase((60, 80, 80), (8, 7, 7), (4, 3, 3), 3), has_bias=False),
+    Call(WindowCase((60, 80, 80), (8, 7, 7), (4, 3, 3), 3, batch=400)),  # offsets past 2**31
+    Call(mask_value=-math.inf),
+    *[Call(dropout_p=0.1, dtype=dtype) for dtype in ("bfloat16", "float32")],
+    *[
+        Call(partitioned=True, has_bias=has_bias, has_mask=has_mask, dropout_p=dropout_p, dtype=dtype)
+        for has_bias, has_mask, dropout_p in ((True, True, 0), (False, True, 0), (True, False, 0.1), (False, False, 0))
+        for dtype in ("bfloat16", "float32")
+    ],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_all_configurations(processes, arch, call):
+    compiled = compile_all(processes, call, arch)
+    attending = [kernel for kernel in compiled if kernel.attends]
+    assert len(attending) == (4 if call.has_bias else 3)
+    if call.dtype != "float32":  # whose products are exact by default, which no matrix unit is
+        assert "none" not in {kernel.matrix for kernel in attending}
