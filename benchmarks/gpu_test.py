@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 SHARD, LINES = "VIDATTN_TEST_SHARD", "VIDATTN_TEST_LINES"  # "index/count" and the file of a test process
 # In place of pyproject.toml, whose settings need a newer pytest than may be here.
 PYTEST_INI = "[pytest]\nmarkers = slow: longer sweeps\n"
-MAX_PROCESSES = 12
+MAX_PROCESSES = 16
 KEPT_FAILURES = 40
 POLL_SECONDS = 3.0
 
@@ -41,7 +42,7 @@ class Step:
 
     Attributes:
         name: what it is called.
-        seconds: time limit.
+        seconds: time that is kept for it; it may also use what the steps before it and absent tools leave.
         files: test files; without any, the step is the small set.
         select: pytest's -k, where {backend} is the backend under test.
         strict: whether the backend is also the one in force, by ``VIDATTN_BACKEND``.
@@ -59,10 +60,10 @@ class Step:
 
 
 STEPS = (
-    Step("small", 60),
-    Step("numbers", 190, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
-    Step("ops", 75, ("tests/test_window3d_op.py",), needs=("pytest",)),
-    Step("golden", 50, ("tests/test_golden.py",), "accelerated", strict=True, needs=("pytest", "safetensors")),
+    Step("small", 30),
+    Step("numbers", 170, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
+    Step("ops", 80, ("tests/test_window3d_op.py",), needs=("pytest",)),
+    Step("golden", 40, ("tests/test_golden.py",), "accelerated", strict=True, needs=("pytest", "safetensors")),
     Step("memcheck", 40, tool="memcheck"),
     Step("racecheck", 30, tool="racecheck"),
     Step("initcheck", 30, tool="initcheck"),
@@ -127,50 +128,59 @@ def run_small_set(backend: str) -> list[str]:
     """
     import torch
 
-    import vidattn
     from tests.tolerance import assert_all_close  # the one rule of all tests
-    from vidattn import reference
 
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
-    cases = (
-        # Padded on every axis, shifted, an odd head dimension; a whole window of Video Swin, shifted on two axes.
-        ((3, 5, 7), (2, 3, 3), (1, 1, 1), 2, 20),
-        ((8, 14, 14), (8, 7, 7), (4, 3, 3), 2, 32),
-    )
+    # Without a GPU, triton is there only where its interpreter takes tensors of the CPU.
+    device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
     wrong = []
-    for grid, window, shift, heads, head_dim in cases:
+    for function, sizes, options in _small_cases(generator):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            generator = torch.Generator().manual_seed(0)
-            rows = vidattn.geometry.num_bias_rows(window)
-            sizes = {
-                "qkv": (1, *grid, 3, heads, head_dim),
-                "bias_table": (rows, heads),
-                "pad_qkv": (3, heads, head_dim),
-                "grad_out": (1, *grid, heads * head_dim),
-            }
             inputs = {name: torch.randn(size, generator=generator).to(dtype) for name, size in sizes.items()}
-            options = {"window_size": window, "shift_size": shift}
-
-            def evaluate(attend: Any, to: Any, inputs: Any = inputs, **options: Any) -> dict[str, torch.Tensor | None]:
-                leaves = {name: value.to(to).requires_grad_() for name, value in inputs.items()}
-                grad_out = leaves.pop("grad_out").detach()
-                out = attend(**leaves, **options)
-                # Without padding the float64 graph does not contain pad_qkv.
-                gradients = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=True)
-                return {
-                    name: value.detach().cpu() for name, value in zip(("out", *leaves), (out, *gradients), strict=True)
-                }
-
-            expected = evaluate(vidattn.window3d_attention, "cpu", backend="reference", **options)
-            exact = evaluate(reference.window3d_attention, torch.float64, **options)
+            expected = _evaluate(f"vidattn.{function}", inputs, options | {"backend": "reference"}, "cpu")
+            exact = _evaluate(f"vidattn.reference.{function}", inputs, options, torch.float64)
             try:
-                actual = evaluate(vidattn.window3d_attention, device, backend=backend, **options)
+                actual = _evaluate(f"vidattn.{function}", inputs, options | {"backend": backend}, device)
                 assert_all_close(actual, expected, exact, dtype)
             except Exception as error:
-                wrong.append(
-                    f"{grid} {window} {shift} {dtype}: {str(error).splitlines()[0] if str(error) else error!r}"
-                )
+                wrong.append(f"{function} {sizes['qkv']} {dtype}: {(str(error) or repr(error)).splitlines()[0]}")
     return wrong
+
+
+def _small_cases(generator: Any) -> list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]]:
+    """Functions with sizes of their inputs and other arguments."""
+    import torch
+
+    def grid_case(grid: Any, window: Any, shift: Any, heads: int, head_dim: int) -> Any:
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        sizes = {
+            "qkv": (1, *grid, 3, heads, head_dim),
+            "bias_table": (rows, heads),
+            "pad_qkv": (3, heads, head_dim),
+            "grad_out": (1, *grid, heads * head_dim),
+        }
+        return "window3d_attention", sizes, {"window_size": window, "shift_size": shift}
+
+    windows = {"qkv": (5, 50, 3, 2, 24), "bias": (2, 50, 50), "grad_out": (5, 50, 48)}
+    return [
+        grid_case((3, 5, 7), (2, 3, 3), (1, 1, 1), 2, 20),  # padded on every axis, shifted, an odd head dimension
+        grid_case((8, 14, 14), (8, 7, 7), (4, 3, 3), 2, 32),  # windows of Video Swin, shifted on two axes
+        ("window_attention", windows, {"mask": torch.randn(5, 50, 50, generator=generator)}),
+    ]
+
+
+def _evaluate(function: str, inputs: dict[str, Any], options: dict[str, Any], to: Any) -> dict[str, Any]:
+    """Run a function forward and backward on a device or in a dtype; results on the CPU."""
+    import torch
+
+    module, _, name = function.rpartition(".")
+    leaves = {key: value.to(to).requires_grad_() for key, value in inputs.items()}
+    grad_out = leaves.pop("grad_out").detach()
+    moved = {key: value.to(to) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    out = getattr(importlib.import_module(module), name)(**leaves, **moved)
+    # The graph of the float64 reference does not contain pad_qkv where nothing is padded.
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=True)
+    return {key: value.detach().cpu() for key, value in zip(("out", *leaves), (out, *gradients), strict=True)}
 
 
 # ---- Running steps ----
@@ -239,11 +249,13 @@ def read_lines(files: Sequence[Path]) -> tuple[dict[str, int], list[dict[str, st
     return counts, failures
 
 
-def judge(step: Step, codes: Sequence[int | None], counts: Mapping[str, int], output: str) -> tuple[str, str]:
+def judge(
+    step: Step, seconds: float, codes: Sequence[int | None], counts: Mapping[str, int], output: str
+) -> tuple[str, str]:
     """Turn exit statuses (None: killed at the limit) and counts into a status and a reason."""
     tail = "\n".join(output.strip().splitlines()[-12:])[-1500:]
     if None in codes:
-        return "timed out", f"limit of {step.seconds:.0f} s"
+        return "timed out", f"limit of {seconds:.0f} s"
     if not step.files:
         return ("passed", "") if not any(codes) else ("failed", tail)
     if not counts["selected"]:
@@ -308,7 +320,7 @@ class Run:
                     _kill(process)
             outcome.counts, failures = read_lines(files) if files else ({}, [])
             outcome.failures = failures[:KEPT_FAILURES]
-            outcome.status, outcome.reason = judge(step, codes, outcome.counts, _worst_output(running, codes))
+            outcome.status, outcome.reason = judge(step, seconds, codes, outcome.counts, _worst_output(running, codes))
         outcome.seconds = round(time.monotonic() - start, 1)
         self.save()
         return outcome
@@ -361,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         reasons.append(f"torch {torch.__version__} finds no GPU")
     if reasons:
         parser.exit(2, f"{parser.prog}: {options.backend} cannot run here: {'; '.join(reasons)}\n")
-    processes = options.processes or max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0)) - 2))
+    processes = options.processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
     run = Run(options.out / "gpu-test.json", options.backend, processes)
     deadline = time.monotonic() + options.seconds
     for step in STEPS:

@@ -11,7 +11,8 @@ context, reverse. One difference: the modules roll and partition before the proj
 
 On a GPU there are two more. ``flex`` is compiled FlexAttention, which gathers the bias from the table in its score_mod
 and excludes what the shift separates by its mask_mod; its block mask is ready made. ``natten`` computes something less,
-where that package is installed: no bias and no shift.
+where that package is installed: no bias and no shift. ``vidattn`` keeps what its GPU kernels read of the table from one
+call to the next when there is no gradient, as in inference.
 """
 
 from __future__ import annotations
