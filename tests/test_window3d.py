@@ -13,12 +13,15 @@ from torch import Tensor
 from window3d_cases import (
     BACKEND_DTYPES,
     BACKENDS,
-    DTYPES,
+    BACKENDS_WITH_FLOAT64,
+    SUPPORTED,
     Case,
     check,
     device_of,
     evaluate,
     expected_and_exact,
+    full_precision,
+    half_precision,
     on_cpu,
     subsets,
     to,
@@ -56,7 +59,7 @@ def test_window_lengths(backend: str, dtype: torch.dtype, window: tuple[int, int
 def test_every_short_window(backend: str, tokens: int) -> None:
     """Lengths around every multiple of a vector or tile, with all keys real."""
     case = Case((1, 1, tokens), (1, 1, tokens), batch=2, heads=1, head_dim=8, pad=False)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, half_precision(backend)):
         check(case, dtype, backend)
 
 
@@ -66,7 +69,7 @@ def test_every_short_window(backend: str, tokens: int) -> None:
 def test_clipped_axes(backend: str, bias_index: str, grid: tuple[int, int, int]) -> None:
     """Each subset of axes shorter than the window, with a shift configured on all of them."""
     case = Case(grid, (4, 5, 3), (2, 1, 2), bias_index=bias_index)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in {torch.float32, full_precision(backend)}:
         check(case, dtype, backend)
 
 
@@ -86,7 +89,7 @@ def test_shifted_and_cyclic_axes(backend: str, shift: tuple[int, int, int]) -> N
     """Each subset of shifted axes, with each subset of cyclic ones."""
     for bits in range(8):
         wrap = (bits % 2 == 1, bits // 2 % 2 == 1, bits // 4 == 1)
-        check(Case((4, 6, 9), (2, 3, 4), shift, batch=1, wrap=wrap), torch.float64, backend)
+        check(Case((4, 6, 9), (2, 3, 4), shift, batch=1, wrap=wrap), full_precision(backend), backend)
     check(Case((4, 6, 9), (2, 3, 4), shift), torch.float32, backend)
 
 
@@ -145,8 +148,7 @@ def test_tiles_that_the_mask_hides(
     check(case, dtype, backend)
 
 
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@backends_and_dtypes
 @pytest.mark.parametrize("key", [5.0, 50.0, 150.0, math.nan])
 def test_hidden_tiles_count_when_they_can_win(backend: str, dtype: torch.dtype, key: float) -> None:
     """Leaving tiles out must depend on the scores: a masked key 150 above the rest takes all the weight."""
@@ -204,7 +206,7 @@ def test_log_sum_exp(backend: str, dtype: torch.dtype) -> None:
     device = device_of(backend)
     _, actual = torch.ops.vidattn.window3d_attention(
         qkv.to(device), None, None, table.to(device), pad.to(device), None, case.window, case.shift, case.wrap,
-        "prefix", case.mask_value, case.head_dim**-0.5, 0.0, backend,
+        "prefix", case.mask_value, case.head_dim**-0.5, 0.0, False, backend,
     )  # fmt: skip
     assert_close("lse", actual.cpu(), expected, exact, expected.dtype, 3.0)
 
@@ -217,7 +219,7 @@ def test_separate_tensors(backend: str, dtype: torch.dtype) -> None:
 @backends
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_table_of_another_dtype(backend: str, table_dtype: torch.dtype) -> None:
-    for dtype in DTYPES:
+    for dtype in SUPPORTED[backend]:
         check(SHIFTED, dtype, backend, table_dtype=table_dtype)
 
 
@@ -243,7 +245,7 @@ def _strided(x: Tensor, kind: str) -> Tensor:
 def test_strides(backend: str, kind: str) -> None:
     """Strided inputs and gradients give what contiguous ones give."""
     case = SHIFTED
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, half_precision(backend)):
         inputs = to(case.inputs(dtype), device_of(backend))
         options = dict(case.options(), backend=backend)
         expected = evaluate(vidattn.window3d_attention, inputs, options)
@@ -322,7 +324,7 @@ def test_each_input_alone_requires_a_gradient(backend: str, form: str) -> None:
 def test_pad_qkv_as_the_projection_holds_it(backend: str) -> None:
     """The bias of a Linear, flat and in another dtype, is taken and gets its gradient in that dtype."""
     case = SHIFTED
-    inputs = to(case.inputs(torch.bfloat16), device_of(backend))
+    inputs = to(case.inputs(half_precision(backend)), device_of(backend))
     flat = inputs["pad_qkv"].float().flatten().requires_grad_()
     options = dict(case.options(), backend=backend)
     out = vidattn.window3d_attention(inputs["qkv"], inputs["bias_table"], pad_qkv=flat, **options)
@@ -345,7 +347,7 @@ def test_unused_rows_of_the_table_get_zero(backend: str) -> None:
 @pytest.mark.parametrize("grid", [(0, 4, 4, 4), (2, 0, 4, 4), (2, 4, 0, 4), (2, 4, 4, 0)], ids=str)
 def test_empty_inputs(backend: str, grid: tuple[int, ...]) -> None:
     device = device_of(backend)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16):
         qkv = torch.randn(*grid, 3, 2, 8, dtype=dtype, device=device, requires_grad=True)
         table = torch.randn(5 * 5 * 5, 2, device=device, requires_grad=True)
         pad = torch.randn(3, 2, 8, dtype=dtype, device=device, requires_grad=True)
@@ -371,8 +373,9 @@ def test_offsets_beyond_two_to_the_31(backend: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = device_of(backend)
     step = 2**31 + 8
-    storage = torch.empty(step + 4096, dtype=torch.bfloat16, device=device)
-    compact = torch.randn(2, 1, 2, 4, 3, 2, 8, dtype=torch.bfloat16, device=device)
+    dtype = half_precision(backend)
+    storage = torch.empty(step + 4096, dtype=dtype, device=device)
+    compact = torch.randn(2, 1, 2, 4, 3, 2, 8, dtype=dtype, device=device)
     far = storage.as_strided(compact.shape, (step, *compact.stride()[1:])).copy_(compact)
     call = {"window_size": (1, 2, 2), "shift_size": (0, 0, 1), "backend": backend}
     assert torch.equal(vidattn.window3d_attention(far, **call), vidattn.window3d_attention(compact, **call))
@@ -404,7 +407,7 @@ def test_dropout_keeps_the_expected_share(backend: str) -> None:
 def test_bitwise_repeatable(backend: str) -> None:
     """Outputs and gradients, the table's too, repeat bit by bit, whatever the number of threads."""
     case = Case((4, 14, 10), (2, 7, 4), (1, 3, 2), batch=3, heads=3, head_dim=16)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, half_precision(backend)):
         inputs = to(case.inputs(dtype, torch.float32), device_of(backend))
         options = dict(case.options(), backend=backend)
         threads = torch.get_num_threads()
@@ -442,7 +445,7 @@ def test_a_nan_stays_in_its_window_and_head(backend: str, dtype: torch.dtype) ->
         assert torch.equal(out.isnan(), poisoned.flatten(-2)), f"in {'qkv'[which]}"
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT64)
 def test_float64_gradcheck(backend: str) -> None:
     """Gradients of the op itself by finite differences, with and without dropout."""
     device = device_of(backend)

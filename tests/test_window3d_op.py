@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
-from window3d_cases import BACKENDS, Case, device_of, evaluate, to
+from window3d_cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    Case,
+    device_of,
+    evaluate,
+    full_precision,
+    half_precision,
+    to,
+)
 
 import vidattn
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 SHIFTED = Case((3, 5, 7), (2, 3, 3), (1, 1, 1))
 OPCHECKS = (
     "test_schema",
@@ -39,11 +49,10 @@ def _layouts(x: Tensor) -> list[Tensor]:
     return [x, middle, permuted]
 
 
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@backends_and_dtypes
 @pytest.mark.parametrize("requires_grad", ["all", "none", "bias_table"])
 def test_opcheck_window3d(backend: str, dtype: torch.dtype, requires_grad: str) -> None:
-    inputs = to(SHIFTED.inputs(dtype, torch.float32 if dtype == torch.bfloat16 else dtype), device_of(backend))
+    inputs = to(SHIFTED.inputs(dtype, torch.float32 if dtype.itemsize == 2 else dtype), device_of(backend))
     for name, x in inputs.items():
         x.requires_grad_(requires_grad in ("all", name))
     options = (SHIFTED.window, SHIFTED.shift, SHIFTED.wrap, "prefix", -100.0, 0.3)
@@ -51,18 +60,17 @@ def test_opcheck_window3d(backend: str, dtype: torch.dtype, requires_grad: str) 
     seed = torch.tensor([7], device=table.device)
     op = torch.ops.vidattn.window3d_attention
     for qkv in _layouts(inputs["qkv"]):
-        _opcheck(op, (qkv, None, None, table, pad, None, *options, 0.0, backend))
+        _opcheck(op, (qkv, None, None, table, pad, None, *options, 0.0, False, backend))
     apart = [x.detach().clone().requires_grad_(inputs["qkv"].requires_grad) for x in inputs["qkv"].unbind(-3)]
-    _opcheck(op, (*apart, table, None, seed, *options, 0.25, backend))
-    _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, None, *options, 0.0, backend))
+    _opcheck(op, (*apart, table, None, seed, *options, 0.25, False, backend))
+    _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, None, *options, 0.0, False, backend))
 
 
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@backends_and_dtypes
 def test_opcheck_window3d_backward(backend: str, dtype: torch.dtype) -> None:
     inputs = to(SHIFTED.inputs(dtype), device_of(backend))
     table, pad = inputs["bias_table"], inputs["pad_qkv"]
-    options = (SHIFTED.window, SHIFTED.shift, SHIFTED.wrap, "prefix", -100.0, 0.3, 0.0)
+    options = (SHIFTED.window, SHIFTED.shift, SHIFTED.wrap, "prefix", -100.0, 0.3, 0.0, False)
     apart = tuple(x.contiguous() for x in inputs["qkv"].unbind(-3))
     op = torch.ops.vidattn.window3d_attention_backward
     for tensors in ((inputs["qkv"], None, None, table, pad, None), (*apart, table, pad, None)):
@@ -152,11 +160,11 @@ def test_compile_with_dropout_autocast_and_a_mask_value(backend: str, mask_value
 
     @torch.compile(fullgraph=True)
     def attend(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor) -> Tensor:
-        with torch.autocast(qkv.device.type, dtype=torch.bfloat16):
+        with torch.autocast(qkv.device.type, dtype=half_precision(backend)):
             return vidattn.window3d_attention(qkv, bias_table, pad_qkv=pad_qkv, backend=backend, **options)
 
     results = evaluate(attend, inputs, {})
-    assert results["out"].dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert results["out"].dtype == half_precision(backend)  # type: ignore[union-attr]
     assert all(value is not None and value.isfinite().all() for value in results.values())
 
 
@@ -208,23 +216,25 @@ def test_export(backend: str) -> None:
 @backends
 def test_autocast(backend: str) -> None:
     """q, k, v and pad_qkv are cast, the table is not; gradients come back in each input's dtype."""
-    device = device_of(backend)
+    device, half = device_of(backend), half_precision(backend)
     inputs = to(SHIFTED.inputs(torch.float32), device)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if name != "grad_out"}
     options = dict(SHIFTED.options(), backend=backend)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=half):
         out = vidattn.window3d_attention(**leaves, **options)
-    assert out.dtype == torch.bfloat16
-    cast = {name: x.bfloat16() if name != "bias_table" else x for name, x in leaves.items()}
+    assert out.dtype == half
+    cast = {name: x.to(half) if name != "bias_table" else x for name, x in leaves.items()}
     same = vidattn.window3d_attention(**cast, **options)
     assert torch.equal(out, same)
-    grads = torch.autograd.grad(out, list(leaves.values()), inputs["grad_out"].bfloat16())
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs["grad_out"].to(half))
     assert all(grad.dtype == torch.float32 for grad in grads)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=half):
         apart = vidattn.window3d_attention(
             tuple(leaves["qkv"].unbind(-3)), leaves["bias_table"], pad_qkv=leaves["pad_qkv"], **options
         )
-        wide = vidattn.window3d_attention(inputs["qkv"].double(), window_size=2, backend=backend)
+        if full_precision(backend) == torch.float64:
+            wide = vidattn.window3d_attention(inputs["qkv"].double(), window_size=2, backend=backend)
+            assert wide.dtype == torch.float64
         windows = vidattn.window_attention(inputs["qkv"].flatten(1, 3), backend=backend)
         kinds = (torch.float16, torch.float32, torch.bfloat16)
         mixed = vidattn.window_attention(
@@ -232,7 +242,7 @@ def test_autocast(backend: str) -> None:
             backend=backend,
         )
     assert torch.equal(apart, out)
-    assert wide.dtype == torch.float64 and windows.dtype == torch.bfloat16 and mixed.dtype == torch.bfloat16
+    assert windows.dtype == half and mixed.dtype == half
 
 
 def _attention_flops(tokens: int, windows: int, heads: int, head_dim: int) -> int:

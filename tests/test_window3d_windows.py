@@ -12,10 +12,13 @@ from torch import Tensor
 from window3d_cases import (
     BACKEND_DTYPES,
     BACKENDS,
+    BACKENDS_WITH_FLOAT64,
     DTYPES,
     check_window,
     device_of,
     evaluate,
+    full_precision,
+    half_precision,
     on_cpu,
     separated,
     to,
@@ -39,7 +42,7 @@ def test_head_dims(backend: str, dtype: torch.dtype, head_dim: int) -> None:
 @pytest.mark.parametrize("tokens", range(1, 68))
 def test_every_short_window(backend: str, tokens: int) -> None:
     mask = torch.randn(2, tokens, tokens)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, half_precision(backend)):
         check_window(window_inputs(4, tokens, 1, 8, dtype), backend, mask.to(dtype))
 
 
@@ -101,12 +104,13 @@ def test_minus_infinity_in_the_bias(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mask_dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_masks_and_biases_of_another_dtype(backend: str, mask_dtype: torch.dtype) -> None:
     device = device_of(backend)
-    inputs = to(window_inputs(4, 20, 2, 16, torch.bfloat16), device)
+    dtype = half_precision(backend)
+    inputs = to(window_inputs(4, 20, 2, 16, dtype), device)
     mask = torch.randn(2, 20, 20, device=device).to(mask_dtype)
     bias = inputs["bias"].to(mask_dtype).requires_grad_()
     out = vidattn.window_attention(inputs["qkv"], bias, mask, backend=backend)
     same = vidattn.window_attention(inputs["qkv"], bias.float(), mask.float(), backend=backend)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, same)
+    assert out.dtype == dtype and torch.equal(out, same)
     (grad,) = torch.autograd.grad(out, bias, inputs["grad_out"])
     assert grad.dtype == mask_dtype
 
@@ -177,7 +181,7 @@ def test_same_as_a_grid_of_whole_windows(backend: str) -> None:
     torch.testing.assert_close(out, grid.flatten(1, 3)[:, tokens].flatten(0, 1), rtol=1e-5, atol=1e-6)
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT64)
 def test_float64_gradcheck(backend: str) -> None:
     qkv = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64, device=device_of(backend), requires_grad=True)
     bias = torch.randn(2, 5, 5, dtype=torch.float64, device=device_of(backend), requires_grad=True)
@@ -196,13 +200,14 @@ def test_float64_gradcheck(backend: str) -> None:
 def test_a_learned_bias_of_one_kind_for_all_heads(backend: str) -> None:
     """A bias broadcast over the heads gets the sum of their gradients."""
     device = device_of(backend)
-    inputs = window_inputs(4, 20, 2, 16, torch.float64, bias=False)
-    shared = torch.randn(1, 20, 20, dtype=torch.float64)
+    dtype = full_precision(backend)
+    inputs = window_inputs(4, 20, 2, 16, dtype, bias=False)
+    shared = torch.randn(1, 20, 20, dtype=dtype)
 
     def attend(qkv: Tensor, shared: Tensor, **options: Any) -> Tensor:
         function = vidattn.window_attention if "backend" in options else reference.window_attention
         return function(qkv, shared.expand(2, -1, -1), **options)  # type: ignore[operator]
 
     given = dict(inputs, shared=shared)
-    exact = evaluate(attend, given, {})
-    assert_all_close(on_cpu(evaluate(attend, to(given, device), {"backend": backend})), exact, exact, torch.float64)
+    expected, exact = evaluate(attend, given, {}), evaluate(attend, to(given, torch.float64), {})
+    assert_all_close(on_cpu(evaluate(attend, to(given, device), {"backend": backend})), expected, exact, dtype)

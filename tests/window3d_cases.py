@@ -13,21 +13,41 @@ from torch import Tensor
 
 import vidattn
 from vidattn import reference
+from vidattn.backends import TRITON_INTERPRETED
 from vidattn.geometry import num_bias_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = [name for name in vidattn.list_backends() if not vidattn.why_not("window3d_attention", backend=name)]
-# The reference is what low precision is measured by; itself it is measured in float64.
-BACKEND_DTYPES = [
-    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
-    for backend in BACKENDS
-    for dtype in (DTYPES if backend != "reference" else (torch.float64,))
-]
 
 
 def device_of(backend: str) -> str:
     """Device that a backend's tests run on."""
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return "cuda" if backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED) else "cpu"
+
+
+def _runs(backend: str, dtype: torch.dtype) -> bool:
+    probe = torch.zeros(1, 1, 1, 1, 3, 1, 8, dtype=dtype, device=device_of(backend))
+    return not vidattn.why_not("window3d_attention", probe, window_size=1, backend=backend)
+
+
+SUPPORTED = {backend: tuple(dtype for dtype in DTYPES if _runs(backend, dtype)) for backend in BACKENDS}
+# The reference is what low precision is measured by; itself it is measured in float64.
+BACKEND_DTYPES = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend in BACKENDS
+    for dtype in (SUPPORTED[backend] if backend != "reference" else (torch.float64,))
+]
+BACKENDS_WITH_FLOAT64 = [backend for backend in BACKENDS if torch.float64 in SUPPORTED[backend]]
+
+
+def half_precision(backend: str) -> torch.dtype:
+    """A dtype of 16 bits that a backend runs."""
+    return torch.bfloat16 if torch.bfloat16 in SUPPORTED[backend] else torch.float16
+
+
+def full_precision(backend: str) -> torch.dtype:
+    """The most exact dtype that a backend runs."""
+    return torch.float64 if torch.float64 in SUPPORTED[backend] else torch.float32
 
 
 @dataclass(frozen=True)

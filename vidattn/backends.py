@@ -29,10 +29,12 @@ class Backend(NamedTuple):
     Attributes:
         name: what users call it.
         device_types: devices it runs on; None for any.
+        when_named: further devices it runs on, but too slowly for "auto".
     """
 
     name: str
     device_types: tuple[str, ...] | None
+    when_named: tuple[str, ...] = ()
 
 
 class AttentionCall(NamedTuple):
@@ -44,18 +46,21 @@ class AttentionCall(NamedTuple):
     head_dim: int
 
 
+# Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
 # In the order in which "auto" tries them.
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", ("cpu",)),
         Backend("cuda", ("cuda",)),
-        Backend("triton", ("cuda",)),
+        Backend("triton", ("cuda",), ("cpu",) if TRITON_INTERPRETED else ()),
         Backend("reference", None),
     )
 }
 _describe_call: dict[str, Callable[..., AttentionCall]] = {}
-_kernel_missing: dict[tuple[str, str], str | None] = {}
+_kernel_missing: dict[tuple[str, str], Callable[[], str | None]] = {}
 _kernel_check: dict[tuple[str, str], Callable[[AttentionCall], list[str]]] = {}
 
 # A plain module global: Dynamo guards on it, while it cannot trace a ContextVar.
@@ -76,14 +81,17 @@ def register_op(op: str, describe: Callable[..., AttentionCall]) -> None:
 
 
 def register_kernel(
-    op: str, backend: str, missing: str | None = None, check: Callable[[AttentionCall], list[str]] | None = None
+    op: str,
+    backend: str,
+    missing: Callable[[], str | None] = lambda: None,
+    check: Callable[[AttentionCall], list[str]] | None = None,
 ) -> None:
     """Say that an op has an implementation in a backend.
 
     Args:
         op: name of the public function.
         backend: name of the backend.
-        missing: why it cannot run in this installation (not built, a package is absent); None if it can.
+        missing: tells why it cannot run here (not built, a package or a device is absent); None if it can.
         check: gives the reasons why a call cannot run, beyond its device and dtype; None if there are none.
     """
     _kernel_missing[op, backend] = missing
@@ -227,7 +235,9 @@ def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
             raise ValueError(f"{call.op}: backend {name!r}{by} cannot run this call: {'; '.join(reasons)}")
         return name
     for candidate in _BACKENDS:
-        if candidate != "reference" and not _reasons(call.op, candidate, call):
+        if call.device_type in _BACKENDS[candidate].when_named or candidate == "reference":
+            continue
+        if not _reasons(call.op, candidate, call):
             return candidate
     if call.device_type == "cuda" and not torch.compiler.is_compiling():
         _warn_about_fallback(call)
@@ -289,12 +299,14 @@ def _reasons(op: str, name: str, call: AttentionCall | None) -> list[str]:
     if (op, name) not in _kernel_missing:
         return [f"this version has no {name} kernels for {op}"]
     reasons = []
-    missing = _kernel_missing[op, name]
+    missing = _kernel_missing[op, name]()
     if missing is not None:
         reasons.append(missing)
     if call is None:
         return reasons
     device_types = _BACKENDS[name].device_types
+    if device_types is not None:
+        device_types += _BACKENDS[name].when_named
     # Meta tensors hold no data, so any backend "runs" them: only shapes are computed.
     if device_types is not None and call.device_type != "meta" and call.device_type not in device_types:
         reasons.append(f"runs {' and '.join(device_types)} tensors, got a {call.device_type} tensor")

@@ -26,6 +26,7 @@ __all__ = [
     "bias_rows",
     "explain_windows",
     "num_bias_rows",
+    "region_bits",
     "region_mask",
     "resolve_windows",
     "source_tokens",
@@ -135,7 +136,9 @@ def source_tokens(geometry: WindowGeometry, device: torch.device | str | None = 
     return torch.where(real, flat, -1)
 
 
-def _region_bits(geometry: WindowGeometry, device: torch.device | str | None) -> tuple[torch.Tensor, torch.Tensor]:
+def region_bits(
+    geometry: WindowGeometry, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which axes a window is last on, and on which axes a token of such a window wrapped around, as bit sets."""
     windows = _token_coordinates(geometry.counts, geometry.num_windows, device)
     tokens = _token_coordinates(geometry.window, geometry.num_tokens, device)
@@ -163,7 +166,7 @@ def region_mask(geometry: WindowGeometry, device: torch.device | str | None = No
     """
     if not any(geometry.masked_axes):
         return None
-    last, wrapped = _region_bits(geometry, device)
+    last, wrapped = region_bits(geometry, device)
     differing = wrapped[:, None] ^ wrapped[None, :]
     return (last[:, None, None] & differing[None]) != 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vidattn.backends import AttentionCall, register_kernel, register_op
+from vidattn.backends import TRITON_INTERPRETED, AttentionCall, register_kernel, register_op
 
-__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_native"]
+__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_native", "register_triton"]
 
 _MAX_HEAD_DIM = 128
 
@@ -114,7 +115,38 @@ def register_native(name: str, native: str) -> None:
         name: name of the public function.
         native: name of the native op, defined in the ``vidattn`` namespace.
     """
-    register_kernel(name, "cpu", native_kernel_missing(native, "CPU"), _check_head_dim)
+    register_kernel(name, "cpu", lambda: native_kernel_missing(native, "CPU"), _check_head_dim)
+
+
+def register_triton(name: str) -> None:
+    """Offer an op's Triton kernels as a backend of GPUs.
+
+    Args:
+        name: name of the public function.
+    """
+    register_kernel(name, "triton", _triton_missing, _check_triton)
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if TRITON_INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU (with TRITON_INTERPRET=1 the kernels run on the CPU, for tests)"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip is None and major < 8:
+        return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return None
+
+
+def _check_triton(call: AttentionCall) -> list[str]:
+    reasons = _check_head_dim(call)
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"runs float32, bfloat16 and float16, got {call.dtype}")
+    elif TRITON_INTERPRETED and call.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter computes bfloat16 products wrongly; it runs float32 and float16")
+    return reasons
 
 
 def _check_head_dim(call: AttentionCall) -> list[str]:

@@ -55,9 +55,9 @@ def as_input(grad: Tensor | None, of: Tensor | None, needed: bool) -> Tensor | N
     return grad.to(of.dtype) if grad is not None and of is not None and needed else None
 
 
-def accumulated(x: Tensor | None, lse: Tensor) -> Tensor | None:
-    """Bring a table or mask to the accumulator's dtype, contiguous."""
-    return None if x is None else x.to(lse.dtype).contiguous()
+def accumulated(x: Tensor | None, lse: Tensor, backend: str) -> Tensor | None:
+    """Bring a table or mask to the accumulator's dtype, contiguous; Triton's launch functions do that themselves."""
+    return x if x is None or backend == "triton" else x.to(lse.dtype).contiguous()
 
 
 def fake_outputs(q: Tensor, k: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:

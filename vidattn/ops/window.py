@@ -1,6 +1,6 @@
 """Attention inside windows that are already partitioned: ``window_attention``, its op, gradient and cost.
 
-The native kernel is that of ``window3d_attention``, run on a grid of one window (1, 1, N) per window.
+The kernels are those of ``window3d_attention``, run on a grid of one window (1, 1, N) per window.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from vidattn import reference
 from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native
-from vidattn.ops.window3d import NATIVE_FORWARD
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native, register_triton
+from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
 
 __all__ = ["window_attention"]
@@ -153,11 +153,12 @@ def _forward(
         return reference.window_attention(  # type: ignore[return-value]
             qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=True
         )
-    torch.ops.vidattn._window3d_attention_forward(
+    launch_forward, _ = launch_functions(backend)
+    launch_forward(
         *_as_grids(*qkv),
-        tensors.accumulated(bias, lse),
+        tensors.accumulated(bias, lse, backend),
         [],
-        tensors.accumulated(mask, lse),
+        tensors.accumulated(mask, lse, backend),
         None,
         seed,
         [1, 1, out.shape[1]],
@@ -196,11 +197,12 @@ def _backward(
         grads, views = tensors.new_gradients(q, k, v)
         grad_bias = tensors.new_sum(bias, lse, needs_bias)
         if out.numel() > 0:
-            torch.ops.vidattn._window3d_attention_backward(
+            _, launch_backward = launch_functions(backend)
+            launch_backward(
                 *_as_grids(tensors.last_dim_dense(grad_out), *qkv),
-                tensors.accumulated(bias, lse),
+                tensors.accumulated(bias, lse, backend),
                 [],
-                tensors.accumulated(mask, lse),
+                tensors.accumulated(mask, lse, backend),
                 None,
                 seed,
                 *_as_grids(out, lse),
@@ -258,3 +260,4 @@ register_attention(
     num_tensors=6,
 )
 register_native("window_attention", NATIVE_FORWARD)
+register_triton("window_attention")

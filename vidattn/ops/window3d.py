@@ -2,13 +2,14 @@
 
 From a call to its kernel: :func:`window3d_attention` validates, applies autocast and picks the backend;
 ``torch.ops.vidattn.window3d_attention`` is opaque to autograd and compilers and routes by the backend's name to
-``reference/window3d.py`` or to the native op that the extension registers for the device.
+``reference/window3d.py``, to ``kernels/window3d.py`` or to the native op that the extension registers for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from vidattn import reference
 from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native, register_triton
 from vidattn.reference.window3d import window3d_attention_backward
 
 __all__ = ["window3d_attention"]
@@ -121,6 +122,7 @@ class _Options(NamedTuple):
     mask_value: float
     scale: float
     dropout_p: float
+    keep_bias: bool
 
 
 def _arguments(
@@ -165,13 +167,17 @@ def _arguments(
         mask,
         arguments.check_scale(name, scale, head_dim),
         arguments.check_dropout(name, dropout_p),
+        # A table that is being trained changes with every step.
+        bias_table is not None and not (bias_table.requires_grad and torch.is_grad_enabled()),
     )
 
 
 # ---- Schemas ----
 
+# keep_bias: what a kernel makes of the bias table may be kept for later calls, as long as the table does not change.
 _OPTIONS = (
-    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p"
+    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p,"
+    " bool keep_bias"
 )
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? seed"
 LIBRARY.define(f"window3d_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
@@ -200,6 +206,23 @@ LIBRARY.define(
 # ---- Implementations ----
 
 
+def launch_functions(backend: str, keep_bias: bool = False) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Give the forward and backward pass of a backend, both with the arguments of the native ops.
+
+    Args:
+        backend: "cpu", "cuda" or "triton".
+        keep_bias: as in the schema.
+
+    Returns:
+        Two functions that write into the tensors they are given last.
+    """
+    if backend == "triton":
+        from vidattn.kernels import window3d  # Triton is imported on first use, if ever
+
+        return partial(window3d.forward, keep_bias=keep_bias), window3d.backward
+    return torch.ops.vidattn._window3d_attention_forward, torch.ops.vidattn._window3d_attention_backward
+
+
 def _forward(
     q: Tensor,
     k: Tensor | None,
@@ -214,6 +237,7 @@ def _forward(
     mask_value: float,
     scale: float,
     dropout_p: float,
+    keep_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     qkv = tensors.separate(q, k, v)
@@ -236,9 +260,10 @@ def _forward(
             return_lse=True,
         )
     windows = geo.resolve_windows(out.shape[1:4], window_size, shift_size, wrap)
-    torch.ops.vidattn._window3d_attention_forward(
+    launch_forward, _ = launch_functions(backend, keep_bias)
+    launch_forward(
         *qkv,
-        tensors.accumulated(bias_table, lse),
+        tensors.accumulated(bias_table, lse, backend),
         _bias_window(bias_table, window_size, windows, bias_index),
         None,
         None if pad_qkv is None else pad_qkv.contiguous(),
@@ -272,6 +297,7 @@ def _backward(
     mask_value: float,
     scale: float,
     dropout_p: float,
+    keep_bias: bool,
     needs_bias: bool,
     needs_pad: bool,
     backend: str,
@@ -300,10 +326,11 @@ def _backward(
         grad_bias, grad_pad = tensors.new_sum(bias_table, lse, needs_bias), tensors.new_sum(pad_qkv, lse, needs_pad)
         if out.numel() > 0:
             windows = geo.resolve_windows(out.shape[1:4], window_size, shift_size, wrap)
-            torch.ops.vidattn._window3d_attention_backward(
+            _, launch_backward = launch_functions(backend)
+            launch_backward(
                 tensors.last_dim_dense(grad_out),
                 *qkv,
-                tensors.accumulated(bias_table, lse),
+                tensors.accumulated(bias_table, lse, backend),
                 _bias_window(bias_table, window_size, windows, bias_index),
                 None,
                 None if pad_qkv is None else pad_qkv.contiguous(),
@@ -325,13 +352,13 @@ def _backward(
 
 def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 14
+        return (None,) * 15
     *options, backend = ctx.options
     needs_bias, needs_pad = ctx.needs_input_grad[3:5]
     grads = torch.ops.vidattn.window3d_attention_backward(
         grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
     )
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 10)
 
 
 def _bias_window(
@@ -376,3 +403,4 @@ register_attention(
     num_tensors=6,
 )
 register_native("window3d_attention", NATIVE_FORWARD)
+register_triton("window3d_attention")

@@ -1,0 +1,137 @@
+"""Launch configurations: a static table per architecture, or what autotuning measured here before.
+
+Autotuning is opt-in (``VIDATTN_AUTOTUNE=1``): the first call of a shape times every candidate, and the best is
+remembered on disk (``VIDATTN_CACHE``, by default ``~/.cache/vidattn``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
+
+__all__ = ["Config", "architecture", "tuned"]
+
+
+class Config(NamedTuple):
+    """How a kernel is cut into tiles.
+
+    Attributes:
+        block_m: queries of a tile.
+        block_n: keys of a tile.
+        windows: windows, or other groups, that one program works on.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline of the main loop.
+    """
+
+    block_m: int
+    block_n: int
+    windows: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def architecture(device: torch.device) -> str:
+    """Name the architecture of a device, as in ``TARGETS``.
+
+    Args:
+        device: a CUDA or ROCm device, or any other where Triton is interpreted.
+
+    Returns:
+        "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter"; a newer device counts as the newest before it.
+    """
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def tuned(
+    name: str,
+    shape: Sequence[Hashable],
+    default: Config,
+    candidates: Sequence[Config],
+    launch: Callable[[Config], Launch],
+    device: torch.device,
+) -> Config:
+    """Choose a configuration: ``default``, or the fastest candidate where autotuning is on.
+
+    Args:
+        name: name of the kernel.
+        shape: what the choice may depend on.
+        default: entry of the static table.
+        candidates: what else to try.
+        launch: makes the launch with a configuration; launching it must do no harm.
+        device: where it runs.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RuntimeError: a shape is new while a CUDA graph is being captured.
+    """
+    if os.environ.get("VIDATTN_AUTOTUNE", "0") != "1" or INTERPRETED or device.type != "cuda":
+        return default
+    file = _cache_file(torch.cuda.get_device_name(device))
+    key = f"{name} {' '.join(map(str, shape))}"
+    known = _read(file)
+    if key in known:
+        return Config(*known[key])
+    if is_capturing():
+        raise RuntimeError(
+            f"{name}: autotuning cannot run while a CUDA graph is being captured; run the model once before"
+            " (vidattn.warmup does)"
+        )
+    times = {config: _seconds(launch(config)) for config in dict.fromkeys([default, *candidates])}
+    best = min(times, key=lambda config: times[config])
+    _remember(file, key, best)
+    return best
+
+
+def _seconds(launch: Launch) -> float:
+    try:
+        return triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="min")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+@lru_cache
+def _cache_file(device_name: str) -> Path:
+    root = os.environ.get("VIDATTN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vidattn")
+    slug = "".join(letter if letter.isalnum() else "-" for letter in device_name.lower())
+    return Path(root).expanduser() / f"autotune-{slug}-triton-{triton.__version__}.json"
+
+
+_known: dict[Path, dict[str, Any]] = {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if file not in _known:
+        try:
+            _known[file] = json.loads(file.read_text())
+        except (OSError, ValueError):  # none yet, or one that was cut short: measured again
+            _known[file] = {}
+    return _known[file]
+
+
+def _remember(file: Path, key: str, config: Config) -> None:
+    known = _read(file)
+    known[key] = list(config)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            json.dump(known, temporary, indent=1)
+        os.replace(temporary.name, file)  # readers in other processes see the old file or the new one
+    except OSError:
+        pass  # a read-only home: this process remembers
