@@ -140,16 +140,16 @@ def test_default_configuration(processes, arch, dtype):
         "window3d_backward_keys",
         "window3d_backward_bias",
     }
-    expected = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[arch]
-    assert {kernel.name: kernel.matrix for kernel in attending} == {kernel.name: expected for kernel in attending}
-    assert {kernel.name: kernel.spills for kernel in compiled} == {kernel.name: 0 for kernel in compiled}
+    kinds = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05 mma.sync", "gfx942": "mfma"}[arch].split()
+    assert [(kernel.name, kernel.matrix) for kernel in attending if kernel.matrix not in kinds] == []
+    assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
 
 
 CALLS = [
     *[
         Call(WindowCase((16, 14, 14), (8, 7, 7), (4, 3, 3), 2, head_dim=head_dim), dtype)
-        for head_dim in (1, 16, 20, 32, 64, 96, 128)
-        for dtype in ("bfloat16", "float32")
+        for dtype, head_dims in (("bfloat16", (1, 16, 20, 32, 64, 96, 128)), ("float32", (20, 32, 64, 128)))
+        for head_dim in head_dims
     ],
     *[Call(case, dtype) for case in (WHOLE, GPU_WINDOW_CASES["swin_t_stage1"]) for dtype in ("bfloat16", "float32")],
     *[
