@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +47,7 @@ class Step:
         select: pytest's -k, where {backend} is the backend under test.
         strict: whether the backend is also the one in force, by ``VIDATTN_BACKEND``.
         needs: packages without which there is nothing to run.
+        optional: packages that only the tests with a certain word in their names need.
         tool: compute-sanitizer's tool to run under.
     """
 
@@ -56,6 +57,7 @@ class Step:
     select: str = "{backend}"
     strict: bool = False
     needs: tuple[str, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
     tool: str | None = None
 
 
@@ -63,7 +65,15 @@ STEPS = (
     Step("small", 30),
     Step("numbers", 170, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
     Step("ops", 80, ("tests/test_window3d_op.py",), needs=("pytest",)),
-    Step("golden", 40, ("tests/test_golden.py",), "accelerated", strict=True, needs=("pytest", "safetensors")),
+    Step(
+        "golden",
+        40,
+        ("tests/test_golden.py",),
+        "accelerated",
+        strict=True,
+        needs=("pytest", "safetensors"),
+        optional={"torchvision": "tv_"},
+    ),
     Step("memcheck", 40, tool="memcheck"),
     Step("racecheck", 30, tool="racecheck"),
     Step("initcheck", 30, tool="initcheck"),
@@ -186,6 +196,11 @@ def _evaluate(function: str, inputs: dict[str, Any], options: dict[str, Any], to
 # ---- Running steps ----
 
 
+def absent(packages: Iterable[str]) -> list[str]:
+    """Pick the packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def find_sanitizer() -> str | None:
     """Find compute-sanitizer, which is often installed beside a PATH that does not name it."""
     toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -195,9 +210,9 @@ def find_sanitizer() -> str | None:
 
 def missing(step: Step) -> str:
     """Say why a step cannot run here; nothing if it can."""
-    absent = [name for name in step.needs if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
+    packages = absent(step.needs)
+    if packages:
+        return f"not installed: {', '.join(packages)}"
     if step.tool is not None and find_sanitizer() is None:
         return "no compute-sanitizer"
     return ""
@@ -224,7 +239,8 @@ def commands(step: Step, backend: str, processes: int, folder: Path) -> list[tup
     settings.write_text(PYTEST_INI)
     command = [python, "-m", "pytest", "-q", "-c", str(settings), f"--rootdir={ROOT}", "--import-mode=importlib"]
     command += ["-p", "benchmarks.gpu_test", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["-m", "not slow", "-k", step.select.format(backend=backend), *step.files]
+    select = [step.select.format(backend=backend), *(f"not {step.optional[name]}" for name in absent(step.optional))]
+    command += ["-m", "not slow", "-k", " and ".join(select), *step.files]
     return [
         (command, environment | {SHARD: f"{i}/{processes}", LINES: str(folder / f"{step.name}-{i}.jsonl")})
         for i in range(processes)
@@ -321,6 +337,8 @@ class Run:
             outcome.counts, failures = read_lines(files) if files else ({}, [])
             outcome.failures = failures[:KEPT_FAILURES]
             outcome.status, outcome.reason = judge(step, seconds, codes, outcome.counts, _worst_output(running, codes))
+        if absent(step.optional):
+            outcome.reason = f"left out, not installed: {', '.join(absent(step.optional))}; {outcome.reason}"
         outcome.seconds = round(time.monotonic() - start, 1)
         self.save()
         return outcome

@@ -397,6 +397,13 @@ def test_runner_fails_on_crashes_broken_files_and_empty_selections(run, tmp_path
     assert empty.status == "failed" and "no test selected" in empty.reason
 
 
+def test_runner_leaves_out_what_needs_an_absent_package(run, tmp_path):
+    step = _step(tmp_path, "def test_a(): pass\ndef test_tv_b(): import no_such_module\n")
+    outcome = run.step(replace(step, optional={"no_such_module": "tv_", "pytest": "test_a"}), 60)
+    assert outcome.status == "passed" and outcome.counts["selected"] == 1
+    assert "no_such_module" in outcome.reason
+
+
 def test_runner_skips_what_is_not_installed(run):
     outcome = run.step(gpu_test.Step("some", 60, ("tests/test_golden.py",), needs=("pytest", "no_such_module")), 60)
     assert (outcome.status, outcome.reason) == ("skipped", "not installed: no_such_module")
