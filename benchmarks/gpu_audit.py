@@ -92,9 +92,10 @@ class Rates:
     def load(cls, path: Path) -> Rates:
         """Read what a calibration measured; what it does not say stays as assumed."""
         measured = json.loads(path.read_text())
-        known = {field.name: float(measured[field.name]) for field in fields(cls) if field.name in measured}
+        names = [field.name for field in fields(cls)]
+        known = {name: float(measured[name]) for name in names if measured.get(name) is not None}
         if not known or min(known.values()) <= 0:
-            raise ValueError(f"{path}: expected positive rates among {[field.name for field in fields(cls)]}")
+            raise ValueError(f"{path}: expected positive rates among {names}")
         return cls(**known)
 
 
@@ -200,7 +201,10 @@ def specialisation(launch: Launch) -> str:
 
 @dataclass(frozen=True)
 class LaunchAudit:
-    """One launch of a case. Helpers compute no scores and have no figures that are about scores."""
+    """One launch of a case. Helpers compute no scores and have no figures that are about scores.
+
+    ``matrix_instructions`` is their kind in the main loop: a narrow last tile may leave no choice.
+    """
 
     kernel: str
     grid: int
@@ -430,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases, kernels, cubins = audit(options.case, options.arch, options.dtype, rates)
     show(cases, kernels, f"{options.arch}, {options.dtype}")
     shown = ", ".join(f"{name} {value:.3g}" for name, value in asdict(rates).items())
-    print(f"{'Measured' if options.rates else 'Assumed'} rates: {shown}")
+    print(f"{'Measured rates' if options.rates else 'Assumed rates, of an H200'}: {shown}")
     ceilings = CEILINGS if (options.arch, options.dtype) == CEILED else ()
     past = violations(cases, ceilings)
     if options.dump:

@@ -245,7 +245,7 @@ def test_mma_sync_has_a_rate_of_its_own():
 
 def test_measured_rates_replace_assumed_ones(tmp_path):
     path = tmp_path / "rates.json"
-    path.write_text(json.dumps({"copy_bytes_per_s": 4e12, "device": "some GPU"}))
+    path.write_text(json.dumps({"copy_bytes_per_s": 4e12, "wgmma_flops_per_s": None, "device": "some GPU"}))
     assert Rates.load(path) == Rates(copy_bytes_per_s=4e12)
     path.write_text("{}")
     with pytest.raises(ValueError, match="expected positive rates"):
