@@ -208,7 +208,7 @@ class LaunchAudit:
 
     kernel: str
     grid: int
-    work: Mapping[str, int]
+    work: Mapping[str, float]  # steps can be a mean over the programs
     spill_instructions: int
     local_bytes: int
     narrow_tile_loads: int
