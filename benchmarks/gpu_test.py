@@ -338,7 +338,8 @@ class Run:
             outcome.failures = failures[:KEPT_FAILURES]
             outcome.status, outcome.reason = judge(step, seconds, codes, outcome.counts, _worst_output(running, codes))
         if absent(step.optional):
-            outcome.reason = f"left out, not installed: {', '.join(absent(step.optional))}; {outcome.reason}"
+            left_out = f"left out what needs {', '.join(absent(step.optional))}, not installed"
+            outcome.reason = "; ".join(filter(None, [left_out, outcome.reason]))
         outcome.seconds = round(time.monotonic() - start, 1)
         self.save()
         return outcome
