@@ -33,6 +33,7 @@ from benchmarks.calibration import RESULTS, describe_gpu, slug, write_json
 from benchmarks.gpu_audit import Rates, window3d_floor
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import DIRECTIONS, GPU_WINDOW_CASES, SMOKE_CASES, WindowCase
+from benchmarks.tables import print_table
 from benchmarks.window3d_contenders import GPU_CONTENDERS, build_copies, computes_the_same, why_not
 
 OURS, BASELINE = "vidattn", "eager"
@@ -463,22 +464,10 @@ def rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print the table, with rich where it is installed."""
+    """Print the table."""
     machine = result["machine"]
     title = f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        lines = [COLUMNS, *rows(result)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        print(title)
-        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
-        return
-    table = Table(*COLUMNS, title=title)
-    for row in rows(result):
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 180).print(table)
+    print_table(title, COLUMNS, rows(result))
 
 
 def main(arguments: list[str] | None = None) -> None:

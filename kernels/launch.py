@@ -39,14 +39,15 @@ class Work:
     """What a launch does at least, for predictions.
 
     Attributes:
-        steps: iterations of the main loop in a program.
+        steps: iterations of the main loop in a program, on average.
         scores_per_step: scores that one iteration computes.
-        scores: scores that all programs compute, those that only fill up a tile included.
+        scores: scores that all programs compute, those that only fill up a tile included. Tiles that a bound may prove
+            negligible count as left out.
         flops: operations of the matrix products on these scores.
         bytes: each input read once, each output written once.
     """
 
-    steps: int = 0
+    steps: float = 0
     scores_per_step: int = 0
     scores: int = 0
     flops: int = 0
@@ -89,7 +90,7 @@ class Launch:
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
     def compile(self, target: GPUTarget) -> Any:
-        """Compile as a first launch on ``target`` would, from the arguments' types and alignment.
+        """Compile as a first launch on ``target`` would.
 
         Args:
             target: one of ``TARGETS``.
@@ -97,6 +98,10 @@ class Launch:
         Returns:
             What ``triton.compile`` gives: ``asm``, ``metadata``.
         """
+        return triton.compile(self.source(), target=target, options=dict(self.options))
+
+    def source(self) -> ASTSource:
+        """Specialise the kernel as a first launch would, by the types, alignment and divisibility of the arguments."""
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -117,8 +122,7 @@ class Launch:
             signature[parameter.name] = kind
             if aligned:
                 attributes[place] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=dict(self.options))
+        return ASTSource(self.kernel, signature, constants, attributes)
 
 
 def is_capturing() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vidattn import geometry as geo
 from vidattn.kernels.configs import Config, architecture, tuned
-from vidattn.kernels.launch import Launch, Work
+from vidattn.kernels.launch import INTERPRETED, Launch, Work
 from vidattn.kernels.sums import plan_sum
 from vidattn.kernels.window3d_backward import (
     window3d_backward_bias,
@@ -40,7 +40,7 @@ __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 _DEEP_MASK = -80.0
 # Programs of the bias gradient to aim at: enough for any GPU. It fixes the shares of the windows that are summed apart,
 # by shapes alone, so that every GPU adds in the same order.
-_BIAS_PROGRAMS = 1024
+_BIAS_PROGRAMS = 8 if INTERPRETED else 1024
 _FOLD_BLOCK = (16, 32)
 # With fewer programs than this a window has a program of its own: filling the GPU is worth more than sharing tiles.
 _FEW_PROGRAMS = 1024
@@ -160,7 +160,7 @@ def plan_backward(
         scale: factor of q k^T.
         mask_value: added between regions.
         dropout_p: dropout probability.
-        dq: (B, D, H, W, h, d), dense but for one stride from token to token, which all three share.
+        dq: (B, D, H, W, h, d), dense but for one stride from token to token, batch elements too, which all three share.
         dk: like ``dq``.
         dv: like ``dq``.
         dbias: float32, like ``bias``; None if not needed.
@@ -177,7 +177,7 @@ def plan_backward(
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     given = {"dout": dout, "lse": lse, "delta": delta}
-    grad_token = _token_stride(dq)
+    grad_token = dq.stride(0) // call.num_grid_tokens
     launches = [*planes.launches]
     launches.append(
         call.tuned(
@@ -239,6 +239,11 @@ class _Call:
         return self.geometry.num_tokens
 
     @property
+    def num_grid_tokens(self) -> int:
+        """Tokens of a batch element, without padding."""
+        return math.prod(self.geometry.grid)
+
+    @property
     def heads(self) -> int:
         """Number of heads."""
         return self.q.shape[-2]
@@ -271,10 +276,8 @@ class _Call:
     def tuned(self, kernel: Any, launch: Callable[[Config], Launch]) -> Launch:
         """Plan a launch with the configuration of its shape class."""
         default = default_config(kernel.__name__, self.shape_class)
-        if (
-            default.windows > 1
-            and self.num_groups * self.heads * -(-self.num_tokens // default.block_m) < _FEW_PROGRAMS
-        ):
+        programs = self.num_groups * self.heads * -(-self.num_tokens // default.block_m)
+        if programs < _FEW_PROGRAMS and not INTERPRETED:
             default = default._replace(windows=1)
         candidates = candidate_configs(kernel.__name__, self.shape_class)
         return launch(tuned(kernel.__name__, self.shape_class, default, candidates, launch, self.q.device))
@@ -404,7 +407,7 @@ class _Call:
             "tokens": self.tables.tokens,
             "heads": self.heads,
             "num_windows": self.geometry.num_windows,
-            "grid_tokens": math.prod(self.geometry.grid),
+            "grid_tokens": self.num_grid_tokens,
             "scale": self.scale,
             "mask_value": self.mask_value,
             "threshold": math.ceil(self.dropout_p * 2**24),
@@ -425,12 +428,14 @@ class _Call:
 
     def _hiding(self, rows: int, columns: int) -> dict[str, Any]:
         """Which tiles of ``columns`` tokens a tile of ``rows`` tokens may leave out: HIDES 1 surely, 2 if proven."""
-        visible = self.tables.visible(rows, columns) if self.mask_value <= _DEEP_MASK else None
+        visible, steps = self.tables.visible(rows, columns)
+        if self.mask_value > _DEEP_MASK:
+            visible, steps = None, self.num_tokens // columns
         hides = 0 if visible is None else 1 if self.mask_value == -math.inf else 2
         largest = None
         if hides == 2 and self.bias is not None:
             largest = self.bias.to(torch.float32).amax().reshape(1)
-        return {"visible": visible, "HIDES": hides, "bias_max": largest}
+        return {"visible": visible, "HIDES": hides, "bias_max": largest, "steps": steps}
 
     def _tensor_bytes(self) -> int:
         return self.q.numel() * self.q.itemsize
@@ -441,12 +446,12 @@ class _Call:
         """Plan a kernel whose main loop goes over tiles of ``step`` tokens."""
         rows = config.block_m if step == config.block_n else config.block_n
         windows = config.windows if "groups" in arguments else 1
-        scores = grid * windows * rows * (arguments["full_tiles"] * step + arguments["TAIL"])
+        scores = round(grid * windows * rows * (arguments["steps"] * step + arguments["TAIL"]))
         # q, k, v, and per kernel: out; or dout, out, dq; or dout, dk, dv.
         tensors = 4 if products == 2 else 6
         added = sum(arguments[name].numel() for name in ("bias", "mask") if arguments[name] is not None)
         work = Work(
-            steps=arguments["full_tiles"],
+            steps=arguments["steps"],
             scores_per_step=windows * rows * step,
             scores=scores,
             flops=scores * products * 2 * self.q.shape[-1],

@@ -30,7 +30,15 @@ __all__ = ["window3d_backward_bias", "window3d_backward_keys", "window3d_backwar
 
 @triton.jit
 def _score_gradients(
-    scores, q_lse, delta, dout_rows, v_rows, factors, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr
+    scores,
+    q_lse,
+    delta,
+    dout_rows,
+    v_rows,
+    factors,
+    NUM_TOKENS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """P as it multiplied v, dropout applied, and dS = P (dP - delta)."""
     weights = probabilities(scores, q_lse)
@@ -39,7 +47,11 @@ def _score_gradients(
     if HAS_DROPOUT:
         dropped = weights * factors
         grad_weights *= factors
-    return dropped, weights * (grad_weights - delta[:, None])
+    if NUM_TOKENS == 1:  # one key has all the weight whatever its score: dP - delta would be a rounding error
+        grad_weights = tl.zeros_like(grad_weights)
+    else:
+        grad_weights -= delta[:, None]
+    return dropped, weights * grad_weights
 
 
 # ---- Queries: dq, and delta = sum(dout * out) of each row, which the other kernels read ----
@@ -88,13 +100,13 @@ def _queries_tile(
         if HAS_DROPOUT:
             factors = dropout_factors(dropout, numbers[w], head, queries, first_key, BLOCK_M, BLOCK)
         _, grad_scores = _score_gradients(
-            scores, lses[w], deltas[w], dout_rows[w], v_rows, factors, HAS_DROPOUT, PRECISION
+            scores, lses[w], deltas[w], dout_rows[w], v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
         )
         updated += (tl.dot(grad_scores.to(k_rows.dtype), k_rows, sums[w], input_precision=PRECISION),)
     return updated
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "full_tiles"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens"])
 def window3d_backward_queries(
     q,
     k,
@@ -132,7 +144,6 @@ def window3d_backward_queries(
     mask_value,
     threshold,
     kept,
-    full_tiles,
     NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -180,7 +191,7 @@ def window3d_backward_queries(
     planes = plane(bias, mask, kind, head, bias_kind, bias_head, NUM_TOKENS, HAS_BIAS, HAS_MASK)
     dropout = (seed, threshold, kept)
 
-    first, last = visible_tiles(visible, kind, tile, full_tiles, TILES, HIDES)
+    first, last = visible_tiles(visible, kind, tile, FULL, TILES, HIDES)
     for step in tl.range(first, last):
         sums = _queries_tile(
             sums, step * BLOCK_N, inputs, planes, dropout, head, queries, scale,
@@ -257,7 +268,9 @@ def _keys_tile(
     factors = 1.0
     if HAS_DROPOUT:
         factors = dropout_factors(dropout, number, head, queries, first_key, BLOCK, BLOCK_N)
-    dropped, grad_scores = _score_gradients(scores, q_lse, delta, dout_rows, v_rows, factors, HAS_DROPOUT, PRECISION)
+    dropped, grad_scores = _score_gradients(
+        scores, q_lse, delta, dout_rows, v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
+    )
     dv = tl.dot(tl.trans(dropped.to(dout_rows.dtype)), dout_rows, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(grad_scores.to(q_rows.dtype)), q_rows, dk, input_precision=PRECISION)
     return dk, dv
@@ -289,7 +302,7 @@ def _hidden_queries_are_negligible(
     return proven
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "full_tiles"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens"])
 def window3d_backward_keys(
     q,
     k,
@@ -328,7 +341,6 @@ def window3d_backward_keys(
     mask_value,
     threshold,
     kept,
-    full_tiles,
     NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -364,7 +376,7 @@ def window3d_backward_keys(
     dropout = (seed, threshold, kept)
     sums = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
 
-    first, last = visible_tiles(visible, kind, tile, full_tiles, TILES, HIDES)
+    first, last = visible_tiles(visible, kind, tile, FULL, TILES, HIDES)
     for step in tl.range(first, last):
         sums = _keys_tile(
             sums, step * BLOCK_M, inputs, planes, dropout, head, first_key, scale,
@@ -499,7 +511,7 @@ def window3d_backward_bias(
                 dropout = (seed, threshold, kept)
                 factors = dropout_factors(dropout, number, head, queries, first_key, BLOCK_M, BLOCK_N)
             _, grad_scores = _score_gradients(
-                scores, q_lse, row_delta, dout_rows, v_rows, factors, HAS_DROPOUT, PRECISION
+                scores, q_lse, row_delta, dout_rows, v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
             )
             total += grad_scores
     base = parts + (part * heads + head).to(tl.int64) * (NUM_TOKENS * PITCH)

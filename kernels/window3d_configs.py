@@ -5,6 +5,7 @@ The table was made by compiling: of the cuts whose registers do not spill, the o
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -34,37 +35,37 @@ class ShapeClass(NamedTuple):
     lean: bool
 
 
-# By kernel and (architecture, tensor cores, head dimension up to, lean): queries x keys of a tile, windows, warps.
-_TABLE: dict[str, dict[tuple[str, bool, int, bool], Config]] = {
-    "window3d_forward": {
-        ("sm_90", True, 32, True): Config(64, 128, 2),
-        ("sm_90", True, 32, False): Config(64, 64),
-        ("sm_90", True, 64, True): Config(64, 64, 2),
-        ("sm_90", True, 64, False): Config(64, 64),
-        ("sm_90", True, 128, True): Config(64, 64),
+# By (architecture, kind of products) and kernel: cuts for heads of up to 32, 64 and 128 channels, each without and
+# with padding or dropout, which take registers. "64x128x2/8": 64 queries, 128 keys, 2 windows, 8 warps.
+_TABLE = {
+    ("sm_80", "half"): {
+        "window3d_forward": "64x64 64x32 64x64 32x64 32x64 32x16",
+        "window3d_backward_queries": "64x64x2 64x32 64x32 32x32 32x32 32x32/8",
+        "window3d_backward_keys": "64x64 64x32 64x32 64x32 64x64/8 32x64/8",
+        "window3d_backward_bias": "64x64 32x64 64x64 32x64 32x64 32x32/8",
     },
-    "window3d_backward_queries": {
-        ("sm_90", True, 32, True): Config(64, 64, 2),
-        ("sm_90", True, 32, False): Config(64, 32),
-        ("sm_90", True, 64, True): Config(64, 64),
-        ("sm_90", True, 64, False): Config(64, 32),
-        ("sm_90", True, 128, True): Config(64, 64),
+    ("sm_90", "half"): {
+        "window3d_forward": "64x128x2 64x64 64x64x2 64x64 64x64 64x32",
+        "window3d_backward_queries": "64x64x2 64x32 64x64 64x32 64x64 64x32",
+        "window3d_backward_keys": "64x64 64x64/8 64x64 32x64 32x64/8 32x64/8",
+        "window3d_backward_bias": "64x64 64x64/8 64x64 64x64/8 64x64 64x64/8",
     },
-    "window3d_backward_keys": {
-        ("sm_90", True, 32, True): Config(64, 64),
-        ("sm_90", True, 32, False): Config(64, 64, num_warps=8),
-        ("sm_90", True, 64, True): Config(64, 64),
-        ("sm_90", True, 64, False): Config(32, 64),
-        ("sm_90", True, 128, True): Config(32, 64, num_warps=8),
+    # Triton 3.7 fails on the layouts of 64 rows in tensor memory, so the forward takes 32, without it.
+    ("sm_100", "half"): {
+        "window3d_forward": "32x64 32x64 32x64 32x64 32x64 32x16",
+        "window3d_backward_queries": "64x64x2 128x64/8 64x64x2 64x64 128x64/8 64x32",
+        "window3d_backward_keys": "64x64 64x64 64x64 64x64/8 64x64 32x64",
+        "window3d_backward_bias": "64x64 64x64 64x64 64x64 64x64/8 64x64/8",
     },
-    "window3d_backward_bias": {
-        ("sm_90", True, 32, True): Config(64, 64),
-        ("sm_90", True, 32, False): Config(64, 64, num_warps=8),
-        ("sm_90", True, 64, True): Config(64, 64),
-        ("sm_90", True, 64, False): Config(64, 64, num_warps=8),
-        ("sm_90", True, 128, True): Config(64, 64),
+    ("sm_90", "tf32"): {
+        "window3d_forward": "64x64x2 64x64 64x64 64x32 64x32 32x32/8",
+        "window3d_backward_queries": "64x64 64x32 64x32 64x16 32x32/8 32x32/8",
+        "window3d_backward_keys": "64x64/8 32x64 32x64 32x64/8 32x32/8 32x32/8",
+        "window3d_backward_bias": "64x64 64x64/8 64x64 64x64/8 32x32 32x32/8",
     },
 }
+_TABLE["gfx942", "half"] = _TABLE["sm_80", "half"]
+# Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)
 
 
@@ -83,17 +84,32 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         by_keys = kernel == "window3d_backward_keys"
         config = Config(full, 64) if by_keys else Config(64, full, 2)
     else:
-        found = _TABLE[kernel].get((shape.arch, shape.tensor_cores, max(32, shape.block_d), shape.lean))
-        config = found or _SMALL
+        products = "half" if shape.itemsize == 2 else "tf32" if shape.tensor_cores else "ieee"
+        cuts = _cuts(shape.arch, products, kernel)
+        column = 2 * (max(32, shape.block_d).bit_length() - 6) + (not shape.lean)
+        config = cuts[column] if cuts else _SMALL
     return _fit(config, shape.num_tokens)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
-    """List what autotuning tries beside the default: every cut in the table of the kernel, and smaller ones."""
-    cuts = {*_TABLE[kernel].values(), _SMALL, Config(64, 32), Config(32, 64), Config(128, 64, num_warps=8)}
+    """List what autotuning tries: every cut of the kernel in the table, and smaller ones."""
+    cuts = {_SMALL, Config(64, 32), Config(32, 64)}
+    for arch, products in _TABLE:
+        cuts.update(_cuts(arch, products, kernel))
     if kernel in ("window3d_forward", "window3d_backward_queries"):
         cuts |= {config._replace(windows=2) for config in cuts}
     return sorted({_fit(config, shape.num_tokens) for config in cuts})
+
+
+@lru_cache
+def _cuts(arch: str, products: str, kernel: str) -> tuple[Config, ...]:
+    """Read a row of the table; nothing where there is none."""
+    row = _TABLE.get((arch, products), {}).get(kernel, "")
+    cuts = []
+    for entry in row.split():
+        tile, _, warps = entry.partition("/")
+        cuts.append(Config(*map(int, tile.split("x")), num_warps=int(warps or 4)))  # type: ignore[misc]
+    return tuple(cuts)
 
 
 def padded_length(num_tokens: int, step: int) -> tuple[int, int]:

@@ -137,6 +137,7 @@ def window3d_forward(
     planes = plane(bias, mask, kind, head, bias_kind, bias_head, NUM_TOKENS, HAS_BIAS, HAS_MASK)
     dropout = (seed, threshold, kept)
 
+    # The number of tiles is given at run time: with a loop of known length the compiler runs out of registers.
     first, last = visible_tiles(visible, kind, tile, full_tiles, TILES, HIDES)
     for step in tl.range(first, last):
         states = _attend_tile(

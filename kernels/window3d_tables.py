@@ -57,6 +57,11 @@ class WindowTables:
         """Number of kinds of windows."""
         return len(self.starts) - 1
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a window."""
+        return self.regions.shape[0]
+
     def groups(self, size: int) -> tuple[Tensor, Tensor]:
         """Put windows of the same kind into groups of ``size``.
 
@@ -77,14 +82,15 @@ class WindowTables:
             self._derived[size,] = _on_device(grouped, self.device), _on_device(torch.cat(kinds), self.device)
         return self._derived[size,]
 
-    def visible(self, rows: int, columns: int) -> Tensor | None:
+    def visible(self, rows: int, columns: int) -> tuple[Tensor | None, float]:
         """Give, for each tile of ``rows`` tokens, the full tiles of ``columns`` tokens that the mask does not hide.
 
         Returns:
-            int32 (kinds, row tiles, 2), first and one past the last; None if no tile is hidden as a whole.
+            int32 (kinds, row tiles, 2), first and one past the last, None if no tile is hidden as a whole; and how many
+            tiles are visible on average.
         """
         if self.hidden is None or self.hidden.shape[-1] < columns:
-            return None
+            return None, self.num_tokens // columns
         if (rows, columns) not in self._derived:
             count = self.hidden.shape[-1]
             full = count // columns
@@ -96,7 +102,10 @@ class WindowTables:
             # A tile of rows that sees no full tile, since its keys are in the tail, sees an empty range.
             first = torch.minimum(torch.where(seen, numbers, full).amin(-1), last)
             hides = bool((last - first < full).any())
-            self._derived[rows, columns] = _on_device(torch.stack([first, last], -1), self.device) if hides else None
+            ranges = torch.stack([first, last], -1)
+            counts = torch.tensor(self.starts).diff()
+            mean = ((last - first).double().mean(1) * counts).sum() / counts.sum()
+            self._derived[rows, columns] = (_on_device(ranges, self.device), mean.item()) if hides else (None, full)
         return self._derived[rows, columns]
 
 

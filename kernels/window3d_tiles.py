@@ -59,8 +59,12 @@ def plane(
     wide = tl.full([], 0, tl.int64) + kind
     if HAS_BIAS:
         bias = bias + wide * bias_kind + head.to(tl.int64) * bias_head
+    else:
+        bias = 0  # never read; older Triton returns no None
     if HAS_MASK:
         mask = mask + wide * (NUM_TOKENS * pitch)
+    else:
+        mask = 0
     return bias, mask
 
 
@@ -102,10 +106,7 @@ def scores_of(q_rows, k_rows, added, scale, HAS_ADDED: tl.constexpr, PRECISION: 
 
 @triton.jit
 def visible_tiles(visible, kind, tile, full_tiles, TILES: tl.constexpr, HIDES: tl.constexpr):
-    """First and one past the last tile that the region mask does not hide as a whole from tile number ``tile``.
-
-    The number of full tiles is a run-time value on purpose: a loop of known length compiles to spills.
-    """
+    """First and one past the last tile that the region mask does not hide as a whole from tile number ``tile``."""
     first, last = 0, full_tiles
     if HIDES:
         first = tl.load(visible + (kind * TILES + tile) * 2)

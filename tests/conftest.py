@@ -8,6 +8,19 @@ import pytest
 import torch
 
 import vidattn
+from vidattn.backends import TRITON_INTERPRETED
+
+if TRITON_INTERPRETED:
+    # At every call of a function from a kernel the interpreter looks for what to replace in Triton's language, which
+    # takes a third of its time. In a process that compiles nothing, replacing it once is enough.
+    from triton.language import standard
+    from triton.runtime import interpreter
+
+    from vidattn.kernels import rows
+
+    for function in (rows.load_rows, standard.zeros):  # one that sees triton.language, one that sees its core
+        interpreter._patch_lang(function.fn)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # with nothing to undo
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,9 @@ def test_context_ends_with_an_exception() -> None:
 
 def test_named_backends_are_strict() -> None:
     """What cannot run raises, with every reason and with who asked for it."""
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot run this call: .*no triton kernels"):
+    with pytest.raises(
+        ValueError, match=r"backend 'triton' cannot run this call: .*runs cuda tensors, got a cpu tensor"
+    ):
         vidattn.window3d_attention(QKV, window_size=2, backend="triton")
     with vidattn.use_backend("cuda"), pytest.raises(ValueError, match=r"'cuda' \(chosen by use_backend\) cannot run"):
         vidattn.window3d_attention(QKV, window_size=2)
@@ -104,10 +106,10 @@ def test_too_wide_heads_fall_back() -> None:
 def test_why_not() -> None:
     assert vidattn.why_not("window3d_attention", backend="reference") == []
     assert vidattn.why_not(vidattn.window3d_attention, QKV, window_size=2, backend="reference") == []
-    assert vidattn.why_not(vidattn.window_attention, backend="triton") == [
-        "this version has no triton kernels for window_attention"
+    assert vidattn.why_not(vidattn.window_attention, backend="cuda") == [
+        "this version has no cuda kernels for window_attention"
     ]
-    with vidattn.use_backend("triton"):
+    with vidattn.use_backend("cuda"):
         assert vidattn.why_not("window3d_attention", QKV, window_size=2) != []
     meta = QKV.to("meta")
     assert vidattn.why_not("window3d_attention", meta, window_size=2, backend="cpu") == vidattn.why_not(

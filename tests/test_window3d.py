@@ -14,6 +14,7 @@ from window3d_cases import (
     BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_WITH_FLOAT64,
+    SHORT_WINDOWS,
     SUPPORTED,
     Case,
     check,
@@ -29,6 +30,7 @@ from window3d_cases import (
 
 import vidattn
 from vidattn import reference
+from vidattn.backends import TRITON_INTERPRETED
 from vidattn.geometry import resolve_windows
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -55,7 +57,7 @@ def test_window_lengths(backend: str, dtype: torch.dtype, window: tuple[int, int
 
 
 @backends
-@pytest.mark.parametrize("tokens", range(1, 68))
+@pytest.mark.parametrize("tokens", SHORT_WINDOWS)
 def test_every_short_window(backend: str, tokens: int) -> None:
     """Lengths around every multiple of a vector or tile, with all keys real."""
     case = Case((1, 1, tokens), (1, 1, tokens), batch=2, heads=1, head_dim=8, pad=False)
@@ -145,6 +147,8 @@ def test_tiles_that_the_mask_hides(
 ) -> None:
     """Windows long enough that whole tiles of keys lie in another region; with ordinary scores they may be left out."""
     case = Case((16, 7, 10), (8, 7, 7), shift, batch=1, heads=2, head_dim=16, mask_value=mask_value)
+    if TRITON_INTERPRETED:
+        case = replace(case, grid=(16, 4, 6), window=(8, 4, 4), shift=(4, min(shift[1], 1), min(shift[2], 1)), heads=1)
     check(case, dtype, backend)
 
 

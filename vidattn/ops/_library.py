@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def register_native(name: str, native: str) -> None:
         name: name of the public function.
         native: name of the native op, defined in the ``vidattn`` namespace.
     """
-    register_kernel(name, "cpu", lambda: native_kernel_missing(native, "CPU"), _check_head_dim)
+    missing = native_kernel_missing(native, "CPU")
+    register_kernel(name, "cpu", lambda: missing, _check_head_dim)
 
 
 def register_triton(name: str) -> None:
@@ -127,8 +129,18 @@ def register_triton(name: str) -> None:
     register_kernel(name, "triton", _triton_missing, _check_triton)
 
 
+@torch.compiler.assume_constant_result  # a compiler need not, and cannot, follow how it comes about
 def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    return _why_no_triton()
+
+
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        found = False
+    if not found:
         return "the package triton is not installed"
     if TRITON_INTERPRETED:
         return None

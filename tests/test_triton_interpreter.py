@@ -1,0 +1,100 @@
+"""The Triton kernels on the CPU: the tests of all backends, in processes where Triton interprets its kernels.
+
+Whether it does is decided when Triton is imported. The interpreter takes a thousand times as long as a compiled kernel,
+so this is a selection; the whole of it is marked slow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+HERE = Path(__file__).parent
+# By name: which tests, how many must have passed at least, and the backend in force.
+NUMBERS = (
+    "window_lengths and (49 or 98 or 144) or every_short or clipped or shifted_and_cyclic or padding or without_bias"
+    " or scale or mask_values or adversarial or hides or hidden or a_masked_key or offset or log_sum or separate"
+    " or table_of or expanded or pad_qkv or unused or empty or dropout or nan or repeatable or requires_a_gradient"
+    " or masks_repeat or fully_masked or minus_infinity or masks_and_biases or learned_bias or same_as"
+    " or head_dims and (5 or 20 or 64)"
+)
+JOBS = {
+    "float32": (["test_window3d.py", "test_window3d_windows.py"], f"triton and not float16 and ({NUMBERS})", 100, None),
+    "float16": (
+        ["test_window3d.py", "test_window3d_windows.py", "test_window3d_triton.py", "test_window3d_op.py"],
+        f"triton and (float16 and ({NUMBERS}) or guards or dense_bias or planes or auto or inference_mode or saved"
+        " or autocast or compile_window3d or opcheck_window3d_backward and float32)",
+        60,
+        None,
+    ),
+    "golden": (["test_golden.py"], "accelerated", 11, "triton"),
+}
+SLOW_JOBS = {
+    "everything": (
+        ["test_window3d.py", "test_window3d_windows.py", "test_window3d_triton.py", "test_window3d_op.py"],
+        "triton and not seventy and not random",
+        250,
+        None,
+    ),
+}
+
+
+def _run(job: tuple[list[str], str, int, str | None]) -> subprocess.CompletedProcess[str]:
+    files, selection, _, backend = job
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The products of numpy are small; threads would only take the time of the other process.
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if backend is not None:
+        environment["VIDATTN_BACKEND"] = backend
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
+    command += [str(HERE / file) for file in files]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=HERE.parent, timeout=3000, check=False
+    )
+
+
+def _check(job: tuple[list[str], str, int, str | None], result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) >= job[2], result.stdout[-500:]
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """What becomes of the jobs, two of which run at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(_run, job) for name, job in JOBS.items()}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_same_numbers(results: dict[str, Future[subprocess.CompletedProcess[str]]], name: str) -> None:
+    """Against the float64 reference and against the recorded outputs of the papers' code."""
+    _check(JOBS[name], results[name].result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_JOBS)
+def test_all_numbers(name: str) -> None:
+    _check(SLOW_JOBS[name], _run(SLOW_JOBS[name]))
+
+
+def test_bfloat16_is_refused() -> None:
+    """The interpreter multiplies its bits as if they were an integer, and says nothing."""
+    code = (
+        "import torch, vidattn\n"
+        "qkv = torch.ones(1, 2, 2, 2, 3, 1, 16, dtype=torch.bfloat16)\n"
+        "vidattn.window3d_attention(qkv, window_size=2, backend='triton')\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "computes bfloat16 products wrongly; it runs float32 and float16" in result.stderr
