@@ -61,7 +61,7 @@ def tuned(
     name: str,
     shape: Sequence[Hashable],
     default: Config,
-    candidates: Sequence[Config],
+    candidates: Callable[[], Sequence[Config]],
     launch: Callable[[Config], Launch],
     device: torch.device,
 ) -> Config:
@@ -71,7 +71,7 @@ def tuned(
         name: name of the kernel.
         shape: what the choice may depend on.
         default: entry of the static table.
-        candidates: what else to try.
+        candidates: gives what else to try.
         launch: makes the launch with a configuration; launching it must do no harm.
         device: where it runs.
 
@@ -93,7 +93,7 @@ def tuned(
             f"{name}: autotuning cannot run while a CUDA graph is being captured; run the model once before"
             " (vidattn.warmup does)"
         )
-    times = {config: _seconds(launch(config)) for config in dict.fromkeys([default, *candidates])}
+    times = {config: _seconds(launch(config)) for config in dict.fromkeys([default, *candidates()])}
     best = min(times, key=lambda config: times[config])
     _remember(file, key, best)
     return best

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -279,7 +279,7 @@ class _Call:
         programs = self.num_groups * self.heads * -(-self.num_tokens // default.block_m)
         if programs < _FEW_PROGRAMS and not INTERPRETED:
             default = default._replace(windows=1)
-        candidates = candidate_configs(kernel.__name__, self.shape_class)
+        candidates = partial(candidate_configs, kernel.__name__, self.shape_class)
         return launch(tuned(kernel.__name__, self.shape_class, default, candidates, launch, self.q.device))
 
     def queries(self, kernel: Any, config: Config, planes: Planes, products: int, **more: Any) -> Launch:

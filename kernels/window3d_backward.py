@@ -65,7 +65,7 @@ def _queries_tile(
     added_planes,
     dropout,
     head,
-    queries,
+    first_query,
     scale,
     NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -85,8 +85,10 @@ def _queries_tile(
     numbers, maps, q_rows, dout_rows, lses, deltas, k_bases, v_bases, k_token, v_token, pad_k, pad_v = inputs
     keys = first_key + tl.arange(0, BLOCK)
     added = added_to_scores(
-        added_planes[0], added_planes[1], queries, keys, NUM_TOKENS, NUM_TOKENS % BLOCK_M != 0, HAS_BIAS, HAS_MASK
-    )
+        added_planes[0], added_planes[1], first_query, first_key,
+        NUM_TOKENS, BLOCK_M, BLOCK, NUM_TOKENS % BLOCK_M != 0, HAS_BIAS, HAS_MASK,
+    )  # fmt: skip
+    queries = first_query + tl.arange(0, BLOCK_M)
     updated = ()
     for w in tl.static_range(WINDOWS):
         tokens = tl.load(maps[w] + keys)
@@ -194,13 +196,13 @@ def window3d_backward_queries(
     first, last = visible_tiles(visible, kind, tile, FULL, TILES, HIDES)
     for step in tl.range(first, last):
         sums = _queries_tile(
-            sums, step * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+            sums, step * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False,
             HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL:
         sums = _queries_tile(
-            sums, FULL * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+            sums, FULL * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True,
             HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
@@ -214,7 +216,7 @@ def window3d_backward_queries(
             hidden = tl.where(proven == 1, 0, hidden)
         for rank in range(0, hidden):
             sums = _queries_tile(
-                sums, hidden_tile(rank, first, last) * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+                sums, hidden_tile(rank, first, last) * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
                 NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False,
                 HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
@@ -253,8 +255,11 @@ def _keys_tile(
     """Add what ``BLOCK`` queries give to dk and dv."""
     number, token_map, q_base, dout_base, lse_base, delta_base, q_token, heads, k_rows, v_rows = inputs
     dk, dv = sums
-    queries, keys = first_query + tl.arange(0, BLOCK), first_key + tl.arange(0, BLOCK_N)
-    added = added_to_scores(added_planes[0], added_planes[1], queries, keys, NUM_TOKENS, PAST_END, HAS_BIAS, HAS_MASK)
+    queries = first_query + tl.arange(0, BLOCK)
+    added = added_to_scores(
+        added_planes[0], added_planes[1], first_query, first_key,
+        NUM_TOKENS, BLOCK, BLOCK_N, PAST_END, HAS_BIAS, HAS_MASK,
+    )  # fmt: skip
     tokens = tl.load(token_map + queries)
     rows = row_offsets(tokens, heads)
     q_rows = load_rows(q_base, tokens, row_offsets(tokens, q_token), q_base, HEAD_DIM, BLOCK_D, MASKED, False)
@@ -480,8 +485,9 @@ def window3d_backward_bias(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for kind in range(KINDS):
         planes = plane(bias, mask, kind, head, bias_kind, bias_head, NUM_TOKENS, HAS_BIAS, HAS_MASK)
-        columns = tl.minimum(keys, PITCH - 1) if PITCH % BLOCK_N else keys
-        added = added_to_scores(planes[0], planes[1], queries, columns, NUM_TOKENS, True, HAS_BIAS, HAS_MASK)
+        added = added_to_scores(
+            planes[0], planes[1], row_tile * BLOCK_M, first_key, NUM_TOKENS, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK
+        )
         first = tl.maximum(begin, tl.load(kind_starts + kind))
         last = tl.minimum(end, tl.load(kind_starts + kind + 1))
         for rank in tl.range(first, last):

@@ -69,6 +69,7 @@ _TABLE["gfx942", "half"] = _TABLE["sm_80", "half"]
 _SMALL = Config(32, 32)
 
 
+@lru_cache
 def default_config(kernel: str, shape: ShapeClass) -> Config:
     """Look up how a kernel is cut into tiles.
 

@@ -27,7 +27,7 @@ def _attend_tile(
     added_planes,
     dropout,
     head,
-    queries,
+    first_query,
     scale,
     NUM_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -47,8 +47,10 @@ def _attend_tile(
     numbers, maps, q_rows, k_bases, v_bases, k_token, v_token, pad_k, pad_v = inputs
     keys = first_key + tl.arange(0, BLOCK)
     added = added_to_scores(
-        added_planes[0], added_planes[1], queries, keys, NUM_TOKENS, NUM_TOKENS % BLOCK_M != 0, HAS_BIAS, HAS_MASK
-    )
+        added_planes[0], added_planes[1], first_query, first_key,
+        NUM_TOKENS, BLOCK_M, BLOCK, NUM_TOKENS % BLOCK_M != 0, HAS_BIAS, HAS_MASK,
+    )  # fmt: skip
+    queries = first_query + tl.arange(0, BLOCK_M)
     updated = ()
     for w in tl.static_range(WINDOWS):
         tokens = tl.load(maps[w] + keys)
@@ -141,13 +143,13 @@ def window3d_forward(
     first, last = visible_tiles(visible, kind, tile, full_tiles, TILES, HIDES)
     for step in tl.range(first, last):
         states = _attend_tile(
-            states, step * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+            states, step * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False,
             HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL:
         states = _attend_tile(
-            states, FULL * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+            states, FULL * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True,
             HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
@@ -164,7 +166,7 @@ def window3d_forward(
             hidden = tl.where(proven == 1, 0, hidden)
         for rank in range(0, hidden):
             states = _attend_tile(
-                states, hidden_tile(rank, first, last) * BLOCK_N, inputs, planes, dropout, head, queries, scale,
+                states, hidden_tile(rank, first, last) * BLOCK_N, inputs, planes, dropout, head, tile * BLOCK_M, scale,
                 NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False,
                 HAS_BIAS, HAS_MASK, HAS_PAD, HAS_DROPOUT, PRECISION,
             )  # fmt: skip

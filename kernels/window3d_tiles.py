@@ -72,9 +72,11 @@ def plane(
 def added_to_scores(
     bias,
     mask,
-    queries,
-    keys,
+    first_query,
+    first_key,
     NUM_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PAST_END: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -84,14 +86,17 @@ def added_to_scores(
     ``PAST_END`` says that queries may lie past the last one; keys may reach into the padding of a plane's rows.
     """
     pitch: tl.constexpr = (NUM_TOKENS + PITCH_UNIT - 1) // PITCH_UNIT * PITCH_UNIT
+    rows = tl.arange(0, BLOCK_M)
     if PAST_END:  # the last row is repeated, so that nothing outside is read
-        queries = tl.minimum(queries, NUM_TOKENS - 1)
-    inside = queries[:, None] * pitch + keys[None, :]
+        rows, first_row = tl.minimum(first_query + rows, NUM_TOKENS - 1), 0
+    else:
+        first_row = first_query * pitch
+    inside = rows[:, None] * pitch + (first_key + tl.arange(0, BLOCK_N))[None, :]
     added = 0.0
     if HAS_BIAS:
-        added = tl.load(bias + inside)
+        added = tl.load((bias + first_row) + inside)
     if HAS_MASK:
-        added += tl.load(mask + inside)
+        added += tl.load((mask + first_row) + inside)
     return added
 
 

@@ -21,30 +21,25 @@ pytest.importorskip("triton", reason="triton is not installed")
 HERE = Path(__file__).parent
 # By name: which tests, how many must have passed at least, and the backend in force.
 NUMBERS = (
-    "window_lengths and (49 or 98 or 144) or every_short or clipped or shifted_and_cyclic or padding or without_bias"
-    " or scale or mask_values or adversarial or hides or hidden or a_masked_key or offset or log_sum or separate"
-    " or table_of or expanded or pad_qkv or unused or empty or dropout or nan or repeatable or requires_a_gradient"
-    " or masks_repeat or fully_masked or minus_infinity or masks_and_biases or learned_bias or same_as"
+    "window_lengths and (49 or 98 or 144) or padding or without_bias or scale or mask_values or adversarial or hides"
+    " or hidden or offset or log_sum or separate or dropout or nan or masks_repeat or fully_masked or minus_infinity"
     " or head_dims and (5 or 20 or 64)"
 )
+OTHERS = (
+    "every_short or clipped or shifted_and_cyclic or a_masked_key or table_of or expanded or pad_qkv or unused or empty"
+    " or dropout_keeps or apart or masks_and_biases or learned_bias or same_as or strides and (sliced or different)"
+    " or guards or dense_bias or planes or auto or inference_mode or saved or compile_window3d"
+)
+PARITY = ["test_window3d.py", "test_window3d_windows.py"]
+ALL = [*PARITY, "test_window3d_op.py", "test_window3d_triton.py"]
 JOBS = {
-    "float32": (["test_window3d.py", "test_window3d_windows.py"], f"triton and not float16 and ({NUMBERS})", 100, None),
-    "float16": (
-        ["test_window3d.py", "test_window3d_windows.py", "test_window3d_triton.py", "test_window3d_op.py"],
-        f"triton and (float16 and ({NUMBERS}) or guards or dense_bias or planes or auto or inference_mode or saved"
-        " or autocast or compile_window3d or opcheck_window3d_backward and float32)",
-        60,
-        None,
-    ),
+    "others": (ALL, f"triton and not float16 and not float32 and ({OTHERS})", 78, None),
+    "float32": (ALL, f"triton and float32 and ({NUMBERS} or opcheck_window3d_backward)", 44, None),
+    "float16": (PARITY, f"triton and float16 and ({NUMBERS})", 44, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
 }
 SLOW_JOBS = {
-    "everything": (
-        ["test_window3d.py", "test_window3d_windows.py", "test_window3d_triton.py", "test_window3d_op.py"],
-        "triton and not seventy and not random",
-        250,
-        None,
-    ),
+    "everything": (ALL, "triton and not seventy and not random", 250, None),
 }
 
 

@@ -89,7 +89,7 @@ def test_bias_indexings_differ_where_the_window_is_clipped() -> None:
 @pytest.mark.parametrize("shift", subsets((1, 2, 3), (0, 0, 0)), ids=str)
 def test_shifted_and_cyclic_axes(backend: str, shift: tuple[int, int, int]) -> None:
     """Each subset of shifted axes, with each subset of cyclic ones."""
-    for bits in range(8):
+    for bits in range(8) if not TRITON_INTERPRETED else (0, 6):
         wrap = (bits % 2 == 1, bits // 2 % 2 == 1, bits // 4 == 1)
         check(Case((4, 6, 9), (2, 3, 4), shift, batch=1, wrap=wrap), full_precision(backend), backend)
     check(Case((4, 6, 9), (2, 3, 4), shift), torch.float32, backend)

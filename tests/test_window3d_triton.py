@@ -276,7 +276,7 @@ def autotune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def _tune(launch: Callable[[Config], Any], shape: tuple[object, ...] = ("sm_90", 392)) -> Config:
     candidates = [Config(32, 32), Config(16, 16), Config(128, 64)]
-    return configs.tuned("kernel", shape, Config(64, 64), candidates, launch, torch.device("cuda", 0))
+    return configs.tuned("kernel", shape, Config(64, 64), lambda: candidates, launch, torch.device("cuda", 0))
 
 
 def test_autotuning_takes_the_fastest_and_remembers_it(autotune: Path) -> None:

@@ -129,9 +129,13 @@ def register_triton(name: str) -> None:
     register_kernel(name, "triton", _triton_missing, _check_triton)
 
 
-@torch.compiler.assume_constant_result  # a compiler need not, and cannot, follow how it comes about
 def _triton_missing() -> str | None:
     return _why_no_triton()
+
+
+# Dynamo need not, and cannot, follow how the answer comes about. torch.compiler.assume_constant_result sets the same, but
+# imports Dynamo, which would make importing vidattn slow.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
