@@ -48,3 +48,12 @@ def own_backend_choice() -> Iterator[None]:
     chosen = vidattn.current_backend()
     yield
     vidattn.set_backend(chosen)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs a Triton kernel where none can: test_triton_interpreter.py runs it in processes of its own."""
+    if not vidattn.why_not("window3d_attention", backend="triton"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("needs_triton")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)

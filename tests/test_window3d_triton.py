@@ -31,7 +31,7 @@ from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, defa
 from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
-needs_triton = pytest.mark.skipif(not RUNS, reason="runs in test_triton_interpreter.py, or on a GPU")
+needs_triton = pytest.mark.needs_triton
 CPU = torch.device("cpu")
 GEOMETRIES = [
     geo.resolve_windows((4, 6, 9), (2, 3, 4), (1, 1, 2)),

@@ -133,8 +133,8 @@ def _triton_missing() -> str | None:
     return _why_no_triton()
 
 
-# Dynamo need not, and cannot, follow how the answer comes about. torch.compiler.assume_constant_result sets the same, but
-# imports Dynamo, which would make importing vidattn slow.
+# Dynamo need not, and cannot, follow how the answer comes about. torch.compiler.assume_constant_result sets the same,
+# but imports Dynamo, which would make importing vidattn slow.
 _triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
