@@ -47,9 +47,16 @@ _FEW_PROGRAMS = 1024
 
 
 def forward(*arguments: Any, keep_bias: bool = False) -> None:
-    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    for launch in plan_forward(*arguments, keep_bias=keep_bias):
+    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``.
+
+    With ``keep_bias`` the dense bias may be kept for the next call with its table.
+    """
+    *inputs, out, lse = arguments
+    planes, attend = _plan_forward(_Call(*inputs), out, lse, keep_bias)
+    for launch in planes.launches:
         launch.run()
+    planes.keep()
+    attend.run()
 
 
 def backward(*arguments: Any) -> None:
@@ -76,7 +83,6 @@ def plan_forward(
     out: Tensor,
     lse: Tensor,
     *,
-    keep_bias: bool = False,
     arch: str | None = None,
 ) -> list[Launch]:
     """Plan the forward pass.
@@ -98,7 +104,6 @@ def plan_forward(
         dropout_p: dropout probability.
         out: (B, D, H, W, h * d), contiguous.
         lse: (B, D, H, W, h) float32, contiguous.
-        keep_bias: the dense bias may be kept for the next call with this table.
         arch: architecture to plan for; that of the device when None.
 
     Returns:
@@ -107,11 +112,17 @@ def plan_forward(
     call = _Call(
         q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p, arch
     )
-    planes = call.planes(keep_bias)
-    attend = call.tuned(
-        window3d_forward, lambda config: call.queries(window3d_forward, config, planes, 2, out=out, lse=lse)
-    )
+    planes, attend = _plan_forward(call, out, lse, False)
     return [*planes.launches, attend]
+
+
+def _plan_forward(call: _Call, out: Tensor, lse: Tensor, keep_bias: bool) -> tuple[Planes, Launch]:
+    planes = call.planes(keep_bias)
+
+    def plan(config: Config) -> Launch:
+        return call.queries(window3d_forward, config, planes, 2, out=out, lse=lse)
+
+    return planes, call.tuned(window3d_forward, plan)
 
 
 def plan_backward(
@@ -211,7 +222,7 @@ class _Call:
     scale: float
     mask_value: float
     dropout_p: float
-    arch: str | None
+    arch: str | None = None
 
     @cached_property
     def geometry(self) -> geo.WindowGeometry:
@@ -285,7 +296,7 @@ class _Call:
     def queries(self, kernel: Any, config: Config, planes: Planes, products: int, **more: Any) -> Launch:
         """Plan a kernel whose programs own a tile of queries and go over the keys: forward, or dq."""
         groups, kinds = self.tables.groups(config.windows)
-        arguments = self._arguments(planes) | self._hiding(config.block_m, config.block_n) | more
+        arguments = self._arguments(planes) | self._hiding(planes, config.block_m, config.block_n) | more
         arguments |= {"groups": groups, "kinds": kinds, **_tiles(config, self.num_tokens, config.block_n)}
         grid = kinds.shape[0] * self.heads * -(-self.num_tokens // config.block_m)
         return self._launch(kernel, grid, arguments, config, config.block_n, products)
@@ -306,7 +317,7 @@ class _Call:
 
         def plan(config: Config) -> Launch:
             tiles = -(-self.num_tokens // config.block_n)
-            arguments = self._arguments(planes) | self._hiding(config.block_n, config.block_m) | given
+            arguments = self._arguments(planes) | self._hiding(planes, config.block_n, config.block_m) | given
             pad_parts = None
             if needs_pad:
                 pad_parts = given["lse"].new_empty(self.num_groups * tiles, 2, self.heads, self.q.shape[-1])
@@ -426,16 +437,13 @@ class _Call:
             arguments |= {f"{name}_batch": x.stride(0), f"{name}_token": _token_stride(x), f"{name}_head": x.stride(-2)}
         return arguments
 
-    def _hiding(self, rows: int, columns: int) -> dict[str, Any]:
+    def _hiding(self, planes: Planes, rows: int, columns: int) -> dict[str, Any]:
         """Which tiles of ``columns`` tokens a tile of ``rows`` tokens may leave out: HIDES 1 surely, 2 if proven."""
         visible, steps = self.tables.visible(rows, columns)
         if self.mask_value > _DEEP_MASK:
             visible, steps = None, self.num_tokens // columns
         hides = 0 if visible is None else 1 if self.mask_value == -math.inf else 2
-        largest = None
-        if hides == 2 and self.bias is not None:
-            largest = self.bias.to(torch.float32).amax().reshape(1)
-        return {"visible": visible, "HIDES": hides, "bias_max": largest, "steps": steps}
+        return {"visible": visible, "HIDES": hides, "bias_max": planes.bias_max if hides == 2 else None, "steps": steps}
 
     def _tensor_bytes(self) -> int:
         return self.q.numel() * self.q.itemsize

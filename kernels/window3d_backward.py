@@ -108,7 +108,7 @@ def _queries_tile(
     return updated
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold"])
 def window3d_backward_queries(
     q,
     k,
@@ -307,7 +307,7 @@ def _hidden_queries_are_negligible(
     return proven
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold"])
 def window3d_backward_keys(
     q,
     k,
@@ -425,7 +425,7 @@ def window3d_backward_keys(
 # ---- Bias: the gradient of a tile of the dense bias, summed over a share of the windows ----
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "num_ranks", "share"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold", "num_ranks", "share"])
 def window3d_backward_bias(
     q,
     k,

@@ -67,7 +67,7 @@ def _attend_tile(
     return updated
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "full_tiles"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold", "full_tiles"])
 def window3d_forward(
     q,
     k,

@@ -6,8 +6,9 @@ as well; if those would take too much memory, and for masks given by the caller,
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,14 +36,18 @@ class Planes:
         bias_kind: elements from a kind's planes to the next kind's, 0 where all kinds share them.
         bias_head: elements from a head's plane to the next.
         mask: float32 (kinds, N, pitch), added too; None without.
+        bias_max: float32 (1,), the largest bias, where a mask may hide tiles; None without bias.
         launches: what has to run first; none if the planes are from an earlier call.
+        keep: to be called when that has run, so that later calls find the planes.
     """
 
     bias: Tensor | None = None
     bias_kind: int = 0
     bias_head: int = 0
     mask: Tensor | None = None
+    bias_max: Tensor | None = None
     launches: list[Launch] = field(default_factory=list)
+    keep: Callable[[], None] = lambda: None
 
 
 def pitch_of(num_tokens: int) -> int:
@@ -80,11 +85,11 @@ def plan_planes(
         if mask is not None or bias is not None:
             dense = None if bias is None else _padded(bias, pitch)
             given = None if mask is None else _padded(mask, pitch)
-            return Planes(dense, 0, size, given)
+            return Planes(dense, bias_head=size, mask=given)
         if tables.hidden is None:
             return Planes()
         alone, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, device)
-        return Planes(alone, size, 0, None, [launch])
+        return Planes(alone, bias_kind=size, launches=[launch])
 
     heads = bias.shape[1]
     masked = tables.hidden is not None
@@ -93,18 +98,25 @@ def plan_planes(
     # A graph must read the table at every replay, and an inference tensor has no version.
     keep = keep_for is not None and not is_capturing() and not bias.is_inference() and not bias.is_meta
     key = (keep_for, mask_value)
-    made = _kept_planes.find(bias, key) if keep else None
-    launches = []
-    if made is None:
-        made, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, device)
+    dense, largest = _kept_planes.find(bias, key) if keep else (None, None)
+    launches: list[Launch] = []
+    if dense is None:
+        dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, device)
+        largest = bias.to(torch.float32).amax().reshape(1) if masked else None
         launches.append(launch)
-        if keep:
-            _kept_planes.keep(bias, key, made)
     masks: Tensor | None = None
     if masked and not combined:
         masks, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, device)
         launches.append(launch)
-    return Planes(made, heads * size if combined else 0, size, masks, launches)
+    return Planes(
+        dense,
+        bias_kind=heads * size if combined else 0,
+        bias_head=size,
+        mask=masks,
+        bias_max=largest,
+        launches=launches,
+        keep=partial(_kept_planes.keep, bias, key, (dense, largest)) if keep else lambda: None,
+    )
 
 
 def _plan_dense(
@@ -155,14 +167,14 @@ class _KeptPlanes:
     def __init__(self) -> None:
         self._of_table: Any = WeakIdKeyDictionary()  # the planes go with the table
 
-    def find(self, table: Tensor, key: Hashable) -> Tensor | None:
-        """Give the planes that were kept for a table as it is now."""
-        state, planes = self._of_table.get(table, (None, None))
-        return planes if state == (key, *self._state(table)) else None
+    def find(self, table: Tensor, key: Hashable) -> tuple[Tensor | None, Tensor | None]:
+        """Give the planes and the largest bias that were kept for a table as it is now."""
+        state, kept = self._of_table.get(table, (None, None))
+        return kept if state == (key, *self._state(table)) else (None, None)
 
-    def keep(self, table: Tensor, key: Hashable, planes: Tensor) -> None:
-        """Keep planes that are being filled now."""
-        self._of_table[table] = (key, *self._state(table)), planes
+    def keep(self, table: Tensor, key: Hashable, kept: tuple[Tensor, Tensor | None]) -> None:
+        """Keep planes and the largest bias."""
+        self._of_table[table] = (key, *self._state(table)), kept
 
     def _state(self, table: Tensor) -> tuple[object, ...]:
         stream = torch.cuda.current_stream(table.device).cuda_stream if table.is_cuda else 0

@@ -51,7 +51,7 @@ def own_backend_choice() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what runs a Triton kernel where none can: test_triton_interpreter.py runs it in processes of its own."""
+    """Leave out what runs a Triton kernel where none can; test_triton_interpreter.py runs it in other processes."""
     if not vidattn.why_not("window3d_attention", backend="triton"):
         return
     left_out = [item for item in items if item.get_closest_marker("needs_triton")]

@@ -500,6 +500,20 @@ def test_the_dense_bias_is_kept_until_the_table_changes(built: list[Tensor], mon
 
 
 @needs_triton
+def test_planes_that_were_not_filled_are_not_kept(built: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that fails half-way leaves nothing behind that a later call would take for a bias."""
+    qkv = torch.randn(1, 2, 2, 2, 3, 1, 8, device=device_of("triton"))
+    table = torch.randn(27, 1, device=device_of("triton"))
+    call = {"window_size": 2, "backend": "triton"}
+    with torch.no_grad():
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(Launch, "run", lambda self: (_ for _ in ()).throw(MemoryError))
+            vidattn.window3d_attention(qkv, table, **call)
+        vidattn.window3d_attention(qkv, table, **call)
+        assert len(built) == 2
+
+
+@needs_triton
 def test_kept_planes_go_with_their_table() -> None:
     qkv = torch.randn(1, 2, 2, 2, 3, 1, 8, device=device_of("triton"))
     kept = window3d_planes._kept_planes._of_table
