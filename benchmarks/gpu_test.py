@@ -30,7 +30,7 @@ from typing import IO, Any
 ROOT = Path(__file__).parent.parent
 SHARD, LINES = "VIDATTN_TEST_SHARD", "VIDATTN_TEST_LINES"  # "index/count" and the file of a test process
 # In place of pyproject.toml, whose settings need a newer pytest than may be here.
-PYTEST_INI = "[pytest]\nmarkers = slow: longer sweeps\n"
+PYTEST_INI = "[pytest]\nmarkers =\n    slow: longer sweeps\n    needs_triton: runs a Triton kernel\n"
 MAX_PROCESSES = 16
 KEPT_FAILURES = 40
 POLL_SECONDS = 3.0
@@ -64,7 +64,7 @@ class Step:
 STEPS = (
     Step("small", 30),
     Step("numbers", 170, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
-    Step("ops", 80, ("tests/test_window3d_op.py",), needs=("pytest",)),
+    Step("ops", 80, ("tests/test_window3d_op.py", "tests/test_window3d_triton.py"), needs=("pytest",)),
     Step(
         "golden",
         40,
