@@ -425,7 +425,7 @@ def window3d_backward_keys(
 # ---- Bias: the gradient of a tile of the dense bias, summed over a share of the windows ----
 
 
-@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold", "num_ranks", "share"])
+@triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "threshold", "num_kinds", "num_ranks", "share"])
 def window3d_backward_bias(
     q,
     k,
@@ -455,6 +455,7 @@ def window3d_backward_bias(
     heads,
     num_windows,
     grid_tokens,
+    num_kinds,
     num_ranks,
     share,
     scale,
@@ -465,7 +466,7 @@ def window3d_backward_bias(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    KINDS: tl.constexpr,
+    ONE_KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -483,7 +484,9 @@ def window3d_backward_bias(
     pad_k, pad_v = pad_qkv + (heads + head) * HEAD_DIM, pad_qkv + (2 * heads + head) * HEAD_DIM
     begin, end = part * share, tl.minimum((part + 1) * share, num_ranks)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for kind in range(KINDS):
+    if ONE_KIND:  # known to the compiler, this saves it a quarter of the registers
+        num_kinds = 1
+    for kind in range(num_kinds):
         planes = plane(bias, mask, kind, head, bias_kind, bias_head, NUM_TOKENS, HAS_BIAS, HAS_MASK)
         added = added_to_scores(
             planes[0], planes[1], row_tile * BLOCK_M, first_key, NUM_TOKENS, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK

@@ -49,8 +49,9 @@ def window3d_attention(
 
     Args:
         qkv: (B, D, H, W, 3, h, d), a view of the projection's output on the unpadded, unshifted grid, with any strides
-            (a strided last dimension is copied once); or a tuple (q, k, v) of (B, D, H, W, h, d). float32, bfloat16,
-            float16 or float64. A non-finite value stays within its window and head, where it may reach every token.
+            (a strided last dimension is copied once, for triton also a grid that one stride does not count through);
+            or a tuple (q, k, v) of (B, D, H, W, h, d). float32, bfloat16, float16 or float64. A non-finite value stays
+            within its window and head, where it may reach every token.
         bias_table: relative position bias ((2Wd-1)(2Wh-1)(2Ww-1), h) of the configured window, any floating dtype.
         window_size: configured window in tokens, one int or (depth, height, width).
         shift_size: configured shift in tokens, one int or three, ``0 <= shift < window``.
