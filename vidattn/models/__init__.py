@@ -1,6 +1,11 @@
 """Reference video transformers, their published sizes and their checkpoints."""
 
-from vidattn.models import video_swin_checkpoint, video_swin_variants  # noqa: F401  (each family registers its own)
+from vidattn.models import (  # noqa: F401  (each family registers its own)
+    timesformer_checkpoint,
+    timesformer_variants,
+    video_swin_checkpoint,
+    video_swin_variants,
+)
 from vidattn.models.checkpoint import LoadReport, load_checkpoint
 from vidattn.models.registry import InputSpec, create_model, get_input_spec, list_models
 

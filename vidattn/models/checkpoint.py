@@ -26,6 +26,7 @@ _SHOWN = 6
 # What the keys of other people's checkpoints look like: the first fragment found names the architecture.
 _ARCHITECTURES = (
     ("temporal_attn.", "TimeSformer"),
+    ("temporal_attention.", "a TimeSformer of Hugging Face"),
     ("vivit.", "a ViViT of Hugging Face"),
     ("swin.encoder.", "an image Swin of Hugging Face"),
     ("cpb_mlp.", "a Swin V2"),
@@ -44,7 +45,7 @@ class LoadReport:
         loaded: Names of the model's tensors that were filled.
         missing: Names of the model's tensors that the file has nothing for; they are as they were.
         unexpected: Names in the file that the model has no place for.
-        resized: Position-bias tables that were interpolated to another window, with both windows.
+        resized: Position tables that were interpolated to another window or size, with both.
         ignored: Names in the file that this conversion leaves out on purpose, such as the classifier of an image model.
     """
 
