@@ -106,7 +106,8 @@ def attributes(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
 
 
 def test_every_published_size_has_a_manifest() -> None:
-    assert sorted(MANIFEST_OF) == list_models() == sorted(PARAMETERS)
+    names = [name for name in list_models() if name.startswith("video_swin_")]
+    assert sorted(MANIFEST_OF) == names == sorted(PARAMETERS)
     official = {path.stem for path in MANIFESTS.glob("video_swin-swin_*.json")}
     assert official == set(MANIFEST_OF.values())
 
@@ -176,7 +177,7 @@ def test_input_specs() -> None:
 def test_unknown_names_are_answered_with_close_ones() -> None:
     with pytest.raises(ValueError, match=r"got 'swin_t'; did you mean .*video_swin_t"):
         create_model("swin_t")
-    with pytest.raises(ValueError, match="known: video_swin_t, "):
+    with pytest.raises(ValueError, match=r"known: .*video_swin_t, "):
         create_model("@")
     with pytest.raises(TypeError, match="'num_class'; did you mean num_classes"):
         create_model("video_swin_t", num_class=3)

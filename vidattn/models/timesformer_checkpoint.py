@@ -254,7 +254,7 @@ def _convert(model: nn.Module, state: State) -> Conversion:
     # A file of attention over space alone cannot be told from an image model; for a model of that kind it need not be.
     if "time_embed" not in state and network.attention_type != "space_only":
         source = "image"
-    conversion = Conversion({}, source, head=f"{prefix}head.", describe=_describe)
+    conversion = Conversion({}, source, head=f"{prefix}head.")
     if source == "image":
         conversion.resizes = True
         conversion.optional = conversion.head
@@ -266,6 +266,8 @@ def _convert(model: nn.Module, state: State) -> Conversion:
         state = {name: tensor for name, tensor in state.items() if name not in conversion.ignored}
         rows = network.time_embed.shape[1]
         state = start_from_image(state, rows, network.attention_type)
+    theirs = _describe(state)  # before its tables are resized
+    conversion.describe = lambda tensors: theirs if tensors is conversion.state else _describe(tensors)
     _resize(conversion, state, network)
     conversion.state = {
         prefix + name if _from_official(name) != name else name: tensor for name, tensor in state.items()
