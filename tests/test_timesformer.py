@@ -482,6 +482,19 @@ def test_initial_weights(attention_type: str) -> None:
     assert model.no_weight_decay() == {"pos_embed", "cls_token", "time_embed"}
 
 
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_weights_can_be_initialised_again(attention_type: str) -> None:
+    model, patch_embed = tiny(attention_type).model, tiny(attention_type).model.patch_embed.state_dict()
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        if name.startswith("patch_embed."):
+            assert torch.equal(parameter, patch_embed[name.removeprefix("patch_embed.")])
+        else:
+            assert parameter.abs().max() < 0.1 or (parameter == 1).all(), name
+    if attention_type != "space_only":
+        assert not model.time_embed.any()
+
+
 def test_a_new_model_attends_over_space_alone() -> None:
     block = roughen(Block(12, 3)).eval()
     nn.init.zeros_(block.temporal_fc.weight)
