@@ -4,9 +4,11 @@ A file says in its metadata what made it. The architecture it names picks the mo
 knows
 
 - ``build(case)``: the modules, blocks and models of its architecture, as a :class:`GoldenRun`;
-- ``check_function(case)``: functions that are not modules.
+- ``check_function(case)``: functions that are not modules;
+- ``measured_by(name)``, where gradients vanish by construction: another gradient whose largest value measures the
+  error of this one, or None.
 
-Both raise :class:`UnknownCaseError` for what they do not know: an unknown case fails, it is never left out.
+The first two raise :class:`UnknownCaseError` for what they do not know: an unknown case fails, it is never left out.
 """
 
 from __future__ import annotations
@@ -148,28 +150,32 @@ def compare_case(case: GoldenCase, outputs: Mapping[str, Tensor], gradients: Map
     for name, tensor in expected.items():
         assert_golden(f"output.{name}", outputs[name], tensor, OUTPUT_TOLERANCE)
     recorded = case.tensors("grad.")
+    measured_by = getattr(case.family(), "measured_by", lambda name: None)
     for name, tensor in recorded.items():
         if name not in gradients:  # a frozen parameter may be recorded as zero
             assert not tensor.any(), f"grad.{name} is missing"
             continue
-        assert_golden(f"grad.{name}", gradients[name], tensor, GRADIENT_TOLERANCE)
+        measure = measured_by(name)
+        largest = None if measure is None else recorded[measure].abs().max().item()
+        assert_golden(f"grad.{name}", gradients[name], tensor, GRADIENT_TOLERANCE, largest)
     if recorded:
         unrecorded = sorted(gradients.keys() - recorded.keys())
         assert not unrecorded, f"gradients where the original has none: {unrecorded}"
 
 
-def assert_golden(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_golden(name: str, actual: Tensor, expected: Tensor, tolerance: float, largest: float | None = None) -> None:
     """Compare a tensor with its golden value, stored in float32.
 
-    In float32 the error may be ``tolerance`` times the largest expected value. In float64 it may be 1e-10 times that,
-    beside the rounding of each stored value.
+    In float32 the error may be ``tolerance`` times the largest expected value, or ``largest`` where that is given. In
+    float64 it may be 1e-10 times that, beside the rounding of each stored value.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     wide, golden = actual.detach().cpu().double(), expected.double()
     assert wide.isfinite().all(), f"{name} is not finite"
     if expected.numel() == 0:
         return
-    largest = golden.abs().max().item()
+    if largest is None:
+        largest = golden.abs().max().item()
     error = (wide - golden).abs()
     if actual.dtype == torch.float64:
         allowed = golden.abs() * 2.0**-24 + FLOAT64_TOLERANCE * largest

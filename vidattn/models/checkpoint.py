@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidattn.models.flax_trees import flatten_flax_tree, is_msgpack, is_npz, read_msgpack, read_npz
+
 State = dict[str, Tensor]
 
 _WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
@@ -28,6 +30,7 @@ _ARCHITECTURES = (
     ("temporal_attn.", "TimeSformer"),
     ("temporal_attention.", "a TimeSformer of Hugging Face"),
     ("vivit.", "a ViViT of Hugging Face"),
+    ("encoderblock_0/", "a vision transformer of flax"),
     ("swin.encoder.", "an image Swin of Hugging Face"),
     ("cpb_mlp.", "a Swin V2"),
     ("relative_position_bias_table", "another model with window attention"),
@@ -75,7 +78,7 @@ class Conversion:
         resized: Tables interpolated from another window, described.
         resizes: Whether interpolating tables belongs to this conversion; if not, it is an error when strict.
         ignored: Names that the conversion leaves out on purpose.
-        optional: Prefix of the model's names that files of this layout never hold ("" for none).
+        optional: Prefix, or prefixes, of the model's names that files of this layout never hold ("" for none).
         head: Prefix of the classifier's names, whose shape may differ when not strict ("" for none).
         describe: Says what model a state dict, of the file or of the model itself, belongs to.
     """
@@ -85,7 +88,7 @@ class Conversion:
     resized: list[str] = field(default_factory=list)
     resizes: bool = False
     ignored: list[str] = field(default_factory=list)
-    optional: str = ""
+    optional: str | tuple[str, ...] = ""
     head: str = ""
     describe: Callable[[Mapping[str, Tensor]], str] | None = None
 
@@ -115,9 +118,10 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights of a checkpoint, of whatever project, into a bundled model.
 
-    Files are PyTorch's (tensors only: nothing in them is executed) or safetensors. Wrappers (``state_dict``, ``model``,
-    ``module.``, ``backbone.``) are removed. The model is changed only if everything fits; one that was built under
-    ``torch.device("meta")`` takes over the file's tensors.
+    Files are PyTorch's (tensors only: nothing in them is executed), safetensors, NumPy's .npz, or flax's msgpack where
+    flax is installed; parameter trees of flax, nested or flattened, are read from each. Wrappers (``state_dict``,
+    ``model``, ``module.``, ``backbone.``) are removed. The model is changed only if everything fits; one that was
+    built under ``torch.device("meta")`` takes over the file's tensors.
 
     Args:
         model: A model of :func:`create_model`, or its backbone.
@@ -168,6 +172,14 @@ def _read(path: str) -> Any:
     # A safetensors file starts with the length of its JSON header, in eight bytes.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path):
         return _read_safetensors(path)
+    for recognised, reader in ((is_npz, read_npz), (is_msgpack, read_msgpack)):
+        if recognised(path):
+            try:
+                return reader(path)
+            except (ImportError, MemoryError):
+                raise
+            except Exception as error:
+                raise _unreadable(path, error) from error
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -206,6 +218,9 @@ def _unreadable(path: str, error: Exception) -> ValueError:
 
 def _unwrap(content: Any) -> State:
     """Strip what training scripts put around a state dict, and around its names."""
+    tree = flatten_flax_tree(content)
+    if tree is not None:
+        content = tree
     while isinstance(content, Mapping):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
