@@ -1,7 +1,7 @@
 """Launches 3D window attention: ``window3d_attention`` and, on grids of one window, ``window_attention``.
 
-The functions take what the native ops ``_window3d_attention_forward / _backward`` take. A plan is a list of launches, in
-order; it can be run, compiled for another GPU, or only looked at.
+The functions take what the native ops ``_window3d_attention_forward / _backward`` take. A plan is a list of launches,
+in order; it can be run, compiled for another GPU, or only looked at.
 
 One program of the forward kernel attends with a tile of queries of one head in two windows of the same kind, which
 share the tiles of what is added to their scores (see window3d_planes.py).
