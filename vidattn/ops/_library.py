@@ -112,7 +112,7 @@ def register_attention(
 
     def no_second_derivative(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
-            f"the op {name} has no second derivative; what vidattn.reference offers is differentiable to any order"
+            f"the op {name} has no second derivative; the functions of vidattn.reference have"
         )
 
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
