@@ -10,8 +10,10 @@ from vidattn.backends import current_backend, list_backends, set_backend, use_ba
 from vidattn.geometry import explain_windows
 from vidattn.ops import (
     factorized_dot_product_attention,
+    space_time_mixing_attention,
     spatial_attention,
     temporal_attention,
+    temporal_shift,
     window3d_attention,
     window_attention,
 )
@@ -26,8 +28,10 @@ __all__ = [
     "factorized_dot_product_attention",
     "list_backends",
     "set_backend",
+    "space_time_mixing_attention",
     "spatial_attention",
     "temporal_attention",
+    "temporal_shift",
     "use_backend",
     "warmup",
     "why_not",

@@ -5,12 +5,15 @@ CPU it is the oracle that every backend is tested against.
 """
 
 from vidattn.reference.divided import factorized_dot_product_attention, spatial_attention, temporal_attention
+from vidattn.reference.mixing import space_time_mixing_attention, temporal_shift
 from vidattn.reference.window3d import window3d_attention, window_attention
 
 __all__ = [
     "factorized_dot_product_attention",
+    "space_time_mixing_attention",
     "spatial_attention",
     "temporal_attention",
+    "temporal_shift",
     "window3d_attention",
     "window_attention",
 ]

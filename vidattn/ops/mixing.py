@@ -1,0 +1,430 @@
+"""Space-time mixing attention and temporal shift: public functions, ops, gradients and cost.
+
+From a call to its kernel: the public function validates, applies autocast and picks the backend; the op of the same
+name in ``torch.ops.vidattn`` is opaque to autograd and compilers and routes by the backend's name to
+``reference/mixing.py``, to ``kernels/mixing.py`` or to the native op that the extension registers for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidattn.backends import choose_backend
+from vidattn.ops import _arguments as arguments
+from vidattn.ops import _tensors as tensors
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.reference import mixing as reference
+from vidattn.reference.attention import accumulator_dtype
+
+__all__ = ["space_time_mixing_attention", "temporal_shift"]
+
+
+def space_time_mixing_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    shift_div: int = 8,
+    channel_shifts: Sequence[Sequence[int]] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend inside each frame to keys and values of which channels come from neighbouring frames.
+
+    The channels are taken from where they lie while keys and values are loaded: nothing is shifted in memory. Beyond
+    the first and the last frame of a segment they are exact zeros, bias included. Queries are never shifted. The
+    gradient comes back in the layout of ``qkv``. Scores, softmax and sums are float32 (float64 for float64) whatever
+    the dtype of q. Under autocast q, k and v are cast.
+
+    Args:
+        qkv: (B * T, N, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is
+            copied once); or a tuple (q, k, v) of (B * T, N, h, d). float32, bfloat16, float16 or float64. All N tokens
+            take part, a cls token too.
+        num_frames: frames T of a segment, across whose ends nothing is mixed: those of the clip, or a divisor of them.
+        shift_div: X-ViT's amount of mixing: C // shift_div of the C = h * d channels come from the next frame, as many
+            after them from the frame before. 8 in its Kinetics models, 4 in those of Something-Something.
+        channel_shifts: (first, last, frame offset) of the ranges of concatenated channels that come from other frames,
+            in place of ``shift_div``'s: channels first to last - 1 of frame t are those of frame t + offset.
+        scale: factor of q k^T; d**-0.5 when None.
+        dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
+        backend: backend of this call, strict; None for the one in force.
+
+    Returns:
+        (B * T, N, h * d), contiguous, in q's dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, size, device or option does not fit, or the named backend cannot run the call.
+
+    Reference:
+        Space-time Mixing Attention for Video Transformer, arXiv 2106.05968, section 3.3, equations 9 and 10, with the
+        channels cut as in the released code.
+
+    Example:
+        >>> import torch, vidattn
+        >>> x = torch.randn(2 * 8, 197, 96)  # two clips of eight frames
+        >>> qkv = torch.nn.Linear(96, 3 * 96)(x).unflatten(-1, (3, 3, 32))
+        >>> vidattn.space_time_mixing_attention(qkv, 8, shift_div=4).shape
+        torch.Size([16, 197, 96])
+    """
+    inputs, options = _mixing_arguments(
+        qkv, num_frames, shift_div=shift_div, channel_shifts=channel_shifts, scale=scale, dropout_p=dropout_p
+    )
+    chosen = choose_backend(describe_call("space_time_mixing_attention", inputs.q), backend)
+    seed = arguments.draw_seed(inputs.q, options.dropout_p)
+    return torch.ops.vidattn.space_time_mixing_attention(*inputs, seed, *options, chosen)[0]
+
+
+def temporal_shift(
+    x: Tensor,
+    num_frames: int,
+    channel_shifts: Sequence[Sequence[int]],
+    *,
+    dim: int = -1,
+    backend: str | None = None,
+) -> Tensor:
+    """Take ranges of channels from other frames, with zeros beyond the first and the last frame of a segment.
+
+    Data movement alone, exact in any dtype. The gradient is the same shift with the offsets negated.
+
+    Args:
+        x: (B * T, ...), any dtype and strides; one dense in memory keeps its memory format.
+        num_frames: frames T of a segment.
+        channel_shifts: (first, last, frame offset) of the ranges of channels that come from other frames: channels
+            first to last - 1 of frame t are those of frame t + offset. The ranges do not overlap.
+        dim: dimension of the channels, not the first one.
+        backend: backend of this call, strict; None for the one in force.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, size or option does not fit, or the named backend cannot run the call.
+
+    Reference:
+        TSM: Temporal Shift Module for Efficient Video Understanding, arXiv 1811.08383, section 3.
+
+    Example:
+        >>> import torch, vidattn
+        >>> x = torch.randn(2 * 8, 64, 7, 7)  # activations of a convolution, two clips of eight frames
+        >>> vidattn.temporal_shift(x, 8, [(0, 8, 1), (8, 16, -1)], dim=1).shape
+        torch.Size([16, 64, 7, 7])
+    """
+    inputs, options = _shift_arguments(x, num_frames, channel_shifts, dim=dim)
+    chosen = choose_backend(describe_call("temporal_shift", x), backend)
+    return torch.ops.vidattn.temporal_shift(*inputs, *options, chosen)
+
+
+# ---- Arguments: validated, with autocast applied, in the order of the schemas ----
+
+
+class _Inputs(NamedTuple):
+    q: Tensor  # the packed qkv when k and v are None
+    k: Tensor | None
+    v: Tensor | None
+
+
+class _Options(NamedTuple):
+    num_frames: int
+    channel_shifts: list[int]  # first, last and offset of each range, in ascending order, none of them empty or still
+    scale: float
+    dropout_p: float
+
+
+class _ShiftOptions(NamedTuple):
+    num_frames: int
+    channel_shifts: list[int]
+    dim: int  # from 1
+
+
+def _mixing_arguments(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    shift_div: int = 8,
+    channel_shifts: Sequence[Sequence[int]] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[_Inputs, _Options]:
+    name = "space_time_mixing_attention"
+    q, k, v = arguments.split_qkv(name, qkv, "(B * T, N, 3, h, d)", "(B * T, N, h, d)")
+    heads, head_dim = q.shape[-2:]
+    if channel_shifts is None:
+        divisor = arguments.integer(name, "shift_div", shift_div)
+        if divisor < 1:
+            raise ValueError(f"{name}: shift_div: expected at least 1, got {divisor}")
+        channel_shifts = reference.xvit_channel_shifts(heads * head_dim, divisor)
+    return _Inputs(q, k, v), _Options(
+        _check_frames(name, "qkv", q, num_frames),
+        _check_shifts(name, channel_shifts, heads * head_dim),
+        arguments.check_scale(name, scale, head_dim),
+        arguments.check_dropout(name, dropout_p),
+    )
+
+
+def _shift_arguments(
+    x: Tensor, num_frames: int, channel_shifts: Sequence[Sequence[int]], *, dim: int = -1
+) -> tuple[tuple[Tensor], _ShiftOptions]:
+    name = "temporal_shift"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x: expected a tensor (B * T, ...), got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: x: expected a dense tensor, got layout {x.layout}")
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x: expected shape (B * T, ...) with a dimension of channels, got {tuple(x.shape)}")
+    axis = arguments.integer(name, "dim", dim)
+    if not -x.dim() < axis < x.dim() or axis == 0:
+        raise ValueError(
+            f"{name}: dim: expected a dimension from 1 to {x.dim() - 1} or {1 - x.dim()} to -1, got {axis}"
+        )
+    axis %= x.dim()
+    frames = _check_frames(name, "x", x, num_frames)
+    return (x,), _ShiftOptions(frames, _check_shifts(name, channel_shifts, x.shape[axis]), axis)
+
+
+def _check_frames(name: str, of: str, x: Tensor, num_frames: int) -> int:
+    frames = arguments.integer(name, "num_frames", num_frames)
+    if frames < 1:
+        raise ValueError(f"{name}: num_frames: expected at least 1, got {frames}")
+    if x.shape[0] % frames != 0:
+        raise ValueError(f"{name}: {of}: expected B * num_frames = B * {frames} frames, got {x.shape[0]}")
+    return frames
+
+
+def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: int) -> list[int]:
+    """Return the ranges that move something, in ascending order, flat."""
+    expected = f"{name}: channel_shifts: expected ranges (first, last, frame offset)"
+    if not isinstance(channel_shifts, (tuple, list)):
+        raise TypeError(f"{expected}, got {channel_shifts!r}")
+    ranges = []
+    for entry in channel_shifts:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 3:
+            raise TypeError(f"{expected}, got {entry!r}")
+        first, last, offset = (arguments.integer(name, "channel_shifts", value) for value in entry)
+        if not 0 <= first <= last <= channels:
+            raise ValueError(f"{expected} with 0 <= first <= last <= {channels} channels, got {tuple(entry)}")
+        if first < last:
+            ranges.append((first, last, offset))
+    ranges.sort()
+    for before, after in itertools.pairwise(ranges):
+        if before[1] > after[0]:
+            raise ValueError(f"{expected} that do not overlap, got {before} and {after}")
+    return [value for entry in ranges if entry[2] != 0 for value in entry]
+
+
+def _triples(channel_shifts: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(channel_shifts[::3], channel_shifts[1::3], channel_shifts[2::3], strict=True))
+
+
+# ---- Schemas ----
+
+_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
+_OPTIONS = "int num_frames, int[] channel_shifts, float scale, float dropout_p"
+# lse is empty where no backward needs it.
+LIBRARY.define(
+    f"space_time_mixing_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS
+)
+# Without k and v, grad_q is the gradient of the packed qkv. out and lse are there if the forward pass kept an lse.
+LIBRARY.define(
+    f"space_time_mixing_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS},"
+    " str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    tags=TAGS,
+)
+LIBRARY.define(
+    "temporal_shift(Tensor x, int num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
+)
+# Implemented by the extension per device. q, k, v, dq, dk, dv: (B * T, N, h, d); out, dout: (B * T, N, h * d);
+# lse: (B * T, N, h) in the accumulator's dtype.
+NATIVE_FORWARD = "_space_time_mixing_attention_forward"
+LIBRARY.define(
+    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+)
+LIBRARY.define(
+    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS},"
+    " Tensor? out, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+)
+# x, out: (frames, outer, channels, inner), contiguous, of any dtype.
+NATIVE_SHIFT = "_temporal_shift"
+LIBRARY.define(f"{NATIVE_SHIFT}(Tensor x, int num_frames, int[] channel_shifts, Tensor(a!) out) -> ()")
+
+
+# ---- Implementations ----
+
+
+def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """Give the forward and backward pass of a backend and its temporal shift, with the arguments of the native ops.
+
+    Args:
+        backend: "cpu", "cuda" or "triton".
+
+    Returns:
+        Three functions that write into the tensors they are given last.
+    """
+    if backend == "triton":
+        from vidattn.kernels import mixing  # Triton is imported on first use, if ever
+
+        return mixing.forward, mixing.backward, mixing.temporal_shift
+    ops = torch.ops.vidattn
+    return ops._space_time_mixing_attention_forward, ops._space_time_mixing_attention_backward, ops._temporal_shift
+
+
+def _new_outputs(q: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Allocate out and lse for q (B * T, N, h, d)."""
+    frames, tokens, heads, head_dim = q.shape
+    rows = tokens if tensors.keeps_lse(tokens, backend) else 0
+    lse = q.new_empty(frames, rows, heads, dtype=accumulator_dtype(q.dtype))
+    return q.new_empty(frames, tokens, heads * head_dim), lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    num_frames: int,
+    channel_shifts: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    qkv = tensors.separate(q, k, v)
+    out, lse = _new_outputs(qkv[0], backend)
+    if out.numel() == 0:
+        return out, lse
+    if backend == "reference":
+        out = reference.space_time_mixing_attention(
+            qkv,
+            num_frames,
+            channel_shifts=_triples(channel_shifts),
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        return out, lse
+    launch_forward, _, _ = launch_functions(backend)
+    kept = lse if lse.shape[1] > 0 else None
+    launch_forward(*qkv, seed, num_frames, channel_shifts, scale, dropout_p, out, kept)
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    num_frames: int,
+    channel_shifts: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    qkv, grad_out = tensors.separate(q, k, v), tensors.last_dim_dense(grad_out)
+    if backend == "reference" and grad_out.numel() > 0:
+        found = reference.space_time_mixing_attention_backward(
+            grad_out, qkv, seed, num_frames, _triples(channel_shifts), scale, dropout_p
+        )
+        return tensors.pack(k, found)
+    grads, views = tensors.new_gradients(q, k, v)
+    if grad_out.numel() > 0:
+        _, launch_backward, _ = launch_functions(backend)
+        launch_backward(
+            grad_out,
+            *qkv,
+            seed,
+            num_frames,
+            channel_shifts,
+            scale,
+            dropout_p,
+            out,
+            lse,
+            *views,
+        )
+    return grads
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep q, k, v and the seed, and the outputs only where the backward pass rebuilds rows from a log-sum-exp."""
+    _, lse = output
+    ctx.save_for_backward(*inputs, *(output if lse.shape[1] > 0 else (None, None)))
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    grads = torch.ops.vidattn.space_time_mixing_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None,) * 6)
+
+
+def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _new_outputs(q.select(-3, 0) if k is None else q, rest[-1])
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return tensors.new_gradients(q, k, v)[0]
+
+
+def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+    """Count q k^T and P v, a multiplication and an addition each; moving channels is no arithmetic."""
+    frames, tokens = shapes[0][:2]
+    heads, head_dim = shapes[0][-2:]
+    return 4 * frames * heads * tokens**2 * head_dim
+
+
+def _shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str) -> Tensor:
+    out = torch.empty_like(x)  # keeps the memory format of a dense tensor
+    if backend == "reference":
+        return out.copy_(reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim))
+    if out.numel() == 0:
+        return out
+    # In the order in which they lie in memory, the dimensions in front of the channels and behind them count as one.
+    order = sorted(range(1, x.dim()), key=lambda axis: (out.stride(axis), out.shape[axis] > 1), reverse=True)
+    physical = out.permute(0, *order)
+    if not physical.is_contiguous():  # frames are not the outermost dimension
+        return out.copy_(_shift(x.contiguous(), num_frames, channel_shifts, dim, backend))
+    place = order.index(dim) + 1
+    shape = (x.shape[0], physical.shape[1:place].numel(), x.shape[dim], physical.shape[place + 1 :].numel())
+    source = x if x.stride() == out.stride() else torch.empty_like(out).copy_(x)
+    _, _, launch_shift = launch_functions(backend)
+    launch_shift(source.permute(0, *order).view(shape), num_frames, channel_shifts, physical.view(shape))
+    return out
+
+
+def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.options = inputs[1:]
+
+
+def _shift_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    num_frames, channel_shifts, dim, backend = ctx.options
+    back = [-value if place % 3 == 2 else value for place, value in enumerate(channel_shifts)]
+    return torch.ops.vidattn.temporal_shift(grad, num_frames, back, dim, backend), None, None, None, None
+
+
+register_function("space_time_mixing_attention", arguments=_mixing_arguments, native=NATIVE_FORWARD)
+register_attention(
+    "space_time_mixing_attention",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    autograd=_autograd,
+    flops=_flops,
+    num_tensors=4,
+    save=_save,
+)
+register_function("temporal_shift", arguments=_shift_arguments, native=NATIVE_SHIFT, attends=False)
+LIBRARY.impl("temporal_shift", _shift, "CompositeExplicitAutograd")
+torch.library.register_fake("vidattn::temporal_shift", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
+torch.library.register_autograd("vidattn::temporal_shift", _shift_autograd, setup_context=_save_shift, lib=LIBRARY)
