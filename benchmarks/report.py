@@ -50,6 +50,17 @@ TARGETS: dict[tuple[str, str, str], dict[str, float]] = {
     ("factorized_vivit_b", "forward", "float32"): {"rivals": 1.4},
     ("factorized_vivit_b", "forward_backward", "float32"): {"rivals": 1.4},
     ("factorized_vivit_b", "forward", "bfloat16"): {"rivals": 1.3},
+    **{
+        (f"xvit_b_div{div}", *kind): targets
+        for div in (4, 8)
+        for kind, targets in (
+            (("forward", "float32"), {"gemm": 0.7, "rivals": 1.3}),
+            (("forward_backward", "float32"), {"rivals": 1.15}),
+            (("forward", "bfloat16"), {"rivals": 1.1}),
+            (("shift", "float32"), {"copy": 0.8}),
+            (("shift", "bfloat16"), {"copy": 0.8}),
+        )
+    },
 }
 # Column heading, key in TARGETS, contenders to compare with: the fastest of them counts, once all are measured.
 RATIOS = (
@@ -65,6 +76,7 @@ MEMORY = (("vidattn, MiB", OURS), ("eager, MiB", "eager"), ("SDPA, MiB", "sdpa")
 TITLES = {
     "forward": "Forward",
     "forward_backward": "Forward and backward",
+    "shift": "Temporal shift alone",
     "inference": "Inference of whole models",
     "training": "Training steps of whole models",
 }

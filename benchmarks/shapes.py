@@ -147,6 +147,46 @@ SMOKE_DIVIDED_CASES = {
 
 
 @dataclass(frozen=True)
+class MixingCase:
+    """One call of ``space_time_mixing_attention``, or of ``temporal_shift`` on as many tokens."""
+
+    shift_div: int
+    num_frames: int = 16
+    num_tokens: int = 197
+    heads: int = 12
+    head_dim: int = 64
+    clips: int = 1
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def channel_shifts(self) -> list[tuple[int, int, int]]:
+        fold = self.channels // self.shift_div
+        return [(0, fold, 1), (fold, 2 * fold, -1)]
+
+    @property
+    def qkv_shape(self) -> tuple[int, ...]:
+        return (self.clips * self.num_frames, self.num_tokens, 3, self.heads, self.head_dim)
+
+    def flops(self, direction: str) -> int:
+        """Operations of the matrix products: two forward; five backward, the recomputed scores included."""
+        products = {"forward": 2, "forward_backward": 7}[direction]
+        return products * 2 * self.qkv_shape[0] * self.heads * self.num_tokens**2 * self.head_dim
+
+    def bytes_moved(self, direction: str, dtype: torch.dtype) -> int:
+        """Bytes that must cross memory at least: each input read once, each result written once."""
+        passes = {"forward": 4, "forward_backward": 4 + 7}[direction]
+        return passes * math.prod(self.qkv_shape[:2]) * self.channels * dtype.itemsize
+
+
+# X-ViT-B on 224 x 224 video: 16 frames, as in its Kinetics models (8) and in those of Something-Something (4).
+MIXING_CASES = {"xvit_b_div8": MixingCase(8), "xvit_b_div4": MixingCase(4)}
+SMOKE_MIXING_CASES = {"smoke": MixingCase(3, num_frames=4, num_tokens=7, heads=3, head_dim=20, clips=2)}
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A whole model on one video (batch, 3, frames, height, width)."""
 
@@ -159,6 +199,7 @@ MODEL_CASES = {
     "video_swin_t_32x224x224": ModelCase("video_swin_t", (1, 3, 32, 224, 224)),
     "timesformer_b_8x224x224": ModelCase("timesformer_base", (1, 3, 8, 224, 224)),
     "vivit_b_model3_32x224x224": ModelCase("vivit_b_factorized_self_attention", (1, 3, 32, 224, 224)),
+    "xvit_b_16x224x224": ModelCase("xvit_b16_16f", (1, 3, 16, 224, 224)),
 }
 SMOKE_MODEL_CASES = {
     "smoke": ModelCase(

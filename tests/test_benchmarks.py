@@ -15,9 +15,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import divided_contenders, report, rounds
+from benchmarks import divided_contenders, mixing_contenders, report, rounds
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.shapes import DIVIDED_CASES, SMOKE_CASES, SMOKE_DIVIDED_CASES, WINDOW_CASES
+from benchmarks.shapes import (
+    DIVIDED_CASES,
+    MIXING_CASES,
+    SMOKE_CASES,
+    SMOKE_DIVIDED_CASES,
+    SMOKE_MIXING_CASES,
+    WINDOW_CASES,
+)
 from benchmarks.window3d_contenders import build, contenders
 from vidattn.reference import window3d as reference
 
@@ -136,6 +143,33 @@ def test_contenders_compute_divided_attention(case, direction):
     for name in names[1:]:
         for ours, theirs in zip(results[name], results["eager"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_mixing_flops_and_bytes_by_hand():
+    case = MIXING_CASES["xvit_b_div8"]
+    assert case.flops("forward") == 16 * 12 * 197**2 * 64 * 2 * 2
+    assert case.bytes_moved("forward", torch.bfloat16) == 16 * 197 * 768 * 4 * 2
+    assert case.channel_shifts == [(0, 96, 1), (96, 192, -1)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_contenders_compute_mixing_attention(direction):
+    shape = SMOKE_MIXING_CASES["smoke"]
+    names = [name for name in mixing_contenders.CONTENDERS if name != "compiled"]
+    results = {name: mixing_contenders.build("smoke", direction, "float32", name)() for name in names}
+    assert len(results["eager"]) == (1 if direction == "forward" else 2)
+    for name in names[1:]:
+        for ours, theirs in zip(results[name], results["eager"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    if direction == "forward":
+        with FlopCounterMode(display=False) as counter:
+            mixing_contenders.build("smoke", direction, "float32", "eager")()
+        assert counter.get_total_flops() == shape.flops(direction)
+
+
+def test_contenders_compute_temporal_shift():
+    eager, ours = (mixing_contenders.build_shift("smoke", "float32", name)()[0] for name in ("eager", "vidattn"))
+    assert torch.equal(eager, ours)
 
 
 def test_agreement_check_finds_blunders():

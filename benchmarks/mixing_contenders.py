@@ -1,0 +1,166 @@
+"""The ways of computing space-time mixing attention that are timed against each other, on the CPU or a GPU.
+
+All of them start from the packed output of the qkv projection (B * T, N, 3, h, d) and end with the context
+(B * T, N, h * d), and for ``forward_backward`` with the gradient of qkv.
+
+``eager`` is what the module code of X-ViT does: keys and values, split into heads, go to a layout with the channels in
+front, are copied in three slices into zeros and back again; then scores, softmax, context. ``compiled`` is
+``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``.
+
+The contenders of ``temporal_shift`` alone shift (B * T, N, C), tokens with their channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import vidattn
+from benchmarks.shapes import MIXING_CASES, SMOKE_MIXING_CASES, MixingCase
+
+CASES = MIXING_CASES | SMOKE_MIXING_CASES
+CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
+SHIFT_CONTENDERS = ("eager", "compiled", "vidattn")
+
+Attend = Callable[[Tensor], Tensor]
+
+
+def _shift_slices(x: Tensor, case: MixingCase) -> Tensor:
+    """Shift (B * T, ..., C) by copies of slices into zeros."""
+    fold = case.channels // case.shift_div
+    x = x.unflatten(0, (-1, case.num_frames))
+    out = torch.zeros_like(x)
+    out[:, :-1, ..., :fold] = x[:, 1:, ..., :fold]
+    out[:, 1:, ..., fold : 2 * fold] = x[:, :-1, ..., fold : 2 * fold]
+    out[..., 2 * fold :] = x[..., 2 * fold :]
+    return out.flatten(0, 1)
+
+
+def _shift_heads(x: Tensor, case: MixingCase) -> Tensor:
+    """Shift (B * T, h, N, d) with the channels of all heads brought together in front of the tokens."""
+    fold = case.channels // case.shift_div
+    frames = x.transpose(2, 3).contiguous().view(-1, case.num_frames, case.channels, case.num_tokens)
+    out = torch.zeros_like(frames)
+    out[:, :-1, :fold] = frames[:, 1:, :fold]
+    out[:, 1:, fold : 2 * fold] = frames[:, :-1, fold : 2 * fold]
+    out[:, :, 2 * fold :] = frames[:, :, 2 * fold :]
+    return out.view(-1, case.heads, case.head_dim, case.num_tokens).transpose(2, 3).contiguous()
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def _shifted(qkv: Tensor, case: MixingCase, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return attend(q, _shift_heads(k, case), _shift_heads(v, case)).transpose(1, 2).flatten(2)
+
+
+def _vidattn(qkv: Tensor, case: MixingCase) -> Tensor:
+    return vidattn.space_time_mixing_attention(qkv, case.num_frames, shift_div=case.shift_div)
+
+
+def _vidattn_shift(x: Tensor, case: MixingCase) -> Tensor:
+    return vidattn.temporal_shift(x, case.num_frames, case.channel_shifts)
+
+
+def _compiled(function: Attend) -> Attend:
+    torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def make_attend(shape: MixingCase, contender: str) -> Attend:
+    """Give a contender's function of qkv.
+
+    Args:
+        shape: the call's sizes.
+        contender: one of ``CONTENDERS``.
+
+    Returns:
+        qkv -> context.
+    """
+    eager = partial(_shifted, case=shape, attend=_softmax_attention)
+    if contender == "eager":
+        return eager
+    if contender == "sdpa":
+        return partial(_shifted, case=shape, attend=F.scaled_dot_product_attention)
+    return _compiled(eager) if contender == "compiled" else partial(_vidattn, case=shape)
+
+
+def build_copies(
+    shape: MixingCase, direction: str, dtype: str, contender: str, device: str = "cpu", copies: int = 1
+) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Make inputs, the same ones for every contender, and the calls to time.
+
+    Args:
+        shape: sizes of the call.
+        direction: "forward" | "forward_backward".
+        dtype: "float32" | "bfloat16" | "float16".
+        contender: one of ``CONTENDERS``.
+        device: where the inputs are.
+        copies: how many calls, each with a qkv and an output gradient of its own.
+
+    Returns:
+        Functions that return (context,), or (context, gradient of qkv).
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+
+    attend = make_attend(shape, contender)
+
+    def forward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (attend(qkv),)
+
+    def forward_backward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        context = attend(qkv)
+        return (context, *torch.autograd.grad(context, qkv, gradient))
+
+    calls: list[Callable[[], tuple[Tensor, ...]]] = []
+    for _ in range(copies):
+        qkv = random(*shape.qkv_shape)
+        gradient = random(*shape.qkv_shape[:2], shape.channels)
+        if direction == "forward":
+            calls.append(partial(forward, qkv, gradient))
+        else:
+            calls.append(partial(forward_backward, qkv.requires_grad_(), gradient))
+    return calls
+
+
+def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender)[0]
+
+
+def build_shift(case: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Make tokens (B * T, N, C) on the CPU and the shift to time.
+
+    Args:
+        case: name of the case.
+        dtype: "float32" | "bfloat16".
+        contender: one of ``SHIFT_CONTENDERS``.
+
+    Returns:
+        A function that returns (shifted tokens,).
+    """
+    shape = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    size = (*shape.qkv_shape[:2], shape.channels)
+    x = torch.randn(size, generator=generator).to(getattr(torch, dtype))
+    eager = partial(_shift_slices, case=shape)
+    if contender == "vidattn":
+        shift: Attend = partial(_vidattn_shift, case=shape)
+    else:
+        shift = _compiled(eager) if contender == "compiled" else eager
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (shift(x),)
+
+    return call
