@@ -133,7 +133,7 @@ def _row(group: dict[str, dict[str, Any]]) -> dict[str, str]:
         "case": info["case"],
         "dtype": info["dtype"],
         "vidattn, ms": f"{stats['min'] * 1e3:.1f} / {stats['median'] * 1e3:.1f}",
-        "share of gemm rate": _judged(info["share_of_gemm"], targets.get("gemm"), ".0%"),
+        "share of gemm rate": _judged(info["share_of_gemm"], targets.get("gemm"), ".0%") if info["flops"] else "",
         "share of copy rate": "",
     }
     if "share_of_copy" in info:  # results before 2026-11-21 have none
