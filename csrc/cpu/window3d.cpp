@@ -84,7 +84,9 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
-  a.q = token_tensor(q, a.head_dim), a.k = token_tensor(k, a.head_dim), a.v = token_tensor(v, a.head_dim);
+  a.tensor[kQ] = token_tensor(q, a.head_dim);
+  a.tensor[kK] = token_tensor(k, a.head_dim);
+  a.tensor[kV] = token_tensor(v, a.head_dim);
   if (pad_qkv) a.pad_qkv = pad_qkv->data_ptr();
   if (bias) {
     a.bias = bias->data_ptr();
@@ -125,7 +127,7 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vect
              double mask_value, double dropout_p, Tensor out, Tensor lse) {
   Window3dArgs a =
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
-  a.out = token_tensor(out, a.head_dim);
+  a.tensor[kOut] = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
   const Window3dKernels& kernels = kernels_for(q.scalar_type());
   run(a, kernels, false, a.heads * a.groups, kernels.forward);
@@ -172,6 +174,7 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
   }
 }
 
+// `out` and `lse` are for backends that do not have a query's scores at hand all at once.
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
               std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out,
               Tensor lse, std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap,
@@ -179,9 +182,10 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> b
               std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
   Window3dArgs a =
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
-  a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
-  a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
-  a.lse = lse.data_ptr();
+  a.tensor[kDout] = token_tensor(dout, a.head_dim);
+  a.tensor[kDq] = token_tensor(dq, a.head_dim);
+  a.tensor[kDk] = token_tensor(dk, a.head_dim);
+  a.tensor[kDv] = token_tensor(dv, a.head_dim);
   const Window3dKernels& kernels = kernels_for(q.scalar_type());
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (q.scalar_type() == ScalarType::Double)
