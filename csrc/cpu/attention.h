@@ -35,10 +35,11 @@ struct TileRange {
   int64_t first, last;
 };
 
-// Brings a row of n values into L2.
-template <class In>
+// Brings a row of n values into L2, or prepares it to be written.
+template <bool Write = false, class In>
 VIDATTN_INLINE void fetch_row(const In* row, int64_t n) {
-  for (int64_t byte = 0; byte < n * int64_t(sizeof(In)); byte += 64) __builtin_prefetch((const char*)row + byte, 0, 2);
+  for (int64_t byte = 0; byte < n * int64_t(sizeof(In)); byte += 64)
+    __builtin_prefetch((const char*)row + byte, Write, 2);
 }
 
 template <int V>
@@ -232,7 +233,18 @@ class Attention {
   void backward_rows(G& group, int64_t first, int64_t count);
   template <int R, class G>
   void softmax_gradient(G& group, int64_t first, int64_t r, const Vec<T>* top);
-  void add_key_gradients(int64_t tile, int64_t count);
+  template <class G>
+  void add_key_gradients(G& group, int64_t tile, int64_t count);
+
+  // Fetches the next share of what the next group will read. Many small shares: a core can wait for few rows at a time.
+  template <class G>
+  VIDATTN_INLINE void fetch_ahead(G& group, Slot last) {
+    const int64_t begin = fetched_;
+    fetched_ = n_ * ++point_ / points_;
+    group.prefetch(begin, fetched_, last);
+  }
+  void start_fetching(int64_t points) { point_ = fetched_ = 0, points_ = points; }
+  int64_t columns() const { return ceil_div(padded_, kWidth); }
 
   T* panel(T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
 
@@ -240,6 +252,7 @@ class Attention {
   const T scale_;
   const Dropout dropout_;
   TileRange range_{};
+  int64_t point_ = 0, points_ = 1, fetched_ = 0;  // in a group's work, where shares of the next one are fetched
 
   // "In lanes" is [tile][step][key of the tile], "in rows" [row / pack][channel], a panel [tile][row in work][kWidth].
   Word *keys_in_lanes_, *values_in_lanes_, *keys_in_rows_, *values_in_rows_;

@@ -12,11 +12,14 @@ void Attention<P, In>::backward(G& group) {
   pack_in_rows(group, kK, keys_in_rows_);
   group.keys_packed();
   for (int64_t i = 0; i < round_up(n_, kKeyRows) * padded_; ++i) dk_[i] = dv_[i] = 0;
+  const int64_t blocks = ceil_div(group.query_count(), kQueryRows), passes = ceil_div(group.query_count(), kRows);
+  start_fetching(2 * blocks * tiles_ + passes * ceil_div(n_, kKeyRows) * columns() + blocks * columns());
   for (int64_t first = 0; first < group.query_count(); first += kRows) {
     const int64_t left = group.query_count() - first;
     backward_rows(group, first, left < kRows ? left : kRows);
   }
   for (int64_t j = 0; j < n_; ++j) {
+    if (j + 8 < n_) group.expect(kDk, j + 8), group.expect(kDv, j + 8);
     group.put(kDk, j, 0, dk_ + j * padded_, scale_, d_);
     group.put(kDv, j, 0, dv_ + j * padded_, T(1), d_);
   }
@@ -36,6 +39,7 @@ void Attention<P, In>::backward_rows(G& group, int64_t first, int64_t count) {
     row_words<P>(query[r], d_, q_ + r * kMaxDim);
     row_words<P>(gradient[r], d_, dout_ + r * kMaxDim);
     group.set_row(r, i);
+    group.expect(kDq, i);
   }
   for (int64_t r = 0; r < count; r += P::pack) {
     P::column_words(query + r, d_, padded_, q_in_rows_ + r / P::pack * padded_);
@@ -48,14 +52,15 @@ void Attention<P, In>::backward_rows(G& group, int64_t first, int64_t count) {
   for_each_tile([&](int64_t tile, auto vectors, auto tail) {
     constexpr int NV = decltype(vectors)::value;
     for_each_block(count, [&](int64_t r, auto rows) {
+      fetch_ahead(group, kDout);
       this->template score_tile<decltype(rows)::value, NV, decltype(tail)::value>(group, r, tile, top + r);
     });
   });
   for_each_tile([&](int64_t tile, auto vectors, auto) {  // gradients of the weights
     constexpr int NV = decltype(vectors)::value;
-    group.prefetch(first + kRows * tile / tiles_, first + kRows * (tile + 1) / tiles_, kDout);
     for_each_block(count, [&](int64_t r, auto rows) {
       constexpr int R = decltype(rows)::value;
+      fetch_ahead(group, kDout);
       Vec<T> s[R][NV];
       clear(s);
       multiply_tile<P, R, NV, kMaxDim>(dout_ + r * kMaxDim, 1, values_in_lanes_ + tile * kWidth * steps_, kWidth,
@@ -73,12 +78,13 @@ void Attention<P, In>::backward_rows(G& group, int64_t first, int64_t count) {
     else
       softmax_gradient<1>(group, first, r, top);
   }
-  for_each_tile([&](int64_t tile, auto, auto) { add_key_gradients(tile, count); });
+  for_each_tile([&](int64_t tile, auto, auto) { add_key_gradients(group, tile, count); });
 
   for_each_block(count, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
     for_each_column([&](int64_t c, auto vectors) {
       constexpr int NV = decltype(vectors)::value;
+      fetch_ahead(group, kDout);
       Vec<T> g[R][NV];
       clear(g);
       for (int64_t tile = range_.first; tile < range_.last; ++tile)
@@ -162,12 +168,14 @@ void Attention<P, In>::softmax_gradient(G& group, int64_t first, int64_t r, cons
 
 // dV += P^T dO and dK += dS^T Q for the keys of one tile.
 template <class P, class In>
-void Attention<P, In>::add_key_gradients(int64_t tile, int64_t count) {
+template <class G>
+void Attention<P, In>::add_key_gradients(G& group, int64_t tile, int64_t count) {
   const Word* weights = (const Word*)panel(scores_, tile, 0);
   const Word* dscores = P::pack == 1 ? (const Word*)panel(dscores_, tile, 0) : weights + kWidth;
   for (int64_t key = tile * kWidth; key < (tile + 1) * kWidth && key < n_; key += kKeyRows)
     for_each_column([&](int64_t c, auto vectors) {
       constexpr int NV = decltype(vectors)::value;
+      fetch_ahead(group, kDout);
       for (int product = 0; product < 2; ++product) {
         T* to = (product ? dk_ : dv_) + key * padded_ + c;
         Vec<T> g[kKeyRows][NV];

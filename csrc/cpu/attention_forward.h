@@ -10,10 +10,9 @@ void Attention<P, In>::forward(G& group) {
   pack_in_lanes(group, kK, keys_in_lanes_);
   pack_in_rows(group, kV, values_in_rows_);
   group.keys_packed();
-  for_each_block(group.query_count(), [&](int64_t first, auto rows) {
-    group.prefetch(first, first + rows.value, kV);
-    this->template forward_block<decltype(rows)::value>(group, first);
-  });
+  start_fetching(ceil_div(group.query_count(), kQueryRows) * (tiles_ + columns()));
+  for_each_block(group.query_count(),
+                 [&](int64_t first, auto rows) { this->template forward_block<decltype(rows)::value>(group, first); });
 }
 
 // R queries from the first on; those beyond the last query are zeros, and their results are dropped.
@@ -25,11 +24,13 @@ void Attention<P, In>::forward_block(G& group, int64_t first) {
     const int64_t i = group.query(first + (r < count ? r : 0));
     row_words<P>(r < count ? group.row(kQ, i) : kZeros<In>, d_, q_ + r * kMaxDim);
     group.set_row(r, i);
+    group.expect(kOut, i);
   }
   range_ = group.choose_tiles(first, count);
   Vec<T> top[R];
   for (auto& t : top) t = splat(-kInfinity);
   for_each_tile([&](int64_t tile, auto vectors, auto tail) {
+    fetch_ahead(group, kV);
     this->template score_tile<R, decltype(vectors)::value, decltype(tail)::value>(group, 0, tile, top);
   });
   // Three loops, so that the latency of one row's reductions hides behind the other rows'.
@@ -59,6 +60,7 @@ void Attention<P, In>::forward_block(G& group, int64_t first) {
   }
   for_each_column([&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
+    fetch_ahead(group, kV);
     Vec<T> o[R][NV];
     clear(o);
     for (int64_t tile = range_.first; tile < range_.last; ++tile)

@@ -64,6 +64,10 @@ class LongSequences {
     }
   }
 
+  void expect(Slot slot, int64_t i) const {
+    if (i >= a_.cls) fetch_row<true>(rows_[slot].patch(i - a_.cls), a_.head_dim);
+  }
+
   TileRange choose_tiles(int64_t, int64_t) const { return engine_.all_tiles(); }
   template <int R, int NV>
   VIDATTN_INLINE void finish_scores(int64_t, int64_t, T scale, Vec<T> (&s)[R][NV]) const {
@@ -118,11 +122,13 @@ void add_frames(const DividedArgs& a, bool backward, int64_t clip) {
     const T* from = (const T*)(backward ? a.cls_gradients : a.cls_out);
     from += (which * a.batch + clip) * a.frames * a.heads * a.head_dim;
     for (int64_t head = 0; head < a.heads; ++head) {
-      T total[kMaxDim] = {};
+      double total[kMaxDim] = {};  // there may be many frames
       for (int64_t t = 0; t < a.frames; ++t)
         for (int64_t c = 0; c < a.head_dim; ++c) total[c] += from[(t * a.heads + head) * a.head_dim + c];
       In* row = (In*)to.data + clip * to.stride[0] + head * to.stride[2] - to.stride[1];
-      narrow_row(total, backward ? T(1) : 1 / T(a.frames), row, a.head_dim);
+      T exact[kMaxDim];
+      for (int64_t c = 0; c < a.head_dim; ++c) exact[c] = T(backward ? total[c] : total[c] / double(a.frames));
+      narrow_row(exact, T(1), row, a.head_dim);
     }
   }
 }

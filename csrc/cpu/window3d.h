@@ -105,6 +105,10 @@ class Window3d {
     }
   }
 
+  void expect(Slot slot, int64_t i) const {
+    if (now_->real(i)) fetch_row<true>(rows_[slot].row(i), d_);
+  }
+
   void keys_packed() {
     if (!has_regions()) return;
     longest_key_ = engine_.longest_key();
