@@ -7,11 +7,6 @@
 
 namespace vidattn {
 
-struct RowTensor {  // (batch, patch, heads, head_dim), last stride 1; null data = absent
-  void* data = nullptr;
-  int64_t stride[3] = {0, 0, 0};
-};
-
 // One clip's patches as sequences along one axis. The patch at position p of group g of a clip has the number
 // g * group_step + p * position_step.
 struct DividedArgs {
