@@ -276,3 +276,6 @@ def _compare(before: list[Tensor], after: list[Tensor], exact: list[Tensor]) -> 
 register_twin("vidattn.models.video_swin.BasicLayer", "vidattn.nn:FusedBasicLayer")
 register_twin("vidattn.models.video_swin.SwinTransformerBlock3D", "vidattn.nn:FusedSwinTransformerBlock3D")
 register_twin("vidattn.models.video_swin.WindowAttention3D", "vidattn.nn:FusedWindowAttention3D")
+register_twin("vidattn.models.timesformer.Attention", "vidattn.nn:FusedAttention")
+register_twin("vidattn.models.timesformer.Block", "vidattn.nn:FusedBlock")
+register_twin("vidattn.models.vivit_layers.MultiHeadDotProductAttention", "vidattn.nn:FusedMultiHeadDotProductAttention")
