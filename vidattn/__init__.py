@@ -8,7 +8,13 @@ import torch  # noqa: F401  # the compiled extension needs torch's libraries loa
 from vidattn.accelerate import Acceleration, accelerate
 from vidattn.backends import current_backend, list_backends, set_backend, use_backend, warmup, why_not
 from vidattn.geometry import explain_windows
-from vidattn.ops import window3d_attention, window_attention
+from vidattn.ops import (
+    factorized_dot_product_attention,
+    spatial_attention,
+    temporal_attention,
+    window3d_attention,
+    window_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -17,8 +23,11 @@ __all__ = [
     "accelerate",
     "current_backend",
     "explain_windows",
+    "factorized_dot_product_attention",
     "list_backends",
     "set_backend",
+    "spatial_attention",
+    "temporal_attention",
     "use_backend",
     "warmup",
     "why_not",

@@ -89,6 +89,13 @@ def check_dropout(function: str, dropout_p: float) -> float:
     return value
 
 
+def integer(function: str, name: str, value: int) -> int:
+    """Return ``value``, or raise if it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
+    return value
+
+
 def finite_number(function: str, name: str, value: float) -> float:
     """Return ``value`` as a float, or raise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vidattn.backends import TRITON_INTERPRETED, AttentionCall, register_kernel, register_op
 
-__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_native", "register_triton"]
+__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_function"]
 
 _MAX_HEAD_DIM = 128
 
@@ -52,10 +52,30 @@ def describe_call(op: str, q: Tensor) -> AttentionCall:
     return AttentionCall(op, q.device.type, q.dtype, q.shape[-1])
 
 
+def register_function(name: str, *, arguments: Callable[..., Any], native: str) -> None:
+    """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
+
+    Args:
+        name: name of the function.
+        arguments: takes the function's arguments and returns its validated tensors first.
+        native: name of the native op of the extension, defined in the ``vidattn`` namespace.
+    """
+    missing = native_kernel_missing(native, "CPU")
+    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0].q))
+    register_kernel(name, "cpu", lambda: missing, _check_head_dim)
+    register_kernel(name, "triton", _triton_missing, _check_triton)
+
+
+def save_everything(ctx: Any, tensors: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep an op's tensors, context and log-sum-exp for its backward pass."""
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+
+
 def register_attention(
     name: str,
     *,
-    arguments: Callable[..., Any],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     fake: Callable[..., Any],
@@ -63,34 +83,38 @@ def register_attention(
     autograd: Callable[..., Any],
     flops: Callable[..., int],
     num_tensors: int,
+    num_outputs: int = 2,
+    num_gradients: int = 1,
+    save: Callable[..., None] = save_everything,
 ) -> None:
     """Give the ops ``name`` and ``name_backward``, whose schemas are defined, all they need besides kernels.
 
+    The arguments of the backward op are gradients, the op's tensors, its outputs, the op's options and what it adds.
+
     Args:
-        name: name of the op and of its public function.
-        arguments: takes the public function's arguments and returns its validated tensors first.
+        name: name of the op.
         forward: implementation of the op on every device, which routes by its last argument, the backend.
         backward: the same of the backward op.
         fake: allocates the op's outputs.
         fake_backward: allocates the backward op's outputs.
-        autograd: backward function; its context saves the op's tensors and outputs and, as ``options``, the rest.
+        autograd: backward function; its context has what ``save`` saved and, as ``options``, the rest of the arguments.
         flops: takes the shapes and options of the op, and counts floating point operations of the forward pass.
         num_tensors: number of tensor arguments of the op, which come first.
+        num_outputs: number of outputs of the op.
+        num_gradients: number of gradients that the backward op is given.
+        save: takes the context, the op's tensors and its outputs, and keeps what the backward pass needs: never an
+            (N, N) tensor, a mask, a rolled or padded copy.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # Inputs, output and log-sum-exp are all that is kept: never an (N, N) tensor, a mask, a rolled or padded copy.
-        ctx.save_for_backward(*inputs[:num_tensors], *output)
         ctx.options = inputs[num_tensors:]
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)
+        save(ctx, inputs[:num_tensors], output)
 
     def no_second_derivative(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
-            f"the op {name} has no second derivative; vidattn.reference.{name} is differentiable to any order"
+            f"the op {name} has no second derivative; what vidattn.reference offers is differentiable to any order"
         )
 
-    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0].q))
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vidattn::{name}", fake, lib=LIBRARY)
@@ -101,32 +125,13 @@ def register_attention(
     def forward_flops(*args: Any, **_: Any) -> int:
         return flops(args[:num_tensors], args[num_tensors:])
 
-    def backward_flops(grad_out: Sequence[int], *args: Any, **_: Any) -> int:
+    def backward_flops(*args: Any, **_: Any) -> int:
         # Five products (the scores again, dv, dP, dq, dk) where the forward pass has two.
-        return flops(args[:num_tensors], args[num_tensors + 2 :]) * 5 // 2
+        tensors, rest = args[num_gradients:][:num_tensors], args[num_gradients + num_tensors + num_outputs :]
+        return flops(tensors, rest) * 5 // 2
 
     register_flop_formula(getattr(torch.ops.vidattn, name))(forward_flops)
     register_flop_formula(getattr(torch.ops.vidattn, f"{name}_backward"))(backward_flops)
-
-
-def register_native(name: str, native: str) -> None:
-    """Offer a native op of the extension as the backend of its device.
-
-    Args:
-        name: name of the public function.
-        native: name of the native op, defined in the ``vidattn`` namespace.
-    """
-    missing = native_kernel_missing(native, "CPU")
-    register_kernel(name, "cpu", lambda: missing, _check_head_dim)
-
-
-def register_triton(name: str) -> None:
-    """Offer an op's Triton kernels as a backend of GPUs.
-
-    Args:
-        name: name of the public function.
-    """
-    register_kernel(name, "triton", _triton_missing, _check_triton)
 
 
 def _triton_missing() -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, stack
 
-from vidattn.reference.window3d import accumulator_dtype
+from vidattn.reference.attention import accumulator_dtype
 
 
 def last_dim_dense(x: Tensor) -> Tensor:

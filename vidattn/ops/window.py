@@ -15,7 +15,7 @@ from vidattn import reference
 from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native, register_triton
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
 
@@ -248,9 +248,9 @@ def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
     return 4 * groups * heads * tokens**2 * head_dim
 
 
+register_function("window_attention", arguments=_arguments, native=NATIVE_FORWARD)
 register_attention(
     "window_attention",
-    arguments=_arguments,
     forward=_forward,
     backward=_backward,
     fake=tensors.fake_outputs,
@@ -259,5 +259,3 @@ register_attention(
     flops=_flops,
     num_tensors=6,
 )
-register_native("window_attention", NATIVE_FORWARD)
-register_triton("window_attention")

@@ -20,7 +20,7 @@ from vidattn import reference
 from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_native, register_triton
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
 from vidattn.reference.window3d import window3d_attention_backward
 
 __all__ = ["window3d_attention"]
@@ -392,9 +392,9 @@ def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
     return 4 * q_shape[0] * windows.num_windows * heads * windows.num_tokens**2 * head_dim
 
 
+register_function("window3d_attention", arguments=_arguments, native=NATIVE_FORWARD)
 register_attention(
     "window3d_attention",
-    arguments=_arguments,
     forward=_forward,
     backward=_backward,
     fake=tensors.fake_outputs,
@@ -403,5 +403,3 @@ register_attention(
     flops=_flops,
     num_tensors=6,
 )
-register_native("window3d_attention", NATIVE_FORWARD)
-register_triton("window3d_attention")

@@ -49,7 +49,7 @@ def philox4x32(
 
 
 def dropout_keep_mask(
-    seed: torch.Tensor, dropout_p: float, groups: int, heads: int, queries: int, keys: int
+    seed: torch.Tensor, dropout_p: float, groups: int, heads: int, queries: int, keys: int, *, first_head: int = 0
 ) -> torch.Tensor:
     """Draw the entries of the probability matrices that dropout keeps.
 
@@ -60,6 +60,7 @@ def dropout_keep_mask(
         heads: number of heads.
         queries: query tokens of a group.
         keys: key tokens of a group.
+        first_head: number of the first head.
 
     Returns:
         bool (groups, heads, queries, keys) on the seed's device, true where kept.
@@ -69,7 +70,7 @@ def dropout_keep_mask(
         (
             torch.arange(-(-keys // 4), device=seed.device),
             torch.arange(queries, device=seed.device)[:, None],
-            torch.arange(heads, device=seed.device)[:, None, None],
+            torch.arange(first_head, first_head + heads, device=seed.device)[:, None, None],
             torch.arange(groups, device=seed.device)[:, None, None, None],
         ),
         (seed & _LOW_BITS, seed >> 32 & _LOW_BITS),

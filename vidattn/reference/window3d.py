@@ -1,25 +1,17 @@
 """3D window attention in plain PyTorch (Video Swin Transformer, arXiv 2106.13230, sections 3.2 and 3.3).
 
-One window holds N = wd * wh * ww tokens with queries q, keys k and values v of head dimension d. Per window and head::
+The groups of :mod:`vidattn.reference.attention` are windows of N = wd * wh * ww tokens, and equation 2 adds to their
+scores
 
-    S = scale * q k^T + B + M            scores                                   (equation 2 with the shift mask)
-    P = softmax_j(S)                     probabilities
-    L = log sum_j exp(S_ij)              log-sum-exp of a row, all that a backward pass needs to rebuild P
-    R = P * keep / (1 - p)               dropout, on the probabilities, not renormalised
-    O = R v                              context
+* B, the relative position bias, one row of a table per coordinate difference (section 3.3);
+* M, ``mask_value`` (additive -100, not -inf, in the released code) for the pairs of a shifted window that the cyclic
+  shift put side by side without their being neighbours (section 3.2).
 
-B is the relative position bias, one row of a table per coordinate difference (section 3.3). M is ``mask_value``
-(additive -100, not -inf, in the released code) for the pairs of a shifted window that the cyclic shift put side by side
-without their being neighbours (section 3.2). Padding tokens are ordinary keys: they hold ``pad_qkv``, and no mask
-covers them. A row whose scores are all -inf gives context 0 and L = -inf.
+Padding tokens are ordinary keys: they hold ``pad_qkv``, and no mask covers them.
 
-Backward, with dO the gradient of the context (zero in rows of padding queries)::
-
-    dv = R^T dO          dR = dO v^T          delta_i = sum_e dO_ie O_ie
-    dS = P * (dR * keep / (1 - p) - delta)
-    dq = scale * dS k    dk = scale * dS^T q  dB = sum of dS over windows
-
-Padding slots add their dk and dv to the gradient of ``pad_qkv``; padding queries have no output, so its q part gets 0.
+Backward, the gradient of B is the sum of dS over windows. The gradient of the context is zero in rows of padding
+queries. Padding slots add their dk and dv to the gradient of ``pad_qkv``; padding queries have no output, so its q part
+gets 0.
 """
 
 from __future__ import annotations
@@ -31,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidattn import geometry as geo
-from vidattn.reference.philox import dropout_keep_mask
+from vidattn.reference.attention import accumulator_dtype, attend, attend_backward
 
 __all__ = ["window3d_attention", "window3d_attention_backward", "window_attention", "window_attention_backward"]
 
@@ -79,7 +71,7 @@ def window3d_attention(
     bias = _dense_bias(bias_table, window_size, windows, bias_index, q.device)
     mask = _additive_mask(windows, mask_value, q)
     q, k, v = _windows_of((q, k, v), pad_qkv, windows)
-    out, lse = _attend(q, k, v, bias, mask, scale, dropout_p, seed)
+    out, lse = attend(q, k, v, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed)
     out = _crop(_from_windows(out, windows), windows).to(dtype).contiguous()
     if not return_lse:
         return out
@@ -113,35 +105,10 @@ def window_attention(
         (G, N, h * d) in q's dtype, and with ``return_lse`` also (G, N, h) in float32 (float64 for float64).
     """
     q, k, v = qkv.unbind(-3) if isinstance(qkv, Tensor) else qkv
-    out, lse = _attend(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = attend(q, k, v, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend inside windows (G, N, h, d): context (G, N, h * d) and log-sum-exp (G, N, h), not rounded."""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, bias, mask, scale)
-        # A row of -inf alone must give zeros and zero gradients, not the NaN of -inf - -inf: its maximum reads 0.
-        row_max = scores.detach().amax(-1, keepdim=True)
-        row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
-        weights = (scores - row_max).exp()
-        row_sum = weights.sum(-1, keepdim=True)
-        lse = (row_max + row_sum.log()).squeeze(-1).transpose(1, 2).contiguous()
-        probabilities = weights / row_sum.masked_fill(row_sum == 0, 1.0)
-        if dropout_p > 0:
-            probabilities = probabilities * _keep_factors(probabilities, dropout_p, seed)
-        out = probabilities @ _by_head(v)
-    return out.transpose(1, 2).flatten(2), lse
 
 
 def window3d_attention_backward(
@@ -161,7 +128,7 @@ def window3d_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differentiate :func:`window3d_attention` by the formulas of this module, from its output and log-sum-exp.
+    """Differentiate :func:`window3d_attention` by its formulas, from its output and log-sum-exp.
 
     Args:
         grad_out: (B, D, H, W, h * d), gradient of the context.
@@ -188,9 +155,9 @@ def window3d_attention_backward(
     bias = _dense_bias(bias_table, window_size, windows, bias_index, lse.device)
     mask = _additive_mask(windows, mask_value, q)
     # Rows of padding queries carry no gradient: a log-sum-exp of +inf makes their probabilities 0.
-    window_grads = window_attention_backward(
+    window_grads = attend_backward(
         _to_windows(grad_out, windows),
-        _windows_of(qkv, pad_qkv, windows),
+        *_windows_of(qkv, pad_qkv, windows),
         bias,
         mask,
         _to_windows(out, windows),
@@ -198,7 +165,6 @@ def window3d_attention_backward(
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
-        round_gradients=False,
     )
     grids = [_from_windows(grad, windows) for grad in window_grads[:3]]
     grad_pad = None
@@ -229,9 +195,8 @@ def window_attention_backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
-    round_gradients: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`window_attention` by the formulas of this module, from its output and log-sum-exp.
+    """Differentiate :func:`window_attention` by its formulas, from its output and log-sum-exp.
 
     Args:
         grad_out: (G, N, h * d), gradient of the context.
@@ -243,58 +208,15 @@ def window_attention_backward(
         scale: factor of q k^T.
         dropout_p: dropout probability.
         seed: int64 tensor with one element.
-        round_gradients: give the gradients of q, k, v in q's dtype rather than the accumulator's.
 
     Returns:
         Gradients of q, k, v, and that of the bias (None without one) in float32 (float64 for float64).
     """
-    q, k, v = qkv
-    with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, bias, mask, scale)
-        row_lse = lse.transpose(1, 2)[..., None]
-        probabilities = (scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp()
-        grad_heads = _by_head(grad_out.unflatten(-1, q.shape[2:]))
-        grad_probabilities = grad_heads @ _by_head(v).transpose(-2, -1)
-        dropped = probabilities
-        if dropout_p > 0:
-            factors = _keep_factors(probabilities, dropout_p, seed)
-            dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        delta = (grad_heads * _by_head(out.unflatten(-1, q.shape[2:]))).sum(-1, keepdim=True)
-        grad_scores = probabilities * (grad_probabilities - delta)
-        grad_v = dropped.transpose(-2, -1) @ grad_heads
-        grad_q = scale * (grad_scores @ _by_head(k))
-        grad_k = scale * (grad_scores.transpose(-2, -1) @ _by_head(q))
-        grad_bias = None if bias is None else grad_scores.sum(0)
-    dtype = q.dtype if round_gradients else grad_q.dtype
-    grad_q, grad_k, grad_v = (grad.transpose(1, 2).to(dtype) for grad in (grad_q, grad_k, grad_v))
+    *grads, grad_bias = attend_backward(
+        grad_out, *qkv, bias, mask, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+    grad_q, grad_k, grad_v = (grad.to(qkv[0].dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_bias
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of scores, softmax and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """Bring (G, N, h, d) to (G, h, N, d) in the accumulator's dtype."""
-    return x.transpose(1, 2).to(accumulator_dtype(x.dtype))
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    scores = scale * (_by_head(q) @ _by_head(k).transpose(-2, -1))  # (G, h, N, N)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    if mask is not None:
-        grouped = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
-        scores = (grouped + mask.to(scores.dtype)[:, None]).flatten(0, 1)
-    return scores
-
-
-def _keep_factors(probabilities: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    if seed is None:
-        raise ValueError("seed: expected an int64 tensor with one element when dropout_p > 0, got None")
-    keep = dropout_keep_mask(seed, dropout_p, *probabilities.shape)
-    return keep.to(probabilities.dtype) / (1.0 - dropout_p)
 
 
 def _dense_bias(

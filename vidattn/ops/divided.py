@@ -1,0 +1,530 @@
+"""Attention over time, over space, or over both with different heads: three functions, one op, its gradient and cost.
+
+From a call to its kernel: the public function validates, applies autocast and picks the backend;
+``torch.ops.vidattn.divided_attention`` is opaque to autograd and compilers and routes by the backend's name to
+``reference/divided.py``, to ``kernels/divided.py`` or to the native op that the extension registers for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidattn.backends import choose_backend
+from vidattn.ops import _arguments as arguments
+from vidattn.ops import _tensors as tensors
+from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.reference import divided as reference
+from vidattn.reference.attention import accumulator_dtype
+
+__all__ = ["factorized_dot_product_attention", "spatial_attention", "temporal_attention"]
+
+TOKEN_ORDERS = ("thw", "hwt")
+CLS_TOKENS = (None, "mean", "per_frame")
+# Up to so many keys a Triton program has a whole row of scores at hand, so its backward pass needs no log-sum-exp.
+WHOLE_ROW_KEYS = 256
+
+
+def temporal_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend over the frames of each site of a clip, reading the tokens where they lie.
+
+    The gradient comes back in the layout of ``qkv``. Scores, softmax and sums are float32 (float64 for float64)
+    whatever the dtype of q. Under autocast q, k and v are cast.
+
+    Args:
+        qkv: (B, T * N, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is
+            copied once); or a tuple (q, k, v) of (B, T * N, h, d). float32, bfloat16, float16 or float64. Tokens
+            without a cls token: slice it off, which copies nothing.
+        num_frames: frames T of the clip.
+        token_order: "thw" (ViViT, diffusion models: token t * N + n) or "hwt" (TimeSformer: token n * T + t).
+        scale: factor of q k^T; d**-0.5 when None.
+        dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
+        backend: backend of this call, strict; None for the one in force.
+
+    Returns:
+        (B, T * N, h * d), contiguous, in q's dtype and the input's token order.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, size, device or option does not fit, or the named backend cannot run the call.
+
+    Reference:
+        Is Space-Time Attention All You Need for Video Understanding?, arXiv 2102.05095, section 3, equation 11 without
+        the cls token as key, like the released code; ViViT, arXiv 2103.15691, section 3.3 (model 3).
+
+    Example:
+        >>> import torch, vidattn
+        >>> x = torch.randn(2, 1 + 196 * 8, 96)  # TimeSformer: a cls token, then the frames of each patch
+        >>> qkv = torch.nn.Linear(96, 3 * 96)(x[:, 1:]).unflatten(-1, (3, 3, 32))
+        >>> vidattn.temporal_attention(qkv, 8, token_order="hwt").shape
+        torch.Size([2, 1568, 96])
+    """
+    inputs, options = _temporal_arguments(qkv, num_frames, token_order=token_order, scale=scale, dropout_p=dropout_p)
+    return _call("temporal_attention", inputs, options, backend)[0]
+
+
+def spatial_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    cls_token: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend over the sites of each frame of a clip, and over a cls token that its frames share without copies of it.
+
+    The gradient comes back in the layout of ``qkv``; that of the cls token is summed over the frames in a fixed order.
+    Scores, softmax and sums are float32 (float64 for float64) whatever the dtype of q. Under autocast q, k and v are
+    cast.
+
+    Args:
+        qkv: (B, S, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is copied
+            once); or a tuple (q, k, v) of (B, S, h, d). float32, bfloat16, float16 or float64. S is T * N, and with a
+            cls token 1 + T * N: row 0 is the token.
+        num_frames: frames T of the clip.
+        token_order: order of the patches, "thw" (ViViT, diffusion models: t * N + n) or "hwt" (TimeSformer: n * T + t).
+        cls_token: None; "mean" (TimeSformer: row 0 of the result is the mean over the frames of what the token attends
+            to in each) or "per_frame" (the same input; these contexts apart, so that each frame can be dropped or
+            projected by itself).
+        scale: factor of q k^T; d**-0.5 when None.
+        dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
+        backend: backend of this call, strict; None for the one in force.
+
+    Returns:
+        (B, S, h * d), contiguous, in q's dtype and the input's token order. For "per_frame" a pair: the patches
+        (B, T * N, h * d) and the contexts of the cls token (B, T, h * d).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, size, device or option does not fit, or the named backend cannot run the call.
+
+    Reference:
+        Is Space-Time Attention All You Need for Video Understanding?, arXiv 2102.05095, section 3, equation 12; ViViT,
+        arXiv 2103.15691, section 3.3 (models 2 and 3).
+
+    Example:
+        >>> import torch, vidattn
+        >>> x = torch.randn(2, 1 + 196 * 8, 96)
+        >>> qkv = torch.nn.Linear(96, 3 * 96)(x).unflatten(-1, (3, 3, 32))
+        >>> vidattn.spatial_attention(qkv, 8, token_order="hwt", cls_token="mean").shape
+        torch.Size([2, 1569, 96])
+    """
+    inputs, options = _spatial_arguments(
+        qkv, num_frames, token_order=token_order, cls_token=cls_token, scale=scale, dropout_p=dropout_p
+    )
+    out, cls = _call("spatial_attention", inputs, options, backend)
+    return (out, cls) if cls_token == "per_frame" else out
+
+
+def factorized_dot_product_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    num_temporal_heads: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend over the frames of each site with the first heads, over the sites of each frame with the others.
+
+    The gradient comes back in the layout of ``qkv``. Scores, softmax and sums are float32 (float64 for float64)
+    whatever the dtype of q. Under autocast q, k and v are cast.
+
+    Args:
+        qkv: (B, T * N, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is
+            copied once); or a tuple (q, k, v) of (B, T * N, h, d). float32, bfloat16, float16 or float64.
+        num_frames: frames T of the clip.
+        token_order: "thw" (ViViT: token t * N + n) or "hwt" (token n * T + t).
+        num_temporal_heads: heads that attend over time, 0 to h; None for half of an even number.
+        scale: factor of q k^T; d**-0.5 when None.
+        dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
+        backend: backend of this call, strict; None for the one in force.
+
+    Returns:
+        (B, T * N, h * d), contiguous, in q's dtype and the input's token order: no heads to concatenate.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, size, device or option does not fit, the number of heads is odd and not divided by
+            ``num_temporal_heads``, or the named backend cannot run the call.
+
+    Reference:
+        ViViT: A Video Vision Transformer, arXiv 2103.15691, section 3.3 (model 4), equation 7 and after.
+
+    Example:
+        >>> import torch, vidattn
+        >>> qkv = torch.randn(1, 16 * 196, 3, 12, 64)
+        >>> vidattn.factorized_dot_product_attention(qkv, 16).shape
+        torch.Size([1, 3136, 768])
+    """
+    inputs, options = _factorized_arguments(
+        qkv,
+        num_frames,
+        token_order=token_order,
+        num_temporal_heads=num_temporal_heads,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return _call("factorized_dot_product_attention", inputs, options, backend)[0]
+
+
+# ---- Arguments: validated, with autocast applied, in the order of the schema ----
+
+
+class _Inputs(NamedTuple):
+    q: Tensor  # the packed qkv when k and v are None
+    k: Tensor | None
+    v: Tensor | None
+
+
+class _Options(NamedTuple):
+    num_frames: int
+    token_order: str
+    temporal_heads: int  # the first so many attend over time, the others over space
+    cls_token: str | None
+    scale: float
+    dropout_p: float
+
+
+def _temporal_arguments(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[_Inputs, _Options]:
+    return _arguments("temporal_attention", qkv, num_frames, token_order, lambda heads: heads, None, scale, dropout_p)
+
+
+def _spatial_arguments(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    cls_token: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[_Inputs, _Options]:
+    name = "spatial_attention"
+    if cls_token not in CLS_TOKENS:
+        raise ValueError(f"{name}: cls_token: expected one of {CLS_TOKENS}, got {cls_token!r}")
+    return _arguments(name, qkv, num_frames, token_order, lambda heads: 0, cls_token, scale, dropout_p)
+
+
+def _factorized_arguments(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    *,
+    token_order: str = "thw",
+    num_temporal_heads: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[_Inputs, _Options]:
+    name = "factorized_dot_product_attention"
+
+    def temporal_heads(heads: int) -> int:
+        if num_temporal_heads is None:
+            if heads % 2:
+                raise ValueError(
+                    f"{name}: qkv: expected an even number of heads, half for time and half for space, got {heads};"
+                    " num_temporal_heads divides them otherwise"
+                )
+            return heads // 2
+        chosen = arguments.integer(name, "num_temporal_heads", num_temporal_heads)
+        if not 0 <= chosen <= heads:
+            raise ValueError(f"{name}: num_temporal_heads: expected 0 to {heads}, the number of heads, got {chosen}")
+        return chosen
+
+    return _arguments(name, qkv, num_frames, token_order, temporal_heads, None, scale, dropout_p)
+
+
+def _arguments(
+    name: str,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    num_frames: int,
+    token_order: str,
+    temporal_heads: Callable[[int], int],
+    cls_token: str | None,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[_Inputs, _Options]:
+    q, k, v = arguments.split_qkv(name, qkv, "(B, S, 3, h, d)", "(B, S, h, d)")
+    heads, head_dim = q.shape[-2:]
+    frames = arguments.integer(name, "num_frames", num_frames)
+    if frames < 1:
+        raise ValueError(f"{name}: num_frames: expected at least 1, got {frames}")
+    tokens = q.shape[1]
+    if cls_token is None and tokens % frames != 0:
+        raise ValueError(f"{name}: qkv: expected num_frames * N = {frames} * N tokens, got {tokens}")
+    if cls_token is not None and (tokens <= 1 or (tokens - 1) % frames != 0):
+        raise ValueError(
+            f"{name}: qkv: expected a cls token and num_frames * N = 1 + {frames} * N tokens with N >= 1, got {tokens}"
+        )
+    if token_order not in TOKEN_ORDERS:
+        raise ValueError(f"{name}: token_order: expected one of {TOKEN_ORDERS}, got {token_order!r}")
+    return _Inputs(q, k, v), _Options(
+        frames,
+        token_order,
+        temporal_heads(heads),
+        cls_token,
+        arguments.check_scale(name, scale, head_dim),
+        arguments.check_dropout(name, dropout_p),
+    )
+
+
+def _call(name: str, inputs: _Inputs, options: _Options, backend: str | None) -> tuple[Tensor, Tensor]:
+    chosen = choose_backend(describe_call(name, inputs.q), backend)
+    seed = arguments.draw_seed(inputs.q, options.dropout_p)
+    out, cls, _ = torch.ops.vidattn.divided_attention(*inputs, seed, *options, chosen)
+    return out, cls
+
+
+# ---- Schemas ----
+
+_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
+_OPTIONS = "int num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
+# cls is the context of the cls token in each frame (B, T, h * d), empty without one. It is an output of "per_frame";
+# with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
+LIBRARY.define(
+    f"divided_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor cls, Tensor lse)", tags=TAGS
+)
+# Without k and v, grad_q is the gradient of the packed qkv. out, cls and lse are there if the forward pass kept an lse.
+LIBRARY.define(
+    f"divided_attention_backward(Tensor grad_out, Tensor? grad_cls, {_INPUTS}, Tensor? out, Tensor? cls, Tensor? lse,"
+    f" {_OPTIONS}, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    tags=TAGS,
+)
+# Implemented by the extension per device. out, dout: patches (B, T * N, h * d) in token order. cls, dcls: (B, T, h * d)
+# in the accumulator's dtype, given if and only if row 0 of q, k, v, dq, dk and dv is a cls token. cls_mean: (B, h * d),
+# where the mean of cls goes. lse: of the patches in token order, then of the cls token in each frame.
+NATIVE_FORWARD = "_divided_attention_forward"
+_NATIVE_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? seed"
+_NATIVE_OPTIONS = "int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p"
+LIBRARY.define(
+    f"{NATIVE_FORWARD}({_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
+    " Tensor(a!) out, Tensor(b!)? cls, Tensor(c!)? cls_mean, Tensor(d!)? lse) -> ()"
+)
+LIBRARY.define(
+    f"_divided_attention_backward(Tensor dout, Tensor? dcls, {_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
+    " Tensor? out, Tensor? cls, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+)
+
+
+# ---- Implementations ----
+
+
+def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Give the forward and backward pass of a backend, both with the arguments of the native ops.
+
+    Args:
+        backend: "cpu", "cuda" or "triton".
+
+    Returns:
+        Two functions that write into the tensors they are given last.
+    """
+    if backend == "triton":
+        from vidattn.kernels import divided  # Triton is imported on first use, if ever
+
+        return divided.forward, divided.backward
+    return torch.ops.vidattn._divided_attention_forward, torch.ops.vidattn._divided_attention_backward
+
+
+def _new_outputs(
+    q: Tensor, num_frames: int, temporal_heads: int, cls_token: str | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate out, cls and lse for q (B, S, h, d)."""
+    batch, tokens, heads, head_dim = q.shape
+    accumulator = accumulator_dtype(q.dtype)
+    cls_frames = 0 if cls_token is None else num_frames
+    patches = tokens if cls_token is None else tokens - 1
+    out = q.new_empty(batch, patches if cls_token == "per_frame" else tokens, heads * head_dim)
+    cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
+    cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
+    time_keys = num_frames if temporal_heads > 0 else 0
+    space_keys = tokens - patches + patches // num_frames if temporal_heads < heads else 0
+    keeps_lse = backend == "triton" and max(time_keys, space_keys) > WHOLE_ROW_KEYS
+    lse = q.new_empty(batch, patches + cls_frames if keeps_lse else 0, heads, dtype=accumulator)
+    return out, cls, lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    num_frames: int,
+    token_order: str,
+    temporal_heads: int,
+    cls_token: str | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = tensors.separate(q, k, v)
+    out, cls, lse = _new_outputs(qkv[0], num_frames, temporal_heads, cls_token, backend)
+    if out.numel() == 0:
+        return out, cls, lse
+    if backend == "reference":
+        out, cls = reference.divided_attention(
+            *qkv, seed, num_frames, token_order, temporal_heads, cls_token, scale, dropout_p
+        )
+        return out.contiguous(), cls.contiguous(), lse
+    exact_cls = None if cls_token is None else cls.to(lse.dtype)
+    launch_forward, _ = launch_functions(backend)
+    launch_forward(
+        *qkv,
+        seed,
+        num_frames,
+        token_order == "hwt",
+        temporal_heads,
+        scale,
+        dropout_p,
+        out[:, 1:] if cls_token == "mean" else out,
+        exact_cls,
+        out[:, 0] if cls_token == "mean" else None,
+        lse if lse.shape[1] > 0 else None,
+    )
+    if exact_cls is not None and exact_cls is not cls:
+        cls.copy_(exact_cls)
+    return out, cls, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_cls: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor | None,
+    cls: Tensor | None,
+    lse: Tensor | None,
+    num_frames: int,
+    token_order: str,
+    temporal_heads: int,
+    cls_token: str | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    qkv = tensors.separate(q, k, v)
+    if backend == "reference" and grad_out.numel() > 0:
+        found = reference.divided_attention_backward(
+            grad_out, grad_cls, *qkv, seed, num_frames, token_order, temporal_heads, cls_token, scale, dropout_p
+        )
+        return tensors.pack(k, found)
+    grads, views = tensors.new_gradients(q, k, v)
+    if grad_out.numel() == 0:
+        return grads
+    accumulator = accumulator_dtype(q.dtype)
+    grad_out = tensors.last_dim_dense(grad_out)
+    if cls_token == "mean":
+        share = grad_out[:, :1].to(accumulator) / num_frames
+        grad_cls, grad_out = share.expand(-1, num_frames, -1), grad_out[:, 1:]
+        out = None if out is None else out[:, 1:]
+    elif grad_cls is not None:
+        grad_cls = tensors.last_dim_dense(grad_cls.to(accumulator))
+    _, launch_backward = launch_functions(backend)
+    launch_backward(
+        grad_out,
+        grad_cls,
+        *qkv,
+        seed,
+        num_frames,
+        token_order == "hwt",
+        temporal_heads,
+        scale,
+        dropout_p,
+        out,
+        None if cls is None or cls_token is None else cls.to(accumulator),
+        lse,
+        *views,
+    )
+    return grads
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep q, k, v and the seed, and the outputs only where the backward pass rebuilds rows from a log-sum-exp."""
+    _, cls, lse = output
+    cls_token = ctx.options[3]
+    ctx.save_for_backward(*inputs, *(output if lse.shape[1] > 0 else (None, None, None)))
+    ctx.mark_non_differentiable(*((lse,) if cls_token == "per_frame" else (cls, lse)))
+    ctx.set_materialize_grads(cls_token == "per_frame")
+
+
+def _autograd(
+    ctx: Any, grad_out: Tensor | None, grad_cls: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 11
+    *options, backend = ctx.options
+    grads = torch.ops.vidattn.divided_attention_backward(
+        grad_out, grad_cls if options[3] == "per_frame" else None, *ctx.saved_tensors, *options, backend
+    )
+    return (*grads, *(None,) * 8)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    num_frames: int,
+    token_order: str,
+    temporal_heads: int,
+    cls_token: str | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_outputs(q.select(-3, 0) if k is None else q, num_frames, temporal_heads, cls_token, backend)
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_cls: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return tensors.new_gradients(q, k, v)[0]
+
+
+def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+    """Count q k^T and P v, a multiplication and an addition each."""
+    batch, tokens = shapes[0][:2]
+    heads, head_dim = shapes[0][-2:]
+    frames, _, temporal_heads, cls_token, *_ = options
+    cls = 0 if cls_token is None else 1
+    sites = (tokens - cls) // frames
+    over_time, over_space = sites * frames**2, frames * (cls + sites) ** 2
+    return 4 * batch * head_dim * (temporal_heads * over_time + (heads - temporal_heads) * over_space)
+
+
+register_function("temporal_attention", arguments=_temporal_arguments, native=NATIVE_FORWARD)
+register_function("spatial_attention", arguments=_spatial_arguments, native=NATIVE_FORWARD)
+register_function("factorized_dot_product_attention", arguments=_factorized_arguments, native=NATIVE_FORWARD)
+register_attention(
+    "divided_attention",
+    forward=_forward,
+    backward=_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    autograd=_autograd,
+    flops=_flops,
+    num_tensors=4,
+    num_outputs=3,
+    num_gradients=2,
+    save=_save,
+)
