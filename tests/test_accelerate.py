@@ -31,8 +31,8 @@ from vidattn.nn import (
     FusedSwinTransformerBlock3D,
     FusedWindowAttention3D,
     RegionMask,
-    _is_region_mask,
 )
+from vidattn.nn.video_swin import _is_region_mask
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 SMALL: dict[str, Any] = {
