@@ -278,4 +278,6 @@ register_twin("vidattn.models.video_swin.SwinTransformerBlock3D", "vidattn.nn:Fu
 register_twin("vidattn.models.video_swin.WindowAttention3D", "vidattn.nn:FusedWindowAttention3D")
 register_twin("vidattn.models.timesformer.Attention", "vidattn.nn:FusedAttention")
 register_twin("vidattn.models.timesformer.Block", "vidattn.nn:FusedBlock")
-register_twin("vidattn.models.vivit_layers.MultiHeadDotProductAttention", "vidattn.nn:FusedMultiHeadDotProductAttention")
+register_twin(
+    "vidattn.models.vivit_layers.MultiHeadDotProductAttention", "vidattn.nn:FusedMultiHeadDotProductAttention"
+)

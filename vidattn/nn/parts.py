@@ -53,6 +53,8 @@ def attend(
     if first.shape[1] > SDPA_TOKENS and dropout_p == 0.0 and (backend or current_backend()) == "auto":
         query, key, value = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        context = functional.scaled_dot_product_attention(query, key, value, scale=scale)
-        return context.transpose(1, 2).flatten(2)
-    return spatial_attention(qkv, 1, scale=scale, dropout_p=dropout_p, backend=backend)
+        by_head = functional.scaled_dot_product_attention(query, key, value, scale=scale)
+        return by_head.transpose(1, 2).flatten(2)
+    context = spatial_attention(qkv, 1, scale=scale, dropout_p=dropout_p, backend=backend)
+    assert isinstance(context, Tensor)  # there is no cls token
+    return context

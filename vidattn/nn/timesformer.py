@@ -26,11 +26,8 @@ class FusedAttention(Twin, Attention):
         """Map tokens (B, N, C) to (B, N, C)."""
         if dropout_is_watched(self.attn_drop):
             return super().forward(x)
-        if self.with_qkv:
-            qkv = _project(self, x)
-        else:
-            heads = x.unflatten(-1, (self.num_heads, -1))
-            qkv = (heads, heads, heads)
+        heads = None if self.with_qkv else x.unflatten(-1, (self.num_heads, -1))
+        qkv = _project(self, x) if heads is None else (heads, heads, heads)
         context = attend(qkv, scale=self.scale, dropout_p=rate_in_use(self.attn_drop), backend=self.attention_backend)
         return self.proj_drop(self.proj(context)) if self.with_qkv else context
 
@@ -190,9 +187,8 @@ def _fold(block: FusedBlock) -> tuple[Tensor, Tensor] | None:
         return None
     versions = tuple(x._version for x in parameters)
     known = _folded.get(block)
-    if known is not None and known.versions == versions:
-        if all(_same_place(x, old) for x, old in zip(parameters, known.parameters, strict=True)):
-            return known.weight, known.bias
+    if known is not None and known.versions == versions and all(map(_same_place, parameters, known.parameters)):
+        return known.weight, known.bias
     views = tuple(x.detach() for x in parameters)
     w1, b1, w2, b2 = (x.double() for x in views)
     folded = _Folded(views, versions, (w2 @ w1).to(views[0].dtype), (w2 @ b1 + b2).to(views[0].dtype))

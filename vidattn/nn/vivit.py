@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from vidattn.models.vivit_layers import MultiHeadDotProductAttention
 from vidattn.nn.parts import attend
 from vidattn.ops import factorized_dot_product_attention, spatial_attention, temporal_attention
 
-_BY_FRAMES = {
+_BY_FRAMES: dict[str, Callable[..., Any]] = {
     "time": temporal_attention,
     "space": spatial_attention,
     "factorized": factorized_dot_product_attention,
