@@ -338,6 +338,15 @@ def test_attention_dropout(backend: str) -> None:
                 assert (mean - before).abs().mean() < 0.2 * (first - before).abs().mean()
 
 
+@pytest.mark.parametrize("dropped", ["temporal_attn", "attn"])
+def test_each_attention_of_a_block_drops(dropped: str) -> None:
+    block = make_block().train()
+    block.get_submodule(dropped).attn_drop.p = 0.5
+    with vidattn.accelerate(block), CalledOps() as called:
+        first, second = (results(block, tokens(), 2, 4, 1, seed=seed)[0] for seed in (0, 1))
+    assert not torch.allclose(first, second) and "aten::_softmax" not in called.names
+
+
 def test_dropping_everything_is_the_originals_business() -> None:
     block = make_block(attn_drop=1.0).train()
     attention = spread(MultiHeadDotProductAttention(24, 2, "time", dropout_rate=1.0)).train()
