@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.rounds import CLOCK, GEMM
+from benchmarks.rounds import BASELINES, CLOCK
 from benchmarks.shapes import DIRECTIONS, DTYPES, SMOKE_CASES, WINDOW_CASES
 from benchmarks.window3d_contenders import build, contenders
 
@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in cases
             for direction in DIRECTIONS
             for dtype in DTYPES
-            for contender in (*contenders(direction, dtype), GEMM)
+            for contender in (*contenders(direction, dtype), *BASELINES)
         ],
     )
 

@@ -12,7 +12,19 @@ import torch
 
 import vidattn
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.rounds import CLOCK, GEMM, GEMM_FLOPS, check_agreement, gemm, interleave, summarise
+from benchmarks.rounds import (
+    BASELINES,
+    CLOCK,
+    COPY,
+    COPY_BYTES,
+    GEMM,
+    GEMM_FLOPS,
+    check_agreement,
+    copy,
+    gemm,
+    interleave,
+    summarise,
+)
 from benchmarks.shapes import DTYPES
 
 
@@ -83,21 +95,22 @@ def contest(
                 if getattr(item, "function", None) is request.function
                 and arguments.items() <= item.callspec.params.items()
             ]
-            calls = {name: build(contender=name, **arguments) for name in names if name != GEMM}
+            calls = {name: build(contender=name, **arguments) for name in names if name not in BASELINES}
             check_agreement({name: call() for name, call in calls.items()})
-            calls[GEMM] = gemm(DTYPES[arguments["dtype"]])
-            calls[GEMM]()
+            calls |= {GEMM: gemm(DTYPES[arguments["dtype"]]), COPY: copy()}
+            for baseline in BASELINES:
+                calls[baseline]()
             rounds = config.getoption("benchmark_min_rounds") if benchmark.enabled else 1
             seconds = float(config.getoption("benchmark_max_time")) if benchmark.enabled else 0.0
             measured_groups[group] = interleave(calls, rounds, seconds)
         times = measured_groups[group]
-        if contender == GEMM:
-            flops, info = GEMM_FLOPS, {}
+        if contender in BASELINES:
+            flops, info = (GEMM_FLOPS, {}) if contender == GEMM else (0, {"bytes": COPY_BYTES})
         elif benchmark.enabled and not config.getoption("no_peak_memory"):
             builder = f"{build.__module__}:{build.__name__}"
             info["peak_extra_bytes"] = peak_extra_bytes(builder, contender=contender, **arguments)
         benchmark.extra_info.update(arguments, contender=contender, flops=flops, **info)
-        benchmark.extra_info.update(summarise(times, contender, flops))
+        benchmark.extra_info.update(summarise(times, contender, flops, info.get("bytes", 0)))
         benchmark.extra_info.update(backend=backend_in_use(), cpu_isa=cpu_isa(), threads=torch.get_num_threads())
         CLOCK.replay(benchmark, times[contender])
 

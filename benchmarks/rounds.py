@@ -17,9 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-GEMM = "gemm"
+# What the machine has to offer right now, measured in the same rounds: arithmetic, and reading plus writing memory.
+GEMM, COPY = "gemm", "copy"
+BASELINES = (GEMM, COPY)
 GEMM_SIZE = 2048
 GEMM_FLOPS = 2 * GEMM_SIZE**3
+COPY_BYTES = 2 * 2**27  # 128 MiB in, as much out: several times a cache
 
 
 class ReplayClock:
@@ -48,10 +51,16 @@ CLOCK = ReplayClock()
 
 
 def gemm(dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A square matrix product of the given dtype: the arithmetic speed that the machine has to offer right now."""
+    """A square matrix product of the given dtype."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(dtype) for _ in range(2))
     return lambda: left @ right
+
+
+def copy() -> Callable[[], Tensor]:
+    """A copy between two buffers that exist."""
+    source, target = (torch.ones(COPY_BYTES // 8) for _ in range(2))
+    return lambda: target.copy_(source)
 
 
 def check_agreement(results: Mapping[str, Sequence[Tensor]]) -> None:
@@ -116,17 +125,30 @@ def ratio(times: Mapping[str, Sequence[float]], slower: str, faster: str) -> dic
     }
 
 
-def summarise(times: Mapping[str, Sequence[float]], name: str, flops: int) -> dict[str, object]:
-    """Relate one contender to the matrix product and to all others of the same rounds.
+def summarise(times: Mapping[str, Sequence[float]], name: str, flops: int, moved: int) -> dict[str, object]:
+    """Relate one contender to the machine's rates and to all others of the same rounds.
+
+    Args:
+        times: seconds by name, those of the baselines included.
+        name: the contender.
+        flops: its operations.
+        moved: bytes that it reads and writes at least; 0 where nobody has counted.
 
     Returns:
-        ``gflops`` (best round), ``share_of_gemm`` (of its rate) and ``speedup_over`` (each other contender), the last
-        two with the keys ``min`` (best rounds) and ``median`` (over rounds).
+        ``gflops`` (best round), ``share_of_gemm`` and ``share_of_copy`` (of their rates) and ``speedup_over`` (each
+        other contender), the last three with the keys ``min`` (best rounds) and ``median`` (over rounds).
     """
-    share = {key: value * flops / GEMM_FLOPS for key, value in ratio(times, GEMM, name).items()}
+
+    def share(baseline: str, factor: float) -> dict[str, float]:
+        return {key: value * factor for key, value in ratio(times, baseline, name).items()}
+
+    shares = {"share_of_gemm": share(GEMM, flops / GEMM_FLOPS)}
+    if moved:
+        shares["share_of_copy"] = share(COPY, moved / COPY_BYTES)
     return {
         "gflops": flops / min(times[name]) * 1e-9,
         "gemm_gflops": GEMM_FLOPS / min(times[GEMM]) * 1e-9,
-        "share_of_gemm": share,
-        "speedup_over": {other: ratio(times, other, name) for other in times if other not in (name, GEMM)},
+        "copy_gigabytes_per_second": COPY_BYTES / min(times[COPY]) * 1e-9,
+        **shares,
+        "speedup_over": {other: ratio(times, other, name) for other in times if other not in (name, *BASELINES)},
     }

@@ -95,15 +95,71 @@ SMOKE_CASES = {"smoke": WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=
 
 
 @dataclass(frozen=True)
+class DividedCase:
+    """One call of ``temporal_attention``, ``spatial_attention`` or ``factorized_dot_product_attention``."""
+
+    kind: str  # "temporal" | "spatial" | "factorized"
+    num_frames: int
+    num_sites: int
+    token_order: str = "hwt"
+    has_cls: bool = False  # averaged over the frames
+    heads: int = 12
+    head_dim: int = 64
+    batch: int = 1
+
+    @property
+    def temporal_heads(self) -> int:
+        return {"temporal": self.heads, "factorized": self.heads // 2}.get(self.kind, 0)
+
+    @property
+    def qkv_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.num_frames * self.num_sites + self.has_cls, 3, self.heads, self.head_dim)
+
+    def flops(self, direction: str) -> int:
+        """Operations of the matrix products: two forward; five backward, the recomputed scores included."""
+        products = {"forward": 2, "forward_backward": 7}[direction]
+        over_time = self.num_sites * self.num_frames**2
+        over_space = self.num_frames * (self.num_sites + self.has_cls) ** 2
+        scores = self.temporal_heads * over_time + (self.heads - self.temporal_heads) * over_space
+        return products * 2 * self.batch * scores * self.head_dim
+
+    def bytes_moved(self, direction: str, dtype: torch.dtype) -> int:
+        """Bytes that must cross memory at least: each input read once, each result written once."""
+        token_bytes = math.prod(self.qkv_shape[:2]) * self.heads * self.head_dim * dtype.itemsize
+        forward = 4 * token_bytes  # q, k, v in, context out
+        backward = 7 * token_bytes  # q, k, v and the context's gradient in, three gradients out
+        return forward if direction == "forward" else forward + backward
+
+
+# TimeSformer-B (8 frames), -L (96 frames) and one of 32 frames on 224 x 224 video; ViViT-B with tubelets of 2 frames.
+DIVIDED_CASES = {
+    "temporal_8_frames": DividedCase("temporal", 8, 196, batch=2),
+    "temporal_32_frames": DividedCase("temporal", 32, 196),
+    "temporal_96_frames": DividedCase("temporal", 96, 196),
+    "spatial_cls_8_frames": DividedCase("spatial", 8, 196, has_cls=True, batch=2),
+    "factorized_vivit_b": DividedCase("factorized", 16, 196, "thw"),
+}
+SMOKE_DIVIDED_CASES = {
+    "smoke_temporal": DividedCase("temporal", 5, 6, heads=2, head_dim=20, batch=2),
+    "smoke_spatial": DividedCase("spatial", 3, 7, "thw", True, heads=2, head_dim=20, batch=2),
+    "smoke_factorized": DividedCase("factorized", 3, 7, "thw", heads=2, head_dim=20, batch=2),
+}
+
+
+@dataclass(frozen=True)
 class ModelCase:
-    """Inference of a whole model on one video (batch, 3, frames, height, width)."""
+    """A whole model on one video (batch, 3, frames, height, width)."""
 
     model: str
     video_shape: tuple[int, int, int, int, int]
     overrides: tuple[tuple[str, object], ...] = ()
 
 
-MODEL_CASES = {"video_swin_t_32x224x224": ModelCase("video_swin_t", (1, 3, 32, 224, 224))}
+MODEL_CASES = {
+    "video_swin_t_32x224x224": ModelCase("video_swin_t", (1, 3, 32, 224, 224)),
+    "timesformer_b_8x224x224": ModelCase("timesformer_base", (1, 3, 8, 224, 224)),
+    "vivit_b_model3_32x224x224": ModelCase("vivit_b_factorized_self_attention", (1, 3, 32, 224, 224)),
+}
 SMOKE_MODEL_CASES = {
     "smoke": ModelCase(
         "video_swin_t",

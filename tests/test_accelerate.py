@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import BACKENDS, device_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from twin_cases import assert_same, results, spread
-from window3d_cases import BACKENDS, device_of
 
 import vidattn
 from vidattn.accelerate import Twin

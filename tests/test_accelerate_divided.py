@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import device_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from twin_cases import assert_same, results, spread
-from window3d_cases import device_of
 
 import vidattn
 from vidattn.accelerate import Twin

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report, rounds
+from benchmarks import divided_contenders, report, rounds
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.shapes import SMOKE_CASES, WINDOW_CASES
+from benchmarks.shapes import DIVIDED_CASES, SMOKE_CASES, SMOKE_DIVIDED_CASES, WINDOW_CASES
 from benchmarks.window3d_contenders import build, contenders
 from vidattn.reference import window3d as reference
 
@@ -48,7 +48,7 @@ def result(tmp_path_factory) -> dict:
         "--benchmark-max-time=0",
         f"--benchmark-json={path}",
     )
-    assert "benchmark 'window3d/smoke/forward_backward/float32': 4 tests" in printed  # the usual table
+    assert "benchmark 'window3d/smoke/forward_backward/float32': 5 tests" in printed  # the usual table
     return json.loads(path.read_text())
 
 
@@ -112,6 +112,32 @@ def test_compiled_contender_agrees_with_eager(direction):
     rounds.check_agreement({name: build("smoke", direction, "float32", name)() for name in ("eager", "compiled")})
 
 
+def test_divided_flops_and_bytes_by_hand():
+    case = DIVIDED_CASES["spatial_cls_8_frames"]
+    assert case.flops("forward") == 2 * 8 * 12 * 197**2 * 64 * 2 * 2
+    assert case.bytes_moved("forward", torch.bfloat16) == 2 * 1569 * 768 * 4 * 2
+    assert case.bytes_moved("forward_backward", torch.float32) == 2 * 1569 * 768 * 11 * 4
+    half = DIVIDED_CASES["factorized_vivit_b"]
+    assert half.flops("forward") == 6 * 64 * 2 * 2 * (196 * 16**2 + 16 * 196**2)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("case", SMOKE_DIVIDED_CASES)
+def test_contenders_compute_divided_attention(case, direction):
+    shape = SMOKE_DIVIDED_CASES[case]
+    names = [name for name in divided_contenders.CONTENDERS if name != "compiled"]
+    calls = {name: divided_contenders.build(case, direction, "float32", name) for name in names}
+    with FlopCounterMode(display=False) as counter:
+        results = {"eager": calls["eager"]()}
+    if direction == "forward":
+        assert counter.get_total_flops() == shape.flops(direction)
+    results |= {name: calls[name]() for name in names[1:]}
+    assert len(results["eager"]) == (1 if direction == "forward" else 2)
+    for name in names[1:]:
+        for ours, theirs in zip(results[name], results["eager"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
 def test_agreement_check_finds_blunders():
     right = torch.linspace(-1, 1, 100)
     rounds.check_agreement({"a": (right,), "b": (right + 5e-5,)})
@@ -137,16 +163,17 @@ def test_rounds_go_on_for_the_given_time():
 
 def test_ratios_are_taken_within_rounds():
     # The machine halves its speed after the first round: both slow down, no ratio changes but that of the best rounds.
-    times = {"fast": [1.0, 2.0, 2.0], "slow": [3.0, 6.0, 6.0], "gemm": [2.0, 4.0, 4.0]}
+    times = {"fast": [1.0, 2.0, 2.0], "slow": [3.0, 6.0, 6.0], "gemm": [2.0, 4.0, 4.0], "copy": [1.0, 2.0, 2.0]}
     assert rounds.ratio(times, "slow", "fast") == {"min": 3.0, "median": 3.0}
-    summary = rounds.summarise(times, "fast", flops=rounds.GEMM_FLOPS // 4)
+    summary = rounds.summarise(times, "fast", flops=rounds.GEMM_FLOPS // 4, moved=rounds.COPY_BYTES // 8)
     assert summary["share_of_gemm"] == {"min": 0.5, "median": 0.5}
+    assert summary["share_of_copy"] == {"min": 0.125, "median": 0.125}
     assert list(summary["speedup_over"]) == ["slow"]
 
 
 def test_benchmarks_run_once_when_disabled():
     printed = run_pytest("benchmarks/bench_models.py", "--smoke", "-k=float32 and not compiled", "--benchmark-disable")
-    assert "3 passed" in printed
+    assert "8 passed" in printed
 
 
 def test_result_holds_the_measured_rounds(result):

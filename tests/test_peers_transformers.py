@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torchvision_swin  # noqa: F401  (before transformers, which imports torchvision and cannot do so by itself here)
+from attention_cases import device_of
 from golden_cases import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE
 from torch import Tensor, nn
 from transformers import (
@@ -22,7 +23,6 @@ from transformers import (
     VivitForVideoClassification,
 )
 from twin_cases import spread
-from window3d_cases import device_of
 
 import vidattn
 from vidattn.models import load_checkpoint, timesformer_checkpoint, vivit_checkpoint

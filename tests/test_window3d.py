@@ -8,25 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_all_close, assert_close
-from torch import Tensor
-from window3d_cases import (
+from attention_cases import (
     BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_WITH_FLOAT64,
-    SHORT_WINDOWS,
     SUPPORTED,
-    Case,
-    check,
     device_of,
     evaluate,
-    expected_and_exact,
     full_precision,
     half_precision,
     on_cpu,
-    subsets,
     to,
 )
+from tolerance import assert_all_close, assert_close
+from torch import Tensor
+from window3d_cases import SHORT_WINDOWS, Case, check, expected_and_exact, subsets
 
 import vidattn
 from vidattn import reference

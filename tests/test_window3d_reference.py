@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import evaluate, seed_of, to
 from torch import Tensor
-from window3d_cases import Case, evaluate, seed_of, to
+from window3d_cases import Case
 
 from vidattn import reference
 from vidattn.reference.philox import dropout_keep_mask, philox4x32

@@ -18,8 +18,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
+from attention_cases import device_of, evaluate, to
 from torch import Tensor
-from window3d_cases import Case, device_of, evaluate, to
+from window3d_cases import Case
 
 import vidattn
 from vidattn import backends, reference

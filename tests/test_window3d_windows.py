@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_all_close
-from torch import Tensor
-from window3d_cases import (
+from attention_cases import (
     BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_WITH_FLOAT64,
     DTYPES,
-    SHORT_WINDOWS,
-    check_window,
     device_of,
     evaluate,
     full_precision,
@@ -23,8 +19,10 @@ from window3d_cases import (
     on_cpu,
     separated,
     to,
-    window_inputs,
 )
+from tolerance import assert_all_close
+from torch import Tensor
+from window3d_cases import SHORT_WINDOWS, check_window, window_inputs
 
 import vidattn
 from vidattn import reference

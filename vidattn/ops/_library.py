@@ -52,18 +52,19 @@ def describe_call(op: str, q: Tensor) -> AttentionCall:
     return AttentionCall(op, q.device.type, q.dtype, q.shape[-1])
 
 
-def register_function(name: str, *, arguments: Callable[..., Any], native: str) -> None:
+def register_function(name: str, *, arguments: Callable[..., Any], native: str, attends: bool = True) -> None:
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
     Args:
         name: name of the function.
         arguments: takes the function's arguments and returns its validated tensors first.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
+        attends: whether it computes attention; what only moves data runs in any dtype.
     """
     missing = native_kernel_missing(native, "CPU")
-    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0].q))
-    register_kernel(name, "cpu", lambda: missing, _check_head_dim)
-    register_kernel(name, "triton", _triton_missing, _check_triton)
+    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0][0]))
+    register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
+    register_kernel(name, "triton", _triton_missing, _check_triton if attends else None)
 
 
 def save_everything(ctx: Any, tensors: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
@@ -111,9 +112,7 @@ def register_attention(
         save(ctx, inputs[:num_tensors], output)
 
     def no_second_derivative(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(
-            f"the op {name} has no second derivative; what vidattn.reference offers is differentiable to any order"
-        )
+        raise NotImplementedError(f"the op {name} has no second derivative; the functions of vidattn.reference have")
 
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")

@@ -8,6 +8,8 @@ from torch import Tensor, stack
 
 from vidattn.reference.attention import accumulator_dtype
 
+WHOLE_ROW_KEYS = 128
+
 
 def last_dim_dense(x: Tensor) -> Tensor:
     """Return ``x``, copied if its last dimension is strided."""
@@ -58,6 +60,14 @@ def as_input(grad: Tensor | None, of: Tensor | None, needed: bool) -> Tensor | N
 def accumulated(x: Tensor | None, lse: Tensor, backend: str) -> Tensor | None:
     """Bring a table or mask to the accumulator's dtype, contiguous; Triton's launch functions do that themselves."""
     return x if x is None or backend == "triton" else x.to(lse.dtype).contiguous()
+
+
+def keeps_lse(keys: int, backend: str) -> bool:
+    """Say whether a backend's backward pass reads the log-sum-exp of rows of so many keys.
+
+    The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``.
+    """
+    return backend == "triton" and keys > WHOLE_ROW_KEYS
 
 
 def fake_outputs(q: Tensor, k: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:

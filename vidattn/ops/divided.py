@@ -24,8 +24,6 @@ __all__ = ["factorized_dot_product_attention", "spatial_attention", "temporal_at
 
 TOKEN_ORDERS = ("thw", "hwt")
 CLS_TOKENS = (None, "mean", "per_frame")
-# Up to so many keys a Triton program has a whole row of scores at hand, so its backward pass needs no log-sum-exp.
-WHOLE_ROW_KEYS = 256
 
 
 def temporal_attention(
@@ -357,8 +355,8 @@ def _new_outputs(
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
     time_keys = num_frames if temporal_heads > 0 else 0
     space_keys = tokens - patches + patches // num_frames if temporal_heads < heads else 0
-    keeps_lse = backend == "triton" and max(time_keys, space_keys) > WHOLE_ROW_KEYS
-    lse = q.new_empty(batch, patches + cls_frames if keeps_lse else 0, heads, dtype=accumulator)
+    rows = patches + cls_frames if tensors.keeps_lse(max(time_keys, space_keys), backend) else 0
+    lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
 
 

@@ -1,0 +1,140 @@
+"""The ways of computing attention over time and over space that are timed against each other, on the CPU or a GPU.
+
+All of them start from the packed output of the qkv projection (B, S, 3, h, d) and end with the context (B, S, h * d) in
+the same order of tokens, and for ``forward_backward`` with the gradient of qkv.
+
+``eager`` is what the module code of TimeSformer and ViViT does: rearrange the tokens so that those that attend together
+are neighbours, with a copy of the cls token for every frame, then scores, softmax, context, and all of it back. One
+difference: TimeSformer repeats and rearranges before the projection, a third of the channels. ``compiled`` is
+``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``. Where
+the order of the tokens allows it, rearranging is a view for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import vidattn
+from benchmarks.shapes import DIVIDED_CASES, SMOKE_DIVIDED_CASES, DividedCase
+
+CASES = DIVIDED_CASES | SMOKE_DIVIDED_CASES
+CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
+
+Attend = Callable[[Tensor], Tensor]
+
+
+def _sequences(qkv: Tensor, case: DividedCase, over_time: bool) -> Tensor:
+    """(B, S, 3, h, d) to q, k, v of the tokens that attend together, (3, G, h, n, d)."""
+    grid = (case.num_sites, case.num_frames) if case.token_order == "hwt" else (case.num_frames, case.num_sites)
+    x = qkv[:, int(case.has_cls) :].unflatten(1, grid)
+    if (case.token_order == "hwt") != over_time:
+        x = x.transpose(1, 2)
+    if case.has_cls:
+        x = torch.cat((qkv[:, None, :1].expand(-1, case.num_frames, -1, -1, -1, -1), x), dim=2)
+    return x.flatten(0, 1).permute(2, 0, 3, 1, 4)
+
+
+def _tokens(context: Tensor, case: DividedCase, over_time: bool) -> Tensor:
+    """(G, h, n, d) to (B, S, h * d), the contexts of the cls token averaged over the frames."""
+    x = context.transpose(1, 2).flatten(2).unflatten(0, (case.batch, -1))
+    cls, x = x[:, :, : int(case.has_cls)], x[:, :, int(case.has_cls) :]
+    if (case.token_order == "hwt") != over_time:
+        x = x.transpose(1, 2)
+    x = x.flatten(1, 2)
+    return torch.cat((cls.mean(1), x), dim=1) if case.has_cls else x
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def _rearranged(qkv: Tensor, case: DividedCase, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    split = case.temporal_heads
+    parts = [
+        _tokens(attend(*_sequences(heads, case, over_time).unbind(0)), case, over_time)
+        for over_time, heads in ((True, qkv[..., :split, :]), (False, qkv[..., split:, :]))
+        if heads.shape[-2] > 0
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _vidattn(qkv: Tensor, case: DividedCase) -> Tensor:
+    frames, order = case.num_frames, case.token_order
+    if case.kind == "temporal":
+        return vidattn.temporal_attention(qkv, frames, token_order=order)
+    if case.kind == "factorized":
+        return vidattn.factorized_dot_product_attention(qkv, frames, token_order=order)
+    return vidattn.spatial_attention(qkv, frames, token_order=order, cls_token="mean" if case.has_cls else None)  # type: ignore[return-value]
+
+
+def make_attend(shape: DividedCase, contender: str) -> Attend:
+    """Give a contender's function of qkv.
+
+    Args:
+        shape: the call's sizes.
+        contender: one of ``CONTENDERS``.
+
+    Returns:
+        qkv -> context.
+    """
+    eager = partial(_rearranged, case=shape, attend=_softmax_attention)
+    if contender == "eager":
+        return eager
+    if contender == "sdpa":
+        return partial(_rearranged, case=shape, attend=F.scaled_dot_product_attention)
+    if contender == "compiled":
+        torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
+        return torch.compile(eager, dynamic=False, fullgraph=True)
+    return partial(_vidattn, case=shape)
+
+
+def build_copies(
+    shape: DividedCase, direction: str, dtype: str, contender: str, device: str = "cpu", copies: int = 1
+) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Make inputs, the same ones for every contender, and the calls to time.
+
+    Args:
+        shape: sizes of the call.
+        direction: "forward" | "forward_backward".
+        dtype: "float32" | "bfloat16" | "float16".
+        contender: one of ``CONTENDERS``.
+        device: where the inputs are.
+        copies: how many calls, each with a qkv and an output gradient of its own.
+
+    Returns:
+        Functions that return (context,), or (context, gradient of qkv).
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+
+    attend = make_attend(shape, contender)
+
+    def forward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (attend(qkv),)
+
+    def forward_backward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        context = attend(qkv)
+        return (context, *torch.autograd.grad(context, qkv, gradient))
+
+    calls: list[Callable[[], tuple[Tensor, ...]]] = []
+    for _ in range(copies):
+        qkv = random(*shape.qkv_shape)
+        gradient = random(*shape.qkv_shape[:2], shape.heads * shape.head_dim)
+        if direction == "forward":
+            calls.append(partial(forward, qkv, gradient))
+        else:
+            calls.append(partial(forward_backward, qkv.requires_grad_(), gradient))
+    return calls
+
+
+def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender)[0]

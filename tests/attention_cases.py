@@ -1,0 +1,98 @@
+"""What the cases of all families share: which backends and dtypes run here, and how a function is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import vidattn
+from vidattn.backends import TRITON_INTERPRETED
+from vidattn.ops import _arguments as arguments
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = [name for name in vidattn.list_backends() if not vidattn.why_not("window3d_attention", backend=name)]
+
+
+def device_of(backend: str) -> str:
+    """Device that a backend's tests run on."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED) else "cpu"
+
+
+def _runs(backend: str, dtype: torch.dtype) -> bool:
+    probe = torch.zeros(1, 1, 1, 1, 3, 1, 8, dtype=dtype, device=device_of(backend))
+    return not vidattn.why_not("window3d_attention", probe, window_size=1, backend=backend)
+
+
+SUPPORTED = {backend: tuple(dtype for dtype in DTYPES if _runs(backend, dtype)) for backend in BACKENDS}
+# The reference is what low precision is measured by; itself it is measured in float64.
+BACKEND_DTYPES = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend in BACKENDS
+    for dtype in (SUPPORTED[backend] if backend != "reference" else (torch.float64,))
+]
+BACKENDS_WITH_FLOAT64 = [backend for backend in BACKENDS if torch.float64 in SUPPORTED[backend]]
+
+
+def half_precision(backend: str) -> torch.dtype:
+    """A dtype of 16 bits that a backend runs."""
+    return torch.bfloat16 if torch.bfloat16 in SUPPORTED[backend] else torch.float16
+
+
+def full_precision(backend: str) -> torch.dtype:
+    """The most exact dtype that a backend runs."""
+    return torch.float64 if torch.float64 in SUPPORTED[backend] else torch.float32
+
+
+Attend = Callable[..., Tensor]
+
+
+def evaluate(attend: Attend, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Run an attention function forward and backward on inputs that all require gradients."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "grad_out"}
+    out = attend(**leaves, **options)
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs["grad_out"].to(out.dtype), allow_unused=True)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def to(inputs: dict[str, Tensor], *args: Any) -> dict[str, Tensor]:
+    """Move or cast all tensors."""
+    return {name: x.to(*args) for name, x in inputs.items()}
+
+
+@contextmanager
+def seeds_from_the_host() -> Iterator[None]:
+    """Draw dropout seeds with the host's generator for every device: each device's own gives other numbers."""
+    draw = arguments.draw_seed
+
+    def draw_on_host(like: Tensor, dropout_p: float) -> Tensor | None:
+        seed = draw(like.new_empty(0, device="cpu"), dropout_p)
+        return None if seed is None else seed.to(like.device)
+
+    with mock.patch.object(arguments, "draw_seed", draw_on_host):
+        yield
+
+
+def seed_of(manual_seed: int) -> Tensor:
+    """Seed that the public functions draw after ``torch.manual_seed(manual_seed)``."""
+    torch.manual_seed(manual_seed)
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+
+
+def on_cpu(results: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Bring results to where they are compared."""
+    return {name: None if x is None else x.cpu() for name, x in results.items()}
+
+
+def separated(attend: Attend) -> Attend:
+    """The same function, called with q, k and v apart."""
+
+    def attend_separately(qkv: Tensor, *args: Any, **options: Any) -> Tensor:
+        return attend(tuple(x.contiguous() for x in qkv.unbind(-3)), *args, **options)
+
+    return attend_separately

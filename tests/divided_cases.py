@@ -1,0 +1,114 @@
+"""Cases of attention over time and over space: inputs, the three evaluations of each, and their comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from attention_cases import Attend, device_of, evaluate, on_cpu, seed_of, seeds_from_the_host, separated, to
+from tolerance import assert_all_close
+from torch import Tensor
+
+import vidattn
+from vidattn import reference
+
+# By kind: the function, and the option that makes it this kind.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "temporal": ("temporal_attention", {}),
+    "spatial": ("spatial_attention", {}),
+    "mean": ("spatial_attention", {"cls_token": "mean"}),
+    "per_frame": ("spatial_attention", {"cls_token": "per_frame"}),
+    "factorized": ("factorized_dot_product_attention", {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one of the three functions; what it returns as a pair is compared as one tensor."""
+
+    kind: str
+    num_frames: int = 3
+    num_sites: int = 5
+    token_order: str = "thw"
+    batch: int = 2
+    heads: int = 2
+    head_dim: int = 8
+    scale: float | None = None
+    dropout_p: float = 0.0
+    num_temporal_heads: int | None = None
+    spread: float = 1.0  # of q and k
+
+    def __str__(self) -> str:
+        sizes = f"T{self.num_frames}N{self.num_sites}b{self.batch}h{self.heads}d{self.head_dim}"
+        return f"{self.kind}-{sizes}-{self.token_order}"
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether row 0 is a cls token."""
+        return self.kind in ("mean", "per_frame")
+
+    @property
+    def name(self) -> str:
+        """Name of the public function."""
+        return KINDS[self.kind][0]
+
+    def function(self, module: ModuleType = vidattn) -> Attend:
+        """The function, its two results joined to one tensor where there are two."""
+        attend = getattr(module, self.name)
+
+        def attend_joined(qkv: Any, **options: Any) -> Tensor:
+            out = attend(qkv, self.num_frames, **options)
+            return torch.cat((out[1], out[0]), dim=1) if isinstance(out, tuple) else out
+
+        return attend_joined
+
+    def options(self) -> dict[str, Any]:
+        """Arguments besides the tensors and the number of frames."""
+        options = {"token_order": self.token_order, "scale": self.scale, "dropout_p": self.dropout_p}
+        if self.num_temporal_heads is not None:
+            options["num_temporal_heads"] = self.num_temporal_heads
+        return options | KINDS[self.kind][1]
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Random tensors, rounded to the dtype."""
+        generator = torch.Generator().manual_seed(self.num_frames * 1000 + self.num_sites)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        patches = self.num_frames * self.num_sites
+        qkv = draw(self.batch, patches + self.has_cls, 3, self.heads, self.head_dim)
+        qkv[..., :2, :, :] *= self.spread
+        rows = {"mean": patches + 1, "per_frame": patches + self.num_frames}.get(self.kind, patches)
+        grad_out = draw(self.batch, rows, self.heads * self.head_dim)
+        return {"qkv": qkv.to(dtype), "grad_out": grad_out.to(dtype)}
+
+
+def expected_and_exact(
+    case: Case, inputs: dict[str, Tensor]
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Evaluate the reference backend in the dtype of the inputs, and autograd through the reference in float64."""
+    torch.manual_seed(1)
+    expected = evaluate(case.function(), inputs, dict(case.options(), backend="reference"))
+    wide = to(inputs, torch.float64)
+    return expected, evaluate(case.function(reference), wide, dict(case.options(), seed=seed_of(1)))
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    apart: bool = False,
+    inputs: dict[str, Tensor] | None = None,
+) -> None:
+    """Compare a backend with the reference on a case, forward and backward."""
+    inputs = case.inputs(dtype) if inputs is None else inputs
+    expected, exact = expected_and_exact(case, inputs)
+    attend = separated(case.function()) if apart else case.function()
+    torch.manual_seed(1)
+    with seeds_from_the_host():
+        actual = evaluate(attend, to(inputs, device_of(backend)), dict(case.options(), backend=backend))
+    assert_all_close(on_cpu(actual), expected, exact, dtype)

@@ -1,0 +1,411 @@
+"""Numbers of attention over time and over space: every backend that runs here against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    BACKENDS_WITH_FLOAT64,
+    device_of,
+    evaluate,
+    full_precision,
+    half_precision,
+    to,
+)
+from divided_cases import KINDS, Case, check
+from torch import Tensor
+
+import vidattn
+from vidattn.backends import TRITON_INTERPRETED
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+kinds = pytest.mark.parametrize("kind", KINDS)
+orders = pytest.mark.parametrize("token_order", ["thw", "hwt"])
+HEAD_DIMS = (1, 5, 8, 12, 15, 16, 18, 20, 24, 32, 40, 64, 96, 128)
+# Around what fits a vector, a tile and a whole row; Triton's interpreter takes a thousand times as long.
+LENGTHS = (1, 3, 7, 8, 15, 16, 17, 32, 33, 64, 65, 96, 197, 256, 300)
+LENGTHS = (1, 3, 8, 17, 33, 96, 300) if TRITON_INTERPRETED else LENGTHS
+EVERY_LENGTH = (2, 5, 7, 12, 16, 31, 64) if TRITON_INTERPRETED else range(1, 68)
+
+
+@backends_and_dtypes
+@kinds
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(backend: str, dtype: torch.dtype, kind: str, head_dim: int) -> None:
+    check(Case(kind, head_dim=head_dim), dtype, backend)
+
+
+@backends_and_dtypes
+@orders
+@kinds
+def test_token_orders(backend: str, dtype: torch.dtype, kind: str, token_order: str) -> None:
+    check(Case(kind, 4, 6, token_order, heads=4), dtype, backend)
+
+
+@backends_and_dtypes
+@orders
+@pytest.mark.parametrize("num_frames", LENGTHS)
+def test_frames(backend: str, dtype: torch.dtype, token_order: str, num_frames: int) -> None:
+    check(Case("temporal", num_frames, 3, token_order, head_dim=16), dtype, backend)
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("kind", ["spatial", "mean", "per_frame"])
+@pytest.mark.parametrize("num_sites", LENGTHS)
+def test_sites(backend: str, dtype: torch.dtype, kind: str, num_sites: int) -> None:
+    token_order = "hwt" if num_sites % 2 else "thw"
+    check(Case(kind, 2, num_sites, token_order, batch=1, head_dim=16), dtype, backend)
+
+
+@backends
+@kinds
+def test_every_short_sequence(backend: str, kind: str) -> None:
+    """Lengths around every multiple of a vector or tile."""
+    for length in EVERY_LENGTH if backend != "reference" else (5,):
+        frames, sites = (length, 3) if kind in ("temporal", "factorized") else (2, length)
+        for dtype in (torch.float32, half_precision(backend)):
+            check(Case(kind, frames, sites, "hwt" if length % 2 else "thw", batch=1, head_dim=8), dtype, backend)
+
+
+@backends
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("temporal", 8, 196, "hwt", batch=1, heads=3, head_dim=64),
+        Case("temporal", 96, 4, "hwt", batch=1, heads=2, head_dim=64),
+        Case("mean", 8, 196, "hwt", batch=1, heads=2, head_dim=64),
+        Case("mean", 2, 784, "hwt", batch=1, heads=1, head_dim=64),
+        Case("spatial", 2, 196, "thw", batch=2, heads=2, head_dim=64),
+        Case("factorized", 16, 196, "thw", batch=1, heads=2, head_dim=64),
+    ],
+    ids=str,
+)
+def test_published_models(backend: str, case: Case) -> None:
+    """Sequences of full length, as TimeSformer and ViViT have them."""
+    if TRITON_INTERPRETED:
+        case = replace(
+            case, num_sites=min(case.num_sites, 197 if case.kind == "mean" else 20), num_frames=min(case.num_frames, 16)
+        )
+    for dtype in (torch.float32, half_precision(backend)):
+        check(case, dtype, backend)
+
+
+@backends_and_dtypes
+@orders
+@pytest.mark.parametrize("num_temporal_heads", [None, 0, 1, 3, 4])
+def test_heads_over_time(backend: str, dtype: torch.dtype, token_order: str, num_temporal_heads: int | None) -> None:
+    """Any number of heads attends over time, the rest over space."""
+    check(Case("factorized", 5, 7, token_order, heads=4, num_temporal_heads=num_temporal_heads), dtype, backend)
+
+
+@backends
+def test_heads_are_those_of_the_two_attentions(backend: str) -> None:
+    """The first half is what temporal attention gives, the second what spatial attention gives."""
+    qkv = torch.randn(2, 4 * 6, 3, 4, 8, device=device_of(backend))
+    both = vidattn.factorized_dot_product_attention(qkv, 4, backend=backend)
+    time = vidattn.temporal_attention(qkv[..., :2, :], 4, backend=backend)
+    space = vidattn.spatial_attention(qkv[..., 2:, :], 4, backend=backend)
+    torch.testing.assert_close(both, torch.cat((time, space), dim=-1), rtol=1e-6, atol=1e-6)
+
+
+@backends
+@kinds
+def test_one_head_and_one_site_or_frame(backend: str, kind: str) -> None:
+    for frames, sites in ((1, 9), (9, 1), (1, 1)):
+        case = Case(kind, frames, sites, heads=2 if kind == "factorized" else 1)
+        for dtype in (full_precision(backend), half_precision(backend)):
+            check(case, dtype, backend)
+
+
+@backends_and_dtypes
+def test_one_key_gives_its_value(backend: str, dtype: torch.dtype) -> None:
+    """A softmax over one key is 1: the context is v, and q and k get no gradient."""
+    qkv = torch.randn(2, 9, 3, 2, 8, device=device_of(backend)).to(dtype).requires_grad_()
+    out = vidattn.temporal_attention(qkv, 1, backend=backend)
+    assert torch.equal(out, qkv[:, :, 2].flatten(-2))
+    (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert torch.equal(grad[:, :, 2], torch.ones_like(grad[:, :, 2])) and (grad[:, :, :2] == 0).all()
+
+
+@backends_and_dtypes
+@kinds
+def test_scale(backend: str, dtype: torch.dtype, kind: str) -> None:
+    for scale in (0.05, 1.7, 0.0, -0.3):
+        check(Case(kind, scale=scale), dtype, backend)
+
+
+@backends_and_dtypes
+@kinds
+@pytest.mark.parametrize("dropout_p", [0.1, 0.9])
+def test_dropout(backend: str, dtype: torch.dtype, kind: str, dropout_p: float) -> None:
+    """The mask of the reference, in the forward and in the backward pass."""
+    check(Case(kind, 5, 6, dropout_p=dropout_p), dtype, backend)
+    check(Case(kind, 18, 3, "hwt", dropout_p=dropout_p, heads=4), dtype, backend, apart=True)
+    check(Case(kind, 3, 37, "hwt", dropout_p=dropout_p), dtype, backend)
+
+
+@backends
+@kinds
+def test_dropout_keeps_the_expected_share(backend: str, kind: str) -> None:
+    """With values of one every output is a share of kept weights: mean 1, and each mask is another."""
+    case = Case(kind, 8, 24, batch=4, dropout_p=0.3)
+    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend))
+    qkv[:, :, 2] = 1.0
+    outs = [case.function()(qkv, **case.options(), backend=backend) for _ in range(2)]
+    assert not torch.equal(*outs)
+    assert abs(torch.stack(outs).mean().item() - 1.0) < 0.02
+
+
+@backends_and_dtypes
+@kinds
+def test_adversarial_logits(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """Scores of -150, 0 and 150: products of one-hot vectors, exact in every dtype."""
+    case = Case(kind, 9, 20, head_dim=16, scale=1.0)
+    inputs = case.inputs(dtype)
+    tokens = (*inputs["qkv"].shape[:2], case.heads)
+    for which in range(2):
+        sign = torch.randint(0, 2, tokens) * 2.0 - 1.0
+        one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, tokens), case.head_dim)
+        inputs["qkv"][:, :, which] = (12.25 * sign[..., None] * one_hot).to(dtype)
+    check(case, dtype, backend, inputs=inputs)
+
+
+@backends
+@kinds
+def test_large_logits(backend: str, kind: str) -> None:
+    """Scores of thousands, where each row is all but one-hot."""
+    check(Case(kind, 9, 20, head_dim=16, spread=60.0), torch.float32, backend)
+
+
+@backends_and_dtypes
+@kinds
+def test_separate_tensors(backend: str, dtype: torch.dtype, kind: str) -> None:
+    check(Case(kind, 4, 6), dtype, backend, apart=True)
+
+
+def _strided(x: Tensor, kind: str) -> Tensor:
+    """The same values with other strides."""
+    if kind == "tokens first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind == "heads first":
+        return x.movedim(-2, 1).contiguous().movedim(1, -2)
+    if kind == "sliced":
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
+        wide[..., :-3] = x
+        return wide[..., :-3]
+    if kind == "behind a row":  # as a cls token leaves the patches, for more than one clip
+        wide = x.new_full((x.shape[0], 1 + x.shape[1], *x.shape[2:]), float("nan"))
+        wide[:, 1:] = x
+        return wide[:, 1:]
+    if kind == "channels first":  # the last dimension is strided, so it is copied
+        return x.movedim(-1, 1).contiguous().movedim(1, -1)
+    raise AssertionError(kind)
+
+
+@backends
+@kinds
+@pytest.mark.parametrize("stride", ["tokens first", "heads first", "sliced", "behind a row", "channels first"])
+def test_strides(backend: str, kind: str, stride: str) -> None:
+    """Strided inputs and gradients give what contiguous ones give."""
+    case = Case(kind, 4, 6)
+    attend = case.function()
+    for dtype in (torch.float32, half_precision(backend)):
+        inputs = to(case.inputs(dtype), device_of(backend))
+        options = dict(case.options(), backend=backend)
+        expected = evaluate(attend, inputs, options)
+        for apart in (False, True):
+            qkv = inputs["qkv"].detach().clone().requires_grad_()
+            given: Any = tuple(_strided(x, stride) for x in qkv.unbind(-3)) if apart else _strided(qkv, stride)
+            out = attend(given, **options)
+            (grad,) = torch.autograd.grad(out, qkv, _strided(inputs["grad_out"], stride))
+            assert torch.equal(out, expected["out"]), "out"  # type: ignore[arg-type]
+            assert torch.equal(grad, expected["qkv"]), "gradient"  # type: ignore[arg-type]
+
+
+@backends
+@kinds
+def test_expanded_tensors(backend: str, kind: str) -> None:
+    """A broadcast batch and the gradient of a sum, whose strides are zero."""
+    case = Case(kind, 4, 6, batch=3)
+    inputs = to(case.inputs(torch.float32), device_of(backend))
+    qkv = inputs["qkv"][:1].expand_as(inputs["qkv"]).requires_grad_()
+    results = []
+    for given, ones in ((qkv, None), (qkv.contiguous(), torch.ones_like(inputs["grad_out"]))):
+        out = case.function()(given, **case.options(), backend=backend)
+        loss = out.sum() if ones is None else (out * ones).sum()
+        results.append((out, *torch.autograd.grad(loss, qkv)))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@backends
+@pytest.mark.parametrize("used", ["patches", "cls"])
+def test_one_result_of_two(backend: str, used: str) -> None:
+    """Per-frame contexts and patches go their own ways: a loss may use one of them alone."""
+    case = Case("per_frame", 3, 5)
+    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend)).requires_grad_()
+    grads = []
+    for chosen in (backend, "reference"):
+        patches, cls = vidattn.spatial_attention(qkv, 3, cls_token="per_frame", backend=chosen)
+        grads.append(torch.autograd.grad((patches if used == "patches" else cls).square().sum(), qkv)[0])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_the_mean_is_that_of_the_frames(backend: str) -> None:
+    case = Case("mean", 7, 5, "hwt")
+    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend))
+    mean = vidattn.spatial_attention(qkv, 7, token_order="hwt", cls_token="mean", backend=backend)
+    patches, cls = vidattn.spatial_attention(qkv, 7, token_order="hwt", cls_token="per_frame", backend=backend)
+    assert torch.equal(mean[:, 1:], patches)
+    torch.testing.assert_close(mean[:, 0], cls.mean(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@kinds
+def test_empty_inputs(backend: str, kind: str) -> None:
+    device = device_of(backend)
+    for batch, sites, heads in ((0, 3, 2), (2, 3, 0), (2, 0, 2)):
+        case = Case(kind, 4, sites, batch=batch, heads=heads)
+        if case.has_cls and sites == 0:  # refused: a cls token alone is no frame
+            continue
+        qkv = torch.randn(batch, 4 * sites + case.has_cls, 3, heads, 8, device=device, requires_grad=True)
+        out = case.function()(qkv, **case.options(), backend=backend)
+        assert out.numel() == 0 and out.shape[0] == batch
+        (grad,) = torch.autograd.grad(out.sum(), qkv)
+        assert grad.shape == qkv.shape and (grad == 0).all()
+
+
+@backends
+@pytest.mark.parametrize("kind", ["temporal", "spatial", "mean", "factorized"])
+def test_seventy_thousand_groups(backend: str, kind: str) -> None:
+    """More groups than a 16-bit grid dimension counts."""
+    frames, sites = (2, 35_000) if kind == "temporal" else (35_000, 2)
+    if kind == "factorized":
+        frames, sites = 70_000, 1
+    case = Case(kind, frames, sites, batch=2, heads=1, head_dim=2)
+    if kind == "factorized":
+        case = replace(case, batch=1, num_temporal_heads=0)
+    check(case, torch.float32, backend)
+
+
+@backends
+@kinds
+def test_offsets_beyond_two_to_the_31(backend: str, kind: str) -> None:
+    """Clips further apart than an int32 counts elements; untouched pages of the storage cost no memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    device = device_of(backend)
+    step = 2**31 + 8
+    dtype = half_precision(backend)
+    storage = torch.empty(step + 4096, dtype=dtype, device=device)
+    case = Case(kind, 2, 4)
+    compact = case.inputs(dtype)["qkv"].to(device)
+    far = storage.as_strided(compact.shape, (step, *compact.stride()[1:])).copy_(compact)
+    attend, options = case.function(), dict(case.options(), backend=backend)
+    assert torch.equal(attend(far, **options), attend(compact, **options))
+
+
+@backends
+@kinds
+def test_bitwise_repeatable(backend: str, kind: str) -> None:
+    """Outputs and gradients, the cls token's too, repeat bit by bit, whatever the number of threads."""
+    case = Case(kind, 9, 40, batch=3, heads=4, head_dim=16)
+    if TRITON_INTERPRETED:
+        case = replace(case, num_sites=10, batch=2, heads=2)
+    for dtype in (torch.float32, half_precision(backend)):
+        inputs = to(case.inputs(dtype), device_of(backend))
+        options = dict(case.options(), backend=backend)
+        threads = torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3, 1, 2, 3):
+                torch.set_num_threads(count if backend != "reference" else 1)
+                results.append(evaluate(case.function(), inputs, options))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(result[name], results[0][name]) for name in result)  # type: ignore[arg-type]
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("sites", [6, 40])
+def test_a_nan_stays_in_its_sequence_and_head(backend: str, dtype: torch.dtype, sites: int) -> None:
+    """A NaN in q reaches its row, in v its channel, in k the rows of its sequence and head: no more, and no less."""
+    frames, site, frame = 4, 3, 2
+    for which in range(3):
+        qkv = torch.randn(2, frames, sites, 3, 2, 8, device=device_of(backend)).to(dtype)
+        qkv[1, frame, site, which, 1, 5] = float("nan")
+        for over_time in (True, False):
+            attend = vidattn.temporal_attention if over_time else vidattn.spatial_attention
+            out: Any = attend(qkv.flatten(1, 2), frames, backend=backend)
+            poisoned = torch.zeros_like(out, dtype=torch.bool).view(2, frames, sites, 2, 8)
+            sequence = poisoned[1, :, site, 1] if over_time else poisoned[1, frame, :, 1]
+            if which == 0:
+                sequence[frame if over_time else site] = True
+            elif which == 1:
+                sequence[:] = True
+            else:
+                sequence[:, 5] = True
+            assert torch.equal(out.isnan(), poisoned.view_as(out)), f"in {'qkv'[which]}, over time {over_time}"
+
+
+@backends
+def test_a_nan_of_a_gradient_stays_in_its_sequence_and_head(backend: str) -> None:
+    """The same in the backward pass, for sequences that may share a tile."""
+    for frames, sites in ((3, 8), (33, 2)):
+        qkv = torch.randn(1, sites * frames, 3, 2, 8, device=device_of(backend), requires_grad=True)
+        out = vidattn.temporal_attention(qkv, frames, token_order="hwt", backend=backend)
+        grad_out = torch.zeros_like(out)
+        grad_out[0, frames + 1, 3] = float("nan")  # frame 1 of site 1, head 0
+        (grad,) = torch.autograd.grad(out, qkv, grad_out)
+        touched = grad[0, :, :, 0].isnan().flatten(1).any(1)  # by token
+        expected = torch.zeros_like(touched)
+        expected[frames : 2 * frames] = True
+        assert torch.equal(touched, expected) and not grad[..., 1, :].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT64)
+@kinds
+def test_float64_gradcheck(backend: str, kind: str) -> None:
+    """Gradients of the op itself by finite differences, with and without dropout."""
+    for dropout_p in (0.0, 0.4):
+        case = Case(kind, 2, 3, "hwt", batch=1, head_dim=2, dropout_p=dropout_p)
+        qkv = case.inputs(torch.float64)["qkv"].to(device_of(backend)).requires_grad_()
+
+        def attend(qkv: Tensor, case: Case = case) -> Tensor:
+            torch.manual_seed(5)
+            return case.function()(qkv, **case.options(), backend=backend)
+
+        assert torch.autograd.gradcheck(attend, (qkv,))
+
+
+@pytest.mark.slow
+@backends_and_dtypes
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
+    """Random shapes and options together."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+    heads = pick(1, 5)
+    case = Case(
+        kind=list(KINDS)[seed % len(KINDS)],
+        num_frames=pick(1, 70),
+        num_sites=pick(1, 70),
+        token_order=("thw", "hwt")[pick(0, 1)],
+        batch=pick(1, 3),
+        heads=heads,
+        head_dim=pick(1, 128),
+        scale=(None, 0.3)[pick(0, 1)],
+        dropout_p=(0.0, 0.2)[pick(0, 1)],
+        num_temporal_heads=pick(0, heads) if list(KINDS)[seed % len(KINDS)] == "factorized" else None,
+    )
+    check(case, dtype, backend, apart=pick(0, 1) == 1)
