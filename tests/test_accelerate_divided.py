@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twin_cases import assert_same, results, spread
 
 import vidattn
+import vidattn.backends
 from vidattn.accelerate import Twin
 from vidattn.models import create_model, timesformer
 from vidattn.models.timesformer import Attention, Block
@@ -24,6 +25,7 @@ from vidattn.nn import FusedAttention, FusedBlock, FusedMultiHeadDotProductAtten
 from vidattn.nn.parts import SDPA_TOKENS
 
 BACKENDS = [name for name in vidattn.list_backends() if not vidattn.why_not("spatial_attention", backend=name)]
+BACKENDS_WITH_FLOAT64 = [name for name in BACKENDS if name != "triton"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 TIMESFORMER: dict[str, Any] = {
@@ -92,8 +94,10 @@ class CalledOps(TorchDispatchMode):
 # Models
 
 
-@backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, torch.float32) for name in BACKENDS] + [(name, torch.float64) for name in BACKENDS_WITH_FLOAT64],
+)
 @models
 def test_a_model_computes_the_same(name: str, dtype: torch.dtype, backend: str) -> None:
     """Outputs and every gradient, twice; the state dict stays, and after revert() every bit is as before."""
@@ -203,17 +207,23 @@ def test_a_cls_token_alone_and_wrong_shapes() -> None:
                 block(x, batch, frames, 1)
 
 
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("with_qkv", [True, False])
 @pytest.mark.parametrize("length", [1, 7, SDPA_TOKENS, SDPA_TOKENS + 1])
-def test_attention_of_whole_sequences(length: int, with_qkv: bool) -> None:
-    """Short ones by the op; long ones by PyTorch's attention, unless a backend is named or there is dropout."""
+def test_attention_of_whole_sequences(
+    length: int, with_qkv: bool, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a kernel PyTorch's attention takes long ones, unless a backend is named or there is dropout."""
+    if not built:
+        monkeypatch.setitem(vidattn.backends._kernel_missing, ("spatial_attention", "cpu"), lambda: "not built")
+    has_kernel = not vidattn.why_not("spatial_attention", backend="cpu")
     attention = spread(Attention(24, 2, qkv_bias=True, qk_scale=0.4, with_qkv=with_qkv))
     x = torch.randn(2, length, 24) * 0.3
     before = results(attention, x)
     for backend in (None, "auto", "reference"):
         with vidattn.accelerate(attention, backend=backend), CalledOps() as called:
             assert_same(results(attention, x), before)
-        ours = length <= SDPA_TOKENS or backend == "reference"
+        ours = length <= SDPA_TOKENS or backend == "reference" or has_kernel
         assert ("vidattn::divided_attention" in called.names) == ours
     attention.attn_drop.p = 0.5
     with vidattn.accelerate(attention.train()), CalledOps() as called:

@@ -287,9 +287,20 @@ def test_bench_outside_a_checkout(tmp_path: Path, capsys, monkeypatch):
 # --- demo -------------------------------------------------------------------------------------------
 
 
-def test_demo_compares_both_models(tmp_path: Path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        "video_swin_t",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("timesformer_base", "vivit_b_factorized_dot_product")
+        ),
+    ],
+)
+def test_demo_compares_both_models(model: str, tmp_path: Path):
     picture = tmp_path / "demo.png"
-    result = run("--frames", 2, "--rounds", 1, "--output", picture, program="vidattn.demo")
+    options = ("--model", model, "--frames", 2, "--rounds", 1, "--output", picture)
+    result = run(*options, program="vidattn.demo")
     assert result.returncode == 0, result.stderr
     difference = re.search(r"largest logit difference ([\d.e+-]+) \(largest logit ([\d.e+-]+)\)", result.stdout)
     assert difference and float(difference[1]) <= 1e-4 * float(difference[2])

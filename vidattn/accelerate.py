@@ -129,6 +129,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
     function. Modules of a subclass, with overridden methods or with a position index of their own are skipped. A module
     whose attention probabilities somebody watches with a hook keeps computing them. Accelerating twice changes nothing.
+    Training draws the same random numbers as before, but for the dropout of attention probabilities, which is off in
+    all published models.
 
     Args:
         model: any module; the root too may be swapped.
@@ -146,7 +148,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
         RuntimeError: the outputs differ by more than that or are not finite; the model is left as it was.
 
     Reference:
-        Video Swin Transformer, arXiv 2106.13230, section 3.2, for the modules bundled here.
+        Video Swin Transformer, arXiv 2106.13230, section 3.2; TimeSformer, arXiv 2102.05095, section 3; ViViT, arXiv
+        2103.15691, section 3.3: for the modules bundled here.
 
     Example:
         >>> import torch, vidattn

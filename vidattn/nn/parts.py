@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vidattn.backends import current_backend
+from vidattn.backends import AttentionCall, choose_backend, current_backend
 from vidattn.ops import spatial_attention
 
-# Longer sequences are what PyTorch's own attention is made for: tiles of keys, and most of the time in the products.
+# Longer sequences are what PyTorch's attention on GPUs is made for: the products take nearly all of the time there.
 SDPA_TOKENS = 512
 
 
@@ -44,13 +44,18 @@ def attend(
         scale: factor of q k^T; d**-0.5 when None.
         dropout_p: probability of dropping an attention weight.
         backend: backend of the call, strict; None for the one in force. Where that is "auto", long sequences without
-            dropout go to PyTorch's own attention, which computes the same.
+            dropout go to PyTorch's own attention, which computes the same, unless a kernel for the CPU takes them.
 
     Returns:
         Context (B, S, h * d).
     """
     first = qkv if isinstance(qkv, Tensor) else qkv[0]
-    if first.shape[1] > SDPA_TOKENS and dropout_p == 0.0 and (backend or current_backend()) == "auto":
+    if (
+        first.shape[1] > SDPA_TOKENS
+        and dropout_p == 0.0
+        and (backend or current_backend()) == "auto"
+        and not _has_cpu_kernel(first)
+    ):
         query, key, value = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         by_head = functional.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -58,3 +63,8 @@ def attend(
     context = spatial_attention(qkv, 1, scale=scale, dropout_p=dropout_p, backend=backend)
     assert isinstance(context, Tensor)  # there is no cls token
     return context
+
+
+def _has_cpu_kernel(x: Tensor) -> bool:
+    call = AttentionCall("spatial_attention", x.device.type, x.dtype, x.shape[-1])
+    return x.device.type == "cpu" and choose_backend(call, "auto") == "cpu"
