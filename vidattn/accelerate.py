@@ -129,8 +129,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
     function. Modules of a subclass, with overridden methods or with a position index of their own are skipped. A module
     whose attention probabilities somebody watches with a hook keeps computing them. Accelerating twice changes nothing.
-    Training draws the same random numbers as before, but for the dropout of attention probabilities, which is off in
-    all published models.
+    Stochastic depth draws the random numbers that it drew before; dropout inside an attention may draw others.
 
     Args:
         model: any module; the root too may be swapped.
