@@ -256,7 +256,7 @@ def test_hooks_state_and_modes_survive() -> None:
     for name, module in model.named_modules():
         if isinstance(module, (BasicLayer, SwinTransformerBlock3D)):
             module.register_forward_hook(lambda *_, name=name: seen.append(name))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     acceleration = vidattn.accelerate(model)
     model(VIDEO).sum().backward()
     optimizer.step()
