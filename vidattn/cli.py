@@ -276,7 +276,12 @@ def load_model(options: argparse.Namespace, spec: Any, num_classes: int) -> tupl
     with explained("--frames"):
         model = vidattn.models.create_model(options.model, num_classes=num_classes, **length)
     weights = f"RANDOM (seed {options.seed}): the classes mean nothing; --checkpoint FILE loads trained ones"
-    if options.checkpoint is not None:
+    if options.checkpoint is None:
+        for layer in model.modules():
+            # Some classifiers and temporal branches start from zero, which would hide all that comes before them.
+            if isinstance(layer, torch.nn.Linear) and not layer.weight.any():
+                torch.nn.init.normal_(layer.weight, std=0.02)
+    else:
         with explained("--checkpoint"):
             report = vidattn.models.load_checkpoint(model, options.checkpoint)
         weights = f"{options.checkpoint}: {report}"
