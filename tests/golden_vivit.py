@@ -9,6 +9,8 @@ from typing import Any
 from golden_cases import GoldenCase, GoldenRun, UnknownCaseError
 from torch import Tensor, nn
 
+import vidattn
+from vidattn.accelerate import Twin, register_twin
 from vidattn.models import load_checkpoint, vivit
 from vidattn.models.vivit_checkpoint import convert_state_dict, revert_state_dict
 
@@ -41,19 +43,31 @@ def measured_by(name: str) -> str | None:
     return None if match is None else match[1] + ("kernel" if name.endswith("/bias") else "weight")
 
 
-class _FactorizedAttention(nn.Module):
+class FactorizedAttention(nn.Module):
+    """The function as a module, (B, T, N, h, d) each."""
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return vivit.factorized_dot_product_attention(query, key, value)
+
+
+class FusedFactorizedAttention(Twin, FactorizedAttention):
+    """The op in its place."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        qkv = (query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2))
+        return vidattn.factorized_dot_product_attention(qkv, query.shape[1]).view(query.shape)
+
+
+register_twin(f"{__name__}.FactorizedAttention", f"{__name__}:FusedFactorizedAttention")
 
 
 def _function(config: dict[str, Any], inputs: dict[str, Tensor], state: dict[str, Tensor]) -> GoldenRun:
     assert not state
     return GoldenRun(
-        _FactorizedAttention(),
+        FactorizedAttention(),
         inputs,
         lambda module, inputs: {"output": module(inputs["query"], inputs["key"], inputs["value"])},
         main="output",
-        swaps=False,
     )
 
 
@@ -78,7 +92,7 @@ def _block(attention: str) -> Callable[..., GoldenRun]:
                 return {"output": module(x.unflatten(1, (config["temporal_dims"], -1))).flatten(1, 2)}
             return {"output": module(x)}
 
-        return GoldenRun(block, inputs, call, main="output", source_gradients=_reverter("scenic", heads), swaps=False)
+        return GoldenRun(block, inputs, call, main="output", source_gradients=_reverter("scenic", heads))
 
     return builder
 
@@ -103,7 +117,6 @@ def _scenic_model(config: dict[str, Any], inputs: dict[str, Tensor], state: dict
         lambda model, inputs: {"logits": model(inputs["x"].movedim(-1, 1))},
         main="logits",
         source_gradients=_reverter("scenic", heads),
-        swaps=False,
     )
 
 
@@ -133,7 +146,6 @@ def _transformers_model(config: dict[str, Any], inputs: dict[str, Tensor], state
         lambda model, inputs: {"logits": model(inputs["pixel_values"].transpose(1, 2))},
         main="logits",
         source_gradients=_reverter(report.converted_from, heads),
-        swaps=False,
     )
 
 

@@ -135,9 +135,9 @@ def test_input_specs() -> None:
         assert spec.short_side == spec.crop == (448 if name == "timesformer_hr" else 224)
         assert spec.mean == pytest.approx((0.45 * 255,) * 3)
         assert spec.std == pytest.approx((0.225 * 255,) * 3)
-        assert spec.test_views == (1, 3)
+        assert spec.test_views == (1, 3) and not spec.fixed_length
         if name in strides:
-            assert (spec.sampling, spec.frame_stride) == ("dense", strides[name])
+            assert (spec.sampling, spec.frame_stride) == ("spaced", strides[name])
     spec = get_input_spec("timesformer_large_ssv2")
     assert (spec.sampling, spec.num_frames, spec.num_classes) == ("uniform", 64, 174)
 

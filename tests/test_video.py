@@ -16,8 +16,10 @@ from vidattn.video import (
     count_frames,
     crop_boxes,
     dense_indices,
+    frame_rate,
     load_views,
     read_frames,
+    spaced_indices,
     uniform_indices,
 )
 
@@ -35,6 +37,38 @@ def test_dense_indices_of_the_kinetics_protocol():
     clips = dense_indices(300, 32, 2, 4)
     assert [clip[0] for clip in clips] == [29, 88, 148, 207]
     assert all(clip == list(range(clip[0], clip[0] + 64, 2)) for clip in clips)
+
+
+@pytest.mark.parametrize("available", [1, 50, 256, 300, 1001])
+@pytest.mark.parametrize("rate", [12.5, 25.0, 30.0, 60.0])
+@pytest.mark.parametrize(("num_frames", "stride"), [(8, 32), (16, 16), (96, 4), (1, 7), (2, 3)])
+def test_spaced_indices_of_the_timesformer_protocol(available, rate, num_frames, stride):
+    length = num_frames * stride / 30 * rate
+    for num_clips in (1, 3):
+        clips = spaced_indices(available, num_frames, stride, num_clips, rate)
+        assert len(clips) == num_clips and clips[0][0] == 0
+        for number, clip in enumerate(clips):
+            start = max(available - length, 0) * number / num_clips
+            expected = torch.linspace(0, length - 1, num_frames, dtype=torch.float64) + np.ceil(start)
+            assert clip == expected.clamp(0, available - 1).long().tolist()
+            if available >= length + 1 and num_frames > 1:
+                assert clip[-1] - clip[0] == int(length - 1)  # the first and the last frame
+
+
+@pytest.mark.parametrize("wrong", [{"available": 0}, {"num_frames": 0}, {"frame_stride": 0}, {"frame_rate": 0.0}])
+def test_spaced_indices_name_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        spaced_indices(**{"available": 9, "num_frames": 2, "frame_stride": 2, **wrong})
+
+
+def test_spaced_views_know_the_frame_rate_and_repeat_the_last_frame(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(12))  # 25 frames a second
+    assert frame_rate(path) == 25.0
+    spaced = spec(sampling="spaced", frame_stride=3)
+    assert load_views(path, spaced)[0][0, :, 0, 0].tolist() == [0, 3, 6, 9]
+    assert load_views(path, spaced, frame_stride=2)[0][0, :, 0, 0].tolist() == [0, 1, 3, 5]
+    views = load_views(path, spaced, frame_stride=6, num_clips=2)
+    assert [view[0, :, 0, 0].tolist() for view in views] == [[0, 6, 11, 11]] * 2
 
 
 @pytest.mark.parametrize("available", [63, 64, 65, 66, 100, 1000])

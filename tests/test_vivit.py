@@ -117,6 +117,7 @@ def test_registered_names_and_input() -> None:
             *(32, 2, "dense", 224),
             400,
         )
+        assert spec.short_side == 256 and spec.fixed_length
         assert [(value - spec.mean[0]) / spec.std[0] for value in (0, 255)] == [-1, 1]
     with pytest.raises(TypeError, match=r"takes no argument 'attention'"):
         create_model(ENCODER, attention="spacetime")

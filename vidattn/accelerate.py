@@ -129,6 +129,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
     function. Modules of a subclass, with overridden methods or with a position index of their own are skipped. A module
     whose attention probabilities somebody watches with a hook keeps computing them. Accelerating twice changes nothing.
+    Stochastic depth draws the random numbers that it drew before; dropout inside an attention may draw others.
 
     Args:
         model: any module; the root too may be swapped.
@@ -146,7 +147,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
         RuntimeError: the outputs differ by more than that or are not finite; the model is left as it was.
 
     Reference:
-        Video Swin Transformer, arXiv 2106.13230, section 3.2, for the modules bundled here.
+        Video Swin Transformer, arXiv 2106.13230, section 3.2; TimeSformer, arXiv 2102.05095, section 3; ViViT, arXiv
+        2103.15691, section 3.3: for the modules bundled here.
 
     Example:
         >>> import torch, vidattn
@@ -276,3 +278,8 @@ def _compare(before: list[Tensor], after: list[Tensor], exact: list[Tensor]) -> 
 register_twin("vidattn.models.video_swin.BasicLayer", "vidattn.nn:FusedBasicLayer")
 register_twin("vidattn.models.video_swin.SwinTransformerBlock3D", "vidattn.nn:FusedSwinTransformerBlock3D")
 register_twin("vidattn.models.video_swin.WindowAttention3D", "vidattn.nn:FusedWindowAttention3D")
+register_twin("vidattn.models.timesformer.Attention", "vidattn.nn:FusedAttention")
+register_twin("vidattn.models.timesformer.Block", "vidattn.nn:FusedBlock")
+register_twin(
+    "vidattn.models.vivit_layers.MultiHeadDotProductAttention", "vidattn.nn:FusedMultiHeadDotProductAttention"
+)

@@ -206,7 +206,7 @@ def _classify(options: argparse.Namespace, rest: Sequence[str]) -> int:
     started = time.perf_counter()
     views = read_views(options, spec)
     decoding = time.perf_counter() - started
-    model, weights = load_model(options, num_classes)
+    model, weights = load_model(options, spec, num_classes)
     attention = accelerate_model(model, options)
 
     height, width = views.frames.shape[-2:]
@@ -216,6 +216,9 @@ def _classify(options: argparse.Namespace, rest: Sequence[str]) -> int:
         f"views       {len(views.clips)} clip(s) x {len(views.boxes)} crop(s) of {len(views.clips[0])} frames, "
         f"{views.crop} x {views.crop}"
     )
+    repeated = len(views.clips[-1]) - len(set(views.clips[-1]))
+    if repeated:
+        print(f"            the video ends before the clip does: its last frame comes {repeated + 1} times")
     print(f"model       {options.model}, {parameters / 1e6:.1f} M parameters, {options.dtype} on {options.device}")
     print(f"weights     {weights}")
     print(f"attention   {attention}", flush=True)
@@ -266,12 +269,19 @@ def read_views(options: argparse.Namespace, spec: Any) -> VideoViews:
             ) from None
 
 
-def load_model(options: argparse.Namespace, num_classes: int) -> tuple[torch.nn.Module, str]:
+def load_model(options: argparse.Namespace, spec: Any, num_classes: int) -> tuple[torch.nn.Module, str]:
     """Builds the model in eval mode and says where its weights come from: random unless there is a checkpoint."""
     torch.manual_seed(options.seed)
-    model = vidattn.models.create_model(options.model, num_classes=num_classes)
+    length = {"num_frames": options.frames} if spec.fixed_length and options.frames else {}
+    with explained("--frames"):
+        model = vidattn.models.create_model(options.model, num_classes=num_classes, **length)
     weights = f"RANDOM (seed {options.seed}): the classes mean nothing; --checkpoint FILE loads trained ones"
-    if options.checkpoint is not None:
+    if options.checkpoint is None:
+        for layer in model.modules():
+            # Some classifiers and temporal branches start from zero, which would hide all that comes before them.
+            if isinstance(layer, torch.nn.Linear) and not layer.weight.any():
+                torch.nn.init.normal_(layer.weight, std=0.02)
+    else:
         with explained("--checkpoint"):
             report = vidattn.models.load_checkpoint(model, options.checkpoint)
         weights = f"{options.checkpoint}: {report}"

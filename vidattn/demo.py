@@ -110,7 +110,7 @@ def _demo(options: argparse.Namespace) -> int:
             options.clip = render_shapes(Path(folder) / "shapes.mp4", num_frames=length)
         views = read_views(options, spec)
         batch = views.stack()  # one view: the centre crop of the middle clip
-        model, weights = load_model(options, spec.num_classes)
+        model, weights = load_model(options, spec, spec.num_classes)
         print(f"clip      {title}; {views.video_frames} frames, input {tuple(batch.shape)}")
         print(f"model     {options.model}")
         print(f"weights   {weights}")
@@ -182,6 +182,8 @@ def _peak_in_own_process(variant: str, batch: Path, options: argparse.Namespace)
     command = [sys.executable, "-m", "vidattn.demo", "--model", options.model, "--measure", variant, str(batch)]
     if options.checkpoint:
         command += ["--checkpoint", str(options.checkpoint)]
+    if options.frames:
+        command += ["--frames", str(options.frames)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | RETURN_FREED)
     if finished.returncode:
         raise CommandError(f"measuring the memory of the {variant} model ended with exit code {finished.returncode}")
@@ -191,12 +193,15 @@ def _peak_in_own_process(variant: str, batch: Path, options: argparse.Namespace)
 def _measure(options: argparse.Namespace) -> int:
     """Prints the peak memory in bytes of one forward in this process, beyond model, input and loaded code."""
     variant, file = options.measure
-    model, _ = load_model(options, vidattn.models.get_input_spec(options.model).num_classes)
+    spec = vidattn.models.get_input_spec(options.model)
+    model, _ = load_model(options, spec, spec.num_classes)
     if variant == "accelerated":
         accelerate_model(model, options)
     batch = torch.load(file, weights_only=True)
     with torch.inference_mode():
-        model(batch[:, :, :2, :32, :32])  # loads code and starts threads, which are not the model's memory
+        # Loads code and starts threads, which are not the model's memory.
+        model(batch if spec.fixed_length else batch[:, :, :2, :32, :32])
+        model.eval()  # what it keeps of a first call is: here it is forgotten
         with PeakMemory() as memory:
             model(batch)
     print(json.dumps(memory.growth))

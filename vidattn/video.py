@@ -3,15 +3,18 @@
 The defaults are the test protocol of the published models. Video Swin (arXiv 2106.13230, section 4.1) averages
 4 clips x 3 crops on Kinetics-400: each clip has 32 frames, every second one; frames are resized to a short side of 224
 and cropped to 224 x 224 at three places along the long side. On Something-Something v2 it takes 1 clip of 32 frames,
-spread over the whole video, x 3 crops.
+spread over the whole video, x 3 crops. TimeSformer (arXiv 2102.05095) and ViViT (arXiv 2103.15691) differ as their
+``InputSpec`` says.
 
 Decoding needs PyAV and NumPy (``pip install "vidattn[cli]"``); sampling and cropping need neither.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +88,43 @@ def dense_indices(available: int, num_frames: int, frame_stride: int, num_clips:
     starts = max(available - num_frames * frame_stride + 1, 1)
     firsts = [(2 * clip + 1) * starts // (2 * num_clips) for clip in range(num_clips)]
     return [[first + frame * frame_stride for frame in range(num_frames)] for first in firsts]
+
+
+def spaced_indices(
+    available: int, num_frames: int, frame_stride: int, num_clips: int = 1, frame_rate: float = 30.0
+) -> list[list[int]]:
+    """Returns frames that are equally spaced from the first to the last of ``num_frames * frame_stride`` frames.
+
+    This is how TimeSformer's published code samples (arXiv 2102.05095): frames are counted at 30 a second, the first
+    and the last frame of the clip are taken, so that the others are a little further apart than the stride, and the
+    last frame of a shorter video is repeated. One clip starts with the video, ``num_clips`` at equal distances.
+
+    Args:
+        available: frames in the video.
+        num_frames: frames to take.
+        frame_stride: frames of a clip for each one taken.
+        num_clips: number of clips.
+        frame_rate: frames of the video a second.
+
+    Returns:
+        ``num_clips`` lists of ``num_frames`` frame numbers, from 0.
+
+    Raises:
+        ValueError: an argument is not positive.
+
+    Example:
+        >>> spaced_indices(300, num_frames=8, frame_stride=32)
+        [[0, 36, 72, 109, 145, 182, 218, 255]]
+        >>> spaced_indices(6, num_frames=4, frame_stride=3)
+        [[0, 3, 5, 5]]
+    """
+    _check_positive(available=available, num_frames=num_frames, frame_stride=frame_stride, num_clips=num_clips)
+    if not frame_rate > 0:
+        raise ValueError(f"frame_rate: expected a positive number, got {frame_rate}")
+    length = num_frames * frame_stride * frame_rate / 30.0
+    offsets = [max(int(frame * (length - 1) / max(num_frames - 1, 1)), 0) for frame in range(num_frames)]
+    firsts = [math.ceil(max(available - length, 0) * clip / num_clips) for clip in range(num_clips)]
+    return [[min(first + offset, available - 1) for offset in offsets] for first in firsts]
 
 
 def uniform_indices(available: int, num_frames: int) -> list[int]:
@@ -248,10 +288,13 @@ def load_views(
         )
 
     available = count_frames(path, progress=progress)
+    stride = frame_stride or spec.frame_stride or 1
     if uniform:
         clips = [uniform_indices(available, num_frames)]
+    elif spec.sampling == "spaced":
+        clips = spaced_indices(available, num_frames, stride, num_clips, frame_rate(path))
     else:
-        clips = dense_indices(available, num_frames, frame_stride or spec.frame_stride or 1, num_clips)
+        clips = dense_indices(available, num_frames, stride, num_clips)
 
     wanted = sorted({number for clip in clips for number in clip})
     row = {number: position for position, number in enumerate(wanted)}
@@ -296,6 +339,28 @@ def count_frames(path: str | os.PathLike[str], *, progress: Progress | None = No
     if not count:
         raise VideoError(f"{path}: no frame of it can be decoded")
     return count
+
+
+def frame_rate(path: str | os.PathLike[str]) -> float:
+    """Returns the frames a second of a video file, as its container says; 30 where that says nothing.
+
+    Args:
+        path: the video file.
+
+    Returns:
+        Frames a second, on average.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VideoError: it is not a video.
+        ImportError: PyAV is not installed.
+
+    Example:
+        >>> frame_rate("clip.mp4")  # doctest: +SKIP
+        28.0
+    """
+    with _opened(path) as (_, stream):
+        return float(stream.average_rate or 30)
 
 
 def read_frames(
@@ -348,8 +413,9 @@ def read_frames(
     raise VideoError(f"{path}: expected a frame {numbers[-1]}, got the end of the video")
 
 
-def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Yields the decoded frames of the main video stream, one at a time."""
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+    """Opens a file and finds its main video stream."""
     try:
         import av
     except ImportError as error:
@@ -362,10 +428,16 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
             # FFmpeg has a demuxer that renders plain text as a terminal would: a text file is no video.
             if stream is None or container.format.name == "tty":
                 raise VideoError(f"{path} is not a video: it has no video stream")
-            stream.thread_type = "AUTO"
-            yield from container.decode(stream)
+            yield container, stream
     except av.error.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be decoded ({error.strerror})") from error
+
+
+def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yields the decoded frames of the main video stream, one at a time."""
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        yield from container.decode(stream)
 
 
 def _upright_rgb(frame: Any) -> Tensor:

@@ -17,13 +17,15 @@ class InputSpec:
     Attributes:
         num_frames: Frames of a clip.
         frame_stride: Distance of two sampled frames; not used by uniform sampling.
-        sampling: "dense" takes every ``frame_stride``-th frame; "uniform" spreads ``num_frames`` over the whole video.
+        sampling: "dense" takes every ``frame_stride``-th frame; "spaced" spreads ``num_frames`` over
+            ``num_frames * frame_stride`` frames, the first and the last included; "uniform" over the whole video.
         short_side: Pixels that the shorter side is resized to.
         crop: Pixels of the square crop.
         mean: Mean of the RGB channels, on 0..255.
         std: Deviation of the RGB channels, on 0..255.
         num_classes: Classes of the published weights.
         test_views: (clips, crops) that published accuracies average over.
+        fixed_length: Whether a model sees clips of one length only, which it is built for with ``num_frames``.
     """
 
     num_frames: int = 32
@@ -35,6 +37,7 @@ class InputSpec:
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     num_classes: int = 400
     test_views: tuple[int, int] = (4, 3)
+    fixed_length: bool = False
 
 
 @dataclass(frozen=True)

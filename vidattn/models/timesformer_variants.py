@@ -21,7 +21,7 @@ _OPTIONS = tuple(
 
 
 def _spec(num_frames: int, frame_stride: int, size: int = 224) -> InputSpec:
-    return InputSpec(num_frames, frame_stride, "dense", size, size, _MEAN, _STD, num_classes=400, test_views=(1, 3))
+    return InputSpec(num_frames, frame_stride, "spaced", size, size, _MEAN, _STD, num_classes=400, test_views=(1, 3))
 
 
 _SSV2 = InputSpec(64, 1, "uniform", mean=_MEAN, std=_STD, num_classes=174, test_views=(1, 3))

@@ -163,7 +163,9 @@ def space_time_vivit(
     )
 
 
-_SPEC = InputSpec(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5))  # pixels from -1 to 1
+_SPEC = InputSpec(  # pixels from -1 to 1
+    short_side=256, mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), fixed_length=True
+)
 _LARGE_SPEC = replace(_SPEC, test_views=(1, 3))
 _LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096}
 

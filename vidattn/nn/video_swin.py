@@ -1,9 +1,4 @@
-"""Accelerated twins of the bundled attention modules: same constructors, parameters and state dict, same function.
-
-A twin computes the original's function with the ops of this package. Whatever the ops cannot stand in for (a mask of
-the caller's own, a hook that watches the attention probabilities, a dropout of another kind) is computed as the
-original does. :func:`vidattn.accelerate` turns the modules of an existing model into their twins.
-"""
+"""Accelerated twins of the modules of Video Swin."""
 
 from __future__ import annotations
 
@@ -18,9 +13,8 @@ from vidattn.accelerate import Twin, why_overridden
 from vidattn.geometry import bias_rows, region_mask, resolve_windows
 from vidattn.models.video_swin import BasicLayer, SwinTransformerBlock3D, WindowAttention3D
 from vidattn.models.video_swin_windows import MASK_VALUE, compute_mask, fit_window
+from vidattn.nn.parts import dropout_is_watched, has_hooks, rate_in_use
 from vidattn.ops import window3d_attention, window_attention
-
-__all__ = ["FusedBasicLayer", "FusedSwinTransformerBlock3D", "FusedWindowAttention3D", "RegionMask"]
 
 _Triple = tuple[int, int, int]
 
@@ -70,7 +64,7 @@ class FusedWindowAttention3D(Twin, WindowAttention3D):
             bias,
             mask,
             scale=self.scale,
-            dropout_p=_dropout_p(self),
+            dropout_p=rate_in_use(self.attn_drop),
             backend=self.attention_backend,
         )
         return self.proj_drop(self.proj(context))
@@ -119,7 +113,7 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
         window, shift, padded = fit_window(grid, self.window_size, self.shift_size)
         shifted = shift[0] > 0 or shift[1] > 0 or shift[2] > 0
         standard = not shifted or mask_matrix is None or _is_region_mask(mask_matrix, RegionMask(padded, window, shift))
-        if not standard or _has_hooks(attention) or _probabilities_are_watched(attention):
+        if not standard or has_hooks(attention) or _probabilities_are_watched(attention):
             # Partitioned by the original's code: any mask, and every hook, works there.
             mask = mask_matrix.build(x.device) if isinstance(mask_matrix, RegionMask) else mask_matrix
             return super().forward_part1(x, mask)
@@ -133,7 +127,7 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
             mask_value=MASK_VALUE,
             wrap=mask_matrix is None,
             scale=attention.scale,
-            dropout_p=_dropout_p(attention),
+            dropout_p=rate_in_use(attention.attn_drop),
             backend=self.attention_backend,
         )
         return attention.proj_drop(attention.proj(context))
@@ -150,32 +144,15 @@ class FusedBasicLayer(Twin, BasicLayer):
         return RegionMask(padded, window, shift)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _probabilities_are_watched(attention: WindowAttention3D) -> bool:
     """Whether softmax or dropout are no longer what the ops compute, or a hook looks at what they return."""
-    softmax, dropout = attention.softmax, attention.attn_drop
-    return (
-        type(softmax) is not nn.Softmax
-        or type(dropout) not in (nn.Dropout, nn.Identity)
-        or _has_hooks(softmax)
-        or _has_hooks(dropout)
-        or _dropout_p(attention) >= 1.0
-    )
-
-
-def _dropout_p(attention: WindowAttention3D) -> float:
-    dropout = attention.attn_drop
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    softmax = attention.softmax
+    return type(softmax) is not nn.Softmax or has_hooks(softmax) or dropout_is_watched(attention.attn_drop)
 
 
 def _projected_zero(projection: nn.Module, qkv: Tensor, channels: int) -> Tensor | None:
     """Give what a padding token, a zero vector, becomes in the qkv projection (3C,); None for zeros."""
-    if type(projection) is nn.Linear and not _has_hooks(projection):
+    if type(projection) is nn.Linear and not has_hooks(projection):
         return projection.bias
     return projection(qkv.new_zeros(1, channels))[0]  # a projection of another kind: quantised, low-rank, ...
 
