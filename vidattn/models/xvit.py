@@ -447,7 +447,7 @@ class XViT(nn.Module):
 
         Example:
             >>> config = {"XVIT.SHIFT_DIV": 4, "XVIT.NUM_SEGMENTS": 16, "MODEL.NUM_CLASSES": 174}
-            >>> model = XViT.from_config(config, img_size=32, depth=2)
+            >>> model = XViT.from_config(config, img_size=32, embed_dim=24, depth=2)
             >>> model.new_fc.out_features
             174
         """
