@@ -140,3 +140,14 @@ def test_the_temporal_head_does_not_see_the_order_of_frames() -> None:
     head = roughen(VitHead(24, 5, 2, 2, 10)).eval()
     frames = torch.randn(2, 7, 24)
     torch.testing.assert_close(head(frames.flip(1), torch.arange(7)), head(frames), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_the_temporal_head() -> None:
+    head = VitHead(24, 5, 2, num_layers=2, attn_drop=0.1, drop=0.2, dropout_rate=0.3)
+    assert head.mlp_head[3].p == 0.3
+    assert len(head.temporal_encoder) == 2
+    for block in head.temporal_encoder:
+        assert block.attn.attn_drop.p == 0.1
+        assert block.attn.proj_drop.p == block.mlp.drop.p == block.drop_path.drop_prob == 0.2
+        assert block.norm1.eps == block.norm2.eps == head.mlp_head[0].eps == 1e-5
+        assert block.attn.qkv.bias is None

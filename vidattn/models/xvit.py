@@ -12,9 +12,9 @@ differ; what the released weights depend on is kept, and it is the code:
 - Position embeddings are always those of 224 x 224 pixels, resized at every run for any other ``img_size``.
 - Stochastic depth drops single frames of a branch.
 
-Left out, because nobody can want it: modules whose ``train()`` and ``eval()`` return None, a forward pass that records
-gradients under ``torch.no_grad()``, clips of a batch that mix where a segment is longer than a clip, an average over
-``num_segments`` frames where the clip has more, position embeddings of a square grid on another of as many patches.
+Slips of the code that change no result of the published models are left out: ``train()`` and ``eval()`` return the
+model; ``torch.no_grad()`` is respected; clips of a batch are never mixed, nor cut into several results, where they are
+shorter or longer than a segment; frames of another shape with as many patches are refused; any block can shift.
 """
 
 from __future__ import annotations
@@ -302,8 +302,8 @@ class XViT(nn.Module):
         consensus_type: "vit" for the temporal head, "avg" for the mean of the frames' logits, "identity" for the logits
             (B, T, num_classes) of all frames.
         before_softmax: Without it ("avg" only) probabilities of the frames are averaged, not logits.
-        dropout_rate: Dropout after the backbone and in the temporal head. At 0, but for "vit", the classifier is a part
-            of the backbone, so that its name in a state dict changes.
+        dropout_rate: Dropout after the backbone and in the temporal head. At 0, except for "vit", the classifier is
+            ``base_model.head`` and not ``new_fc``.
         drop_rate: Dropout of the tokens, after projections and inside the MLPs.
         attn_drop_rate: Dropout of the attention probabilities.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 in the first.

@@ -99,7 +99,7 @@ class TemporalShift(nn.Module):
         fold = period // (self.fold_div * self.window)
         offsets = [offset for distance in range(1, self.window + 1) for offset in (distance, -distance)]
         ranges = (
-            (start + min(place * fold, period), start + min((place + 1) * fold, period), offset)
+            (start + place * fold, start + min((place + 1) * fold, period), offset)
             for start in range(0, channels, period)
             for place, offset in enumerate(offsets)
         )
