@@ -111,7 +111,9 @@ def register_attention(
         save(ctx, inputs[:num_tensors], output)
 
     def no_second_derivative(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(f"the op {name} has no second derivative; the functions of vidattn.reference have")
+        raise NotImplementedError(
+            f"the op {name} has no second derivative; the functions of vidattn.reference have"
+        )
 
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
