@@ -7,6 +7,8 @@ from vidattn.models import (  # noqa: F401  (each family registers its own)
     video_swin_variants,
     vivit_checkpoint,
     vivit_variants,
+    xvit_checkpoint,
+    xvit_variants,
 )
 from vidattn.models.checkpoint import LoadReport, load_checkpoint
 from vidattn.models.registry import InputSpec, create_model, get_input_spec, list_models

@@ -22,7 +22,7 @@ from vidattn.models.flax_trees import flatten_flax_tree, is_msgpack, is_npz, rea
 
 State = dict[str, Tensor]
 
-_WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
+_WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 6
 # What the keys of other people's checkpoints look like: the first fragment found names the architecture.
@@ -30,6 +30,7 @@ _ARCHITECTURES = (
     ("temporal_attn.", "TimeSformer"),
     ("temporal_attention.", "a TimeSformer of Hugging Face"),
     ("vivit.", "a ViViT of Hugging Face"),
+    ("temp_embed", "an X-ViT"),
     ("encoderblock_0/", "a vision transformer of flax"),
     ("swin.encoder.", "an image Swin of Hugging Face"),
     ("cpb_mlp.", "a Swin V2"),
@@ -79,7 +80,7 @@ class Conversion:
         resizes: Whether interpolating tables belongs to this conversion; if not, it is an error when strict.
         ignored: Names that the conversion leaves out on purpose.
         optional: Prefix, or prefixes, of the model's names that files of this layout never hold ("" for none).
-        head: Prefix of the classifier's names, whose shape may differ when not strict ("" for none).
+        head: Prefix, or prefixes, of the classifier's names, whose shape may differ when not strict ("" for none).
         describe: Says what model a state dict, of the file or of the model itself, belongs to.
     """
 
@@ -89,7 +90,7 @@ class Conversion:
     resizes: bool = False
     ignored: list[str] = field(default_factory=list)
     optional: str | tuple[str, ...] = ""
-    head: str = ""
+    head: str | tuple[str, ...] = ""
     describe: Callable[[Mapping[str, Tensor]], str] | None = None
 
 
