@@ -283,3 +283,4 @@ register_twin("vidattn.models.timesformer.Block", "vidattn.nn:FusedBlock")
 register_twin(
     "vidattn.models.vivit_layers.MultiHeadDotProductAttention", "vidattn.nn:FusedMultiHeadDotProductAttention"
 )
+register_twin("vidattn.models.xvit_layers.Attention", "vidattn.nn:FusedMixingAttention")
