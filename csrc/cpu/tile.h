@@ -10,8 +10,8 @@ namespace vidattn {
 namespace VIDATTN_ISA {
 
 // How numbers are multiplied: the type of an accumulator, of a packed word, and how many values a word holds along the
-// summed axis. row_words packs one row of n values along the row; column_words packs `pack` rows along the rows (a null
-// row is zeros). Both fill up to `padded` words with zeros.
+// summed axis. load_words takes a vector of words from a row of values of which n are left; column_words packs the
+// rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
 template <class T>
 struct Plain {
   using Acc = T;
@@ -20,16 +20,15 @@ struct Plain {
   static constexpr int pack = 1;
 
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
-  static VIDATTN_INLINE Vec<T> add_squares(Vec<T> words, Vec<T> c) { return words * words + c; }
+  static VIDATTN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
 
   template <class In>
-  static VIDATTN_INLINE void row_words(const In* row, int64_t n, int64_t padded, Word* to) {
-    if (row) widen_row(row, to, n);
-    for (int64_t i = row ? n : 0; i < padded; ++i) to[i] = 0;
+  static VIDATTN_INLINE Vec<T> load_words(const In* row, int64_t n) {
+    return load_wide<T>(row, n);
   }
   template <class In>
   static VIDATTN_INLINE void column_words(const In* const* rows, int64_t n, int64_t padded, Word* to) {
-    row_words(rows[0], n, padded, to);
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(to + i, load_wide<T>(rows[0] + i, n - i));
   }
 };
 
@@ -41,25 +40,20 @@ struct Bf16Pairs {
   static constexpr int pack = 2;
 
   static VIDATTN_INLINE Vec<float> multiply_add(Word a, Vec<float> b, Vec<float> c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+    return multiply_add(_mm512_set1_ps(a), b, c);
   }
-  static VIDATTN_INLINE Vec<float> add_squares(Vec<float> words, Vec<float> c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)words, (__m512bh)words);
+  static VIDATTN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
   }
-  static VIDATTN_INLINE void row_words(const bf16* row, int64_t n, int64_t padded, Word* to) {
-    for (int64_t i = 0; i < padded; i += 16) {
-      const int64_t left = row ? n - 2 * i : 0;
-      const __mmask32 valid = left >= 32 ? ~0u : (1u << (left > 0 ? left : 0)) - 1;
-      _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(valid, row + (left > 0 ? 2 * i : 0)));
-    }
+  static VIDATTN_INLINE Vec<float> load_words(const bf16* row, int64_t n) {
+    const __mmask32 valid = n >= 32 ? ~0u : (1u << (n < 0 ? 0 : n)) - 1;
+    return (Vec<float>)_mm512_maskz_loadu_epi16(valid, row);
   }
   static VIDATTN_INLINE void column_words(const bf16* const* rows, int64_t n, int64_t padded, Word* to) {
     for (int64_t i = 0; i < padded; i += 16) {
-      const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n > i ? n - i : 0)) - 1;
-      const __m512i low =
-          rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[0] + i)) : _mm512_setzero_si512();
-      const __m512i high =
-          rows[1] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i)) : _mm512_setzero_si512();
+      const __mmask16 valid = first_lanes(n - i);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[0] + i));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i));
       _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
@@ -75,6 +69,13 @@ struct Bf16Pairs {
   }
 };
 #endif
+
+// The n values of a row as words, up to a whole vector.
+template <class P, class In>
+VIDATTN_INLINE void row_words(const In* row, int64_t n, typename P::Word* to) {
+  constexpr int step = kLanes<typename P::Word>;
+  for (int64_t i = 0; i * P::pack < n; i += step) store(to + i, P::load_words(row + i * P::pack, n - i * P::pack));
+}
 
 // A[r, s] = a[r * RowStep + s * a_step]; B[s] = NV vectors at b + s * b_step.
 template <class P, int R, int NV, int RowStep>
@@ -100,20 +101,20 @@ VIDATTN_INLINE void clear(V (&c)[R][NV]) {
     for (int n = 0; n < NV; ++n) c[r][n] = V{};
 }
 
-// to[s, lane] = from[lane, s] for `lanes` rows of `steps` words (whole vectors of them are read); lanes is a multiple
-// of the vector.
-template <class Word>
-VIDATTN_INLINE void transpose(const Word* from, int64_t from_step, int64_t lanes, int64_t steps, Word* to) {
+// to[word * to_step + lane] = word of rows[lane], for `lanes` rows (whole vectors of them) of n values.
+template <class P, class In>
+VIDATTN_INLINE void transpose(const In* const* rows, int64_t lanes, int64_t n, typename P::Word* to, int64_t to_step) {
+  using Word = typename P::Word;
   constexpr int L = kLanes<Word>;
   for (int64_t lane = 0; lane < lanes; lane += L)
-    for (int64_t s = 0; s < steps; s += L) {
-      Vec<Word> rows[L];
+    for (int64_t c = 0; c < n; c += L * P::pack) {
+      Vec<Word> block[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) rows[i] = load(from + (lane + i) * from_step + s);
-      exchange_rows<1, Word>(rows);
+      for (int i = 0; i < L; ++i) block[i] = P::load_words(rows[lane + i] + c, n - c);
+      exchange_rows<1, Word>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
-        if (s + i < steps) store(to + (s + i) * lanes + lane, rows[i]);
+        if (c + i * P::pack < n) store(to + (c / P::pack + i) * to_step + lane, block[i]);
     }
 }
 

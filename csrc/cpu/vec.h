@@ -102,21 +102,24 @@ VIDATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 #if defined(__AVX512F__)
+VIDATTN_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1;
+}
 template <>
 VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
   return _mm512_max_ps(a, b);
 }
 template <>
 VIDATTN_INLINE Vec<float> load_first<float>(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, p);
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 template <>
 VIDATTN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t n) {
-  _mm512_mask_storeu_ps(p, n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, v);
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
 }
 template <>
 VIDATTN_INLINE Vec<float> keep_first<float>(Vec<float> v, int64_t n, float other) {
-  return _mm512_mask_blend_ps(n >= 16 ? 0xffff : (1u << (n < 0 ? 0 : n)) - 1, _mm512_set1_ps(other), v);
+  return _mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(other), v);
 }
 #elif defined(__AVX2__)
 template <>
@@ -308,22 +311,84 @@ VIDATTN_INLINE void narrow(float x, f16& y) {
 #endif
 }
 
-// One row of n values, stored type to accumulator type and back (with a factor).
-template <class In, class T>
-VIDATTN_INLINE void widen_row(const In* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
-}
-#if defined(__AVX512BF16__)
-VIDATTN_INLINE void narrow_row(const float* from, float factor, bf16* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 x = _mm512_mul_ps(load_first(from + i, n - i), _mm512_set1_ps(factor));
-    _mm256_mask_storeu_epi16(to + i, n - i >= 16 ? 0xffff : (1u << (n - i)) - 1, (__m256i)_mm512_cvtneps_pbh(x));
+// Consecutive values as one vector of the accumulator's type and back, rounded; only the first n lanes exist in memory,
+// the others read as zero.
+template <class T, class In>
+VIDATTN_INLINE Vec<T> load_wide(const In* from, int64_t n) {
+  if constexpr (sizeof(In) == sizeof(T)) {
+    return load_first((const T*)from, n);
+  } else {
+    Vec<T> v{};
+    if (n >= kLanes<T>) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<T>; ++i) v[i] = widen(from[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) v[i] = widen(from[i]);
+    }
+    return v;
   }
 }
+template <class T, class Out>
+VIDATTN_INLINE void store_narrow(Out* to, Vec<T> v, int64_t n) {
+  if constexpr (sizeof(Out) == sizeof(T)) {
+    store_first((T*)to, v, n);
+  } else {
+    T row[kLanes<T>];
+    store(row, v);
+    for (int64_t i = 0; i < kLanes<T> && i < n; ++i) narrow(row[i], to[i]);
+  }
+}
+#if defined(__AVX512F__)
+template <>
+VIDATTN_INLINE Vec<float> load_wide<float, bf16>(const bf16* from, int64_t n) {
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from)), 16);
+}
+template <>
+VIDATTN_INLINE Vec<float> load_wide<float, f16>(const f16* from, int64_t n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+}
+template <>
+VIDATTN_INLINE void store_narrow<float, f16>(f16* to, Vec<float> v, int64_t n) {
+  _mm256_mask_storeu_epi16(to, first_lanes(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+template <>
+VIDATTN_INLINE void store_narrow<float, bf16>(bf16* to, Vec<float> v, int64_t n) {
+#if defined(__AVX512BF16__)
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i kept =
+      _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 #endif
+  _mm256_mask_storeu_epi16(to, first_lanes(n), rounded);
+}
+#elif defined(__AVX2__)
+template <>
+VIDATTN_INLINE Vec<float> load_wide<float, bf16>(const bf16* from, int64_t n) {
+  alignas(16) bf16 part[8] = {};
+  if (n < 8) {
+    for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+    from = part;
+  }
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+}
+template <>
+VIDATTN_INLINE Vec<float> load_wide<float, f16>(const f16* from, int64_t n) {
+  alignas(16) f16 part[8] = {};
+  if (n < 8) {
+    for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+    from = part;
+  }
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+#endif
+
+// n values of a row times a factor, rounded.
 template <class T, class Out>
 VIDATTN_INLINE void narrow_row(const T* from, T factor, Out* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) narrow(from[i] * factor, to[i]);
+  for (int64_t i = 0; i < n; i += kLanes<T>) store_narrow<T>(to + i, load_first(from + i, n - i) * factor, n - i);
 }
 
 }  // namespace VIDATTN_ISA

@@ -1,7 +1,6 @@
 // The native ops of the window family: reads the tensors, spreads the tasks over threads, and adds up what the tasks
 // leave behind.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -11,8 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "isa.h"
-#include "scratch.h"
+#include "dispatch.h"
 #include "window3d_args.h"
 
 namespace vidattn {
@@ -25,28 +23,12 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-const Window3dKernels& kernels_for(ScalarType type) {
-  const Isa isa = current_isa();
+const Window3dKernels& kernels(const Tensor& q) {
 #if defined(__x86_64__)
-  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16) return window3d_avx512bf16.bfloat16;
-  const Window3dTable& table = isa >= Isa::avx512 ? window3d_avx512
-                               : isa == Isa::avx2 ? window3d_avx2
-                                                  : window3d_baseline;
+  return kernels_for(q.scalar_type(), window3d_baseline, window3d_avx2, window3d_avx512, window3d_avx512bf16);
 #else
-  const Window3dTable& table = window3d_baseline;
+  return kernels_for(q.scalar_type(), window3d_baseline, window3d_baseline, window3d_baseline, window3d_baseline);
 #endif
-  switch (type) {
-    case ScalarType::Float:
-      return table.float32;
-    case ScalarType::Double:
-      return table.float64;
-    case ScalarType::BFloat16:
-      return table.bfloat16;
-    case ScalarType::Half:
-      return table.float16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-  }
 }
 
 // A token tensor (B, D, H, W, h, d), or its last two dimensions merged (B, D, H, W, h * d).
@@ -84,7 +66,9 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
-  a.q = token_tensor(q, a.head_dim), a.k = token_tensor(k, a.head_dim), a.v = token_tensor(v, a.head_dim);
+  a.tensor[kQ] = token_tensor(q, a.head_dim);
+  a.tensor[kK] = token_tensor(k, a.head_dim);
+  a.tensor[kV] = token_tensor(v, a.head_dim);
   if (pad_qkv) a.pad_qkv = pad_qkv->data_ptr();
   if (bias) {
     a.bias = bias->data_ptr();
@@ -112,23 +96,16 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
   return a;
 }
 
-template <class F>
-void run(const Window3dArgs& args, const Window3dKernels& kernels, bool backward, int64_t tasks, F task_range) {
-  const int64_t bytes = kernels.scratch_bytes(args, backward);
-  torch::stable::parallel_for(0, tasks, 1,
-                              [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
-}
-
 void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed,
              std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale,
              double mask_value, double dropout_p, Tensor out, Tensor lse) {
   Window3dArgs a =
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
-  a.out = token_tensor(out, a.head_dim);
+  a.tensor[kOut] = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type());
-  run(a, kernels, false, a.heads * a.groups, kernels.forward);
+  const Window3dKernels& cpu = kernels(q);
+  run(a, cpu, false, a.heads * a.groups, cpu.forward);
 }
 
 // to[i] = sum over the chunks of from[chunk][i], in order.
@@ -172,6 +149,7 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
   }
 }
 
+// `out` and `lse` are for backends that do not have a query's scores at hand all at once.
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
               std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out,
               Tensor lse, std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap,
@@ -179,15 +157,15 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> b
               std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
   Window3dArgs a =
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
-  a.out = token_tensor(out, a.head_dim), a.dout = token_tensor(dout, a.head_dim);
-  a.dq = token_tensor(dq, a.head_dim), a.dk = token_tensor(dk, a.head_dim), a.dv = token_tensor(dv, a.head_dim);
-  a.lse = lse.data_ptr();
-  const Window3dKernels& kernels = kernels_for(q.scalar_type());
+  a.tensor[kDout] = token_tensor(dout, a.head_dim);
+  a.tensor[kDq] = token_tensor(dq, a.head_dim);
+  a.tensor[kDk] = token_tensor(dk, a.head_dim);
+  a.tensor[kDv] = token_tensor(dv, a.head_dim);
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (q.scalar_type() == ScalarType::Double)
-    backward_as(a, kernels, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
+    backward_as(a, kernels(q), static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
   else
-    backward_as(a, kernels, static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
+    backward_as(a, kernels(q), static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "slots.h"
+
 namespace vidattn {
 
 struct TokenTensor {  // (batch, depth, height, width, heads, head_dim), last stride 1; null data = absent
@@ -18,7 +20,7 @@ struct Window3dArgs {
   int64_t tokens;       // of one window
   int64_t groups;       // windows in all, batch outermost
 
-  TokenTensor q, k, v, out, dout, dq, dk, dv;
+  TokenTensor tensor[kSlots];
   const void* pad_qkv;  // (3, heads, head_dim) in the type of q, or null: zeros
   void* lse;            // (batch, depth, height, width, heads): log-sum-exp
 

@@ -53,14 +53,13 @@ class WindowTokens {
     return border_ ? region_mask_ + region_[i] * padded_tokens_ : nullptr;
   }
 
-  // Element offsets of the tokens in a tensor. `slot` is the tensor's place in all_tensors(); one with the strides of
-  // an earlier slot shares that one's array, as the three parts of a packed qkv do.
+  // Element offsets of the tokens in a tensor; one with the strides of an earlier slot shares that one's array, as the
+  // three parts of a packed qkv do.
   const int64_t* offsets(int slot) {
-    const TokenTensor* all[] = {&a_.q, &a_.k, &a_.v, &a_.out, &a_.dout, &a_.dq, &a_.dk, &a_.dv};
-    const int64_t* stride = all[slot]->stride;
+    const int64_t* stride = a_.tensor[slot].stride;
     for (int s = 0; s <= slot; ++s) {
       bool same = known_offsets_ >> s & 1;
-      for (int axis = 0; axis < 4; ++axis) same &= all[s]->stride[axis] == stride[axis];
+      for (int axis = 0; axis < 4; ++axis) same &= a_.tensor[s].stride[axis] == stride[axis];
       if (same) return offset_[s];
     }
     int64_t* to = offset_[slot];
@@ -110,7 +109,7 @@ class WindowTokens {
   int64_t group_ = 0, batch_ = 0, query_count_ = 0;
   int border_ = 0;              // bit per axis: the last window of an axis that is shifted and not cyclic
   unsigned known_offsets_ = 0;  // bit per slot
-  int64_t *source_[3], *token_, *queries_, *offset_[8];
+  int64_t *source_[3], *token_, *queries_, *offset_[kSlots];
   int* region_;
   T* region_mask_;  // [region of the query][key]
 };

@@ -1,0 +1,56 @@
+// What divided.cpp hands to the kernels of an instruction set: plain data, so that no torch header reaches files with
+// their own flags.
+#pragma once
+#include <stdint.h>
+
+#include "slots.h"
+
+namespace vidattn {
+
+struct RowTensor {  // (batch, patch, heads, head_dim), last stride 1; null data = absent
+  void* data = nullptr;
+  int64_t stride[3] = {0, 0, 0};
+};
+
+// One clip's patches as sequences along one axis. The patch at position p of group g of a clip has the number
+// g * group_step + p * position_step.
+struct DividedArgs {
+  int64_t batch, frames, heads, head_dim;
+  int64_t cls;                    // 1: a row in front of the patches opens every sequence; else 0
+  int64_t first_head, num_heads;  // the heads that attend along this axis
+  int64_t patches;                // of a sequence, the cls token not counted
+  int64_t groups;                 // of a clip
+  int64_t group_step, position_step;
+  bool short_sequences;  // which kernel; a task is then a group, else a (group, head)
+  int64_t tasks;         // in all clips, the clip outermost
+
+  RowTensor tensor[kSlots];  // from the first patch on
+
+  // The cls token is shared by the frames of a clip: (batch, frames, heads, head_dim) in the accumulator's type.
+  void* cls_out;
+  const void* dcls;
+  int64_t dcls_stride[2];  // of the batch and of the frames
+  void* cls_gradients;     // (3, batch, frames, heads, head_dim): each frame's share for q, k and v
+  RowTensor cls_mean;      // (batch, 1, heads, head_dim), where the mean of cls_out goes
+
+  double scale, dropout_p;
+  uint64_t seed;
+};
+
+// Sequences of at most this many rows, without a cls token, are computed where they lie.
+constexpr int64_t kShortSequence = 16;
+
+struct DividedKernels {
+  int64_t (*scratch_bytes)(const DividedArgs&, bool backward);
+  void (*forward)(const DividedArgs&, int64_t begin, int64_t end, char* scratch);
+  void (*backward)(const DividedArgs&, int64_t begin, int64_t end, char* scratch);
+  // Adds up what the frames have for the cls token of a clip, in order: the mean of its contexts, or its gradients.
+  void (*add_frames)(const DividedArgs&, bool backward, int64_t clip);
+};
+
+struct DividedTable {  // by element type; what an instruction set does not have is null
+  DividedKernels float32, float64, bfloat16, float16;
+};
+extern const DividedTable divided_baseline, divided_avx2, divided_avx512, divided_avx512bf16;
+
+}  // namespace vidattn

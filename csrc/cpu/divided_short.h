@@ -1,0 +1,232 @@
+// Attention in short sequences: bound by memory, so q, k, v (and the gradient of the context) are read once, where they
+// lie, and each result is written once; nothing is packed.
+//
+// A score is a product of two rows with the channels in lanes. The sums across the lanes of as many products as a
+// vector has lanes are taken together, by a tree of exchanges, and come out as one vector: the scores of a sequence of
+// 8 are 4 vectors of 16. All heads of a sequence follow each other, so that whole rows of the token tensors are used.
+#pragma once
+#include "attention.h"
+#include "divided_args.h"
+
+namespace vidattn {
+namespace VIDATTN_ISA {
+
+// Lane l of the result is the sum over the lanes of rows[l].
+template <int W, class T>
+VIDATTN_INLINE Vec<T> add_across(Vec<T>* rows) {
+  if constexpr (W < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += 2 * W) {
+      exchange<W, T>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes<T>>());
+      rows[i] += rows[i + W];
+    }
+    return add_across<2 * W, T>(rows);
+  }
+  return rows[0];
+}
+
+template <int W, class T, int... Lane>
+VIDATTN_INLINE Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (Lane ^ W)...);
+}
+// Combines every run of Size neighbouring lanes by f; all lanes of the run get the result.
+template <int Size, class T, class F, int W = 1>
+VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
+  if constexpr (W < Size) {
+    v = f(v, swap_lanes<W, T>(v, std::make_integer_sequence<int, kLanes<T>>()));
+    return reduce_runs<Size, T, F, 2 * W>(v, f);
+  }
+  return v;
+}
+
+// Sequences of up to L rows; L is a power of two. Missing rows are zeros.
+template <class P, class In, int L>
+class ShortSequences {
+  using T = typename P::Acc;
+  static constexpr int kVectors = L * L / kLanes<T>;                     // of an (L, L) matrix of scores
+  static constexpr int kPerRow = L > kLanes<T> ? L / kLanes<T> : 1;      // or several rows a vector:
+  static constexpr int kRun = L < kLanes<T> ? L : kLanes<T>;             // lanes of a row in a vector
+  static constexpr int kTogether = kVectorBytes == 64 || L < 8 ? L : 8;  // rows of a product that is summed over rows
+
+ public:
+  explicit ShortSequences(const DividedArgs& args)
+      : a_(args), n_(args.patches), d_(args.head_dim), dropout_{args.dropout_p, args.seed} {
+    for (int j = 0; j < L || j < kLanes<T>; ++j) beyond_[j] = j % L < n_ ? T(0) : -T(__builtin_inf());
+    for (auto& row : from_)
+      for (auto& p : row) p = kZeros<In>;
+    for (auto& row : to_)
+      for (auto& p : row) p = unused_;
+    for (auto& factor : keep_) factor = 0;
+  }
+
+  void run(bool backward, int64_t begin, int64_t end) {
+    next_ = place(begin, a_.first_head);
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t head = a_.first_head; head < a_.first_head + a_.num_heads; ++head) {
+        now_ = next_;
+        if (head + 1 < a_.first_head + a_.num_heads)
+          ++next_.head;
+        else if (group + 1 < end)
+          next_ = place(group + 1, a_.first_head);
+        for (Slot slot : {kQ, kK, kV}) find_rows(slot, from_[slot]);
+        if (dropout_.p > 0)
+          for (int64_t i = 0; i < n_; ++i) dropout_.factors(0, round_up(n_, 4), i, head, group, keep_ + i * L);
+        if (backward)
+          differentiate();
+        else
+          attend();
+      }
+  }
+
+ private:
+  void attend() {
+    find_rows(kOut, to_[0]);
+    expect(to_[0]);
+    Vec<T> p[kVectors];
+    products(kQ, kK, p, kQ, kV);
+    softmax(p);
+    for (int w = 0; w < kVectors; ++w) {
+      if (dropout_.p > 0) p[w] *= load(keep_ + w * kLanes<T>);
+      store(weights_ + w * kLanes<T>, p[w]);
+    }
+    sums<L, 1>(weights_, from_[kV], to_[0]);
+  }
+
+  void differentiate() {
+    find_rows(kDout, from_[kDout]);
+    for (Slot slot : {kDq, kDk, kDv}) find_rows(slot, to_[slot - kDq]);
+    Vec<T> p[kVectors], g[kVectors];
+    expect(to_[0]);
+    products(kQ, kK, p, kQ, kK);
+    softmax(p);
+    expect(to_[1]);
+    products(kDout, kV, g, kV, kDout);
+    expect(to_[2]);
+    for (int w = 0; w < kVectors; w += kPerRow) {
+      Vec<T> delta{};
+      for (int i = w; i < w + kPerRow; ++i) {
+        if (dropout_.p > 0) g[i] *= load(keep_ + i * kLanes<T>);
+        delta += p[i] * g[i];
+      }
+      delta = reduce_runs<kRun, T>(delta, [](Vec<T> a, Vec<T> b) { return a + b; });
+      for (int i = w; i < w + kPerRow; ++i) {
+        store(gradients_ + i * kLanes<T>, p[i] * (g[i] - delta) * T(a_.scale));
+        if (dropout_.p > 0) p[i] *= load(keep_ + i * kLanes<T>);
+        store(weights_ + i * kLanes<T>, p[i]);
+      }
+    }
+    sums<L, 1>(gradients_, from_[kK], to_[0]);
+    sums<1, L>(gradients_, from_[kQ], to_[1]);
+    sums<1, L>(weights_, from_[kDout], to_[2]);
+  }
+
+  // s[i][j] = sum over the channels of a[i] b[j]. On the way, rows of the next head are fetched from the tensors
+  // first .. last: a core can wait for few rows at a time.
+  VIDATTN_INLINE void products(Slot a, Slot b, Vec<T>* s, int first, int last) const {
+    constexpr int step = kLanes<T> * P::pack;
+    const int64_t d = d_;
+    for (int w = 0; w < kVectors; ++w) {
+      const In *const *row = from_[a] + w * kLanes<T> / L, *const *column = from_[b] + w * kLanes<T> % L;
+      for (int slot = first; slot <= last; ++slot) fetch_next(Slot(slot), n_ * w / kVectors, n_ * (w + 1) / kVectors);
+      Vec<T> partial[kLanes<T>] = {};
+      const auto add = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes<T>; ++l)
+          partial[l] =
+              P::multiply_add(P::load_words(row[l / L] + c, left), P::load_words(column[l % L] + c, left), partial[l]);
+      };
+      int64_t c = 0;
+      for (; c + step <= d; c += step) add(c, step);
+      if (c < d) add(c, d - c);
+      s[w] = add_across<1, T>(partial);
+    }
+  }
+
+  // Weights of the rows of scores.
+  VIDATTN_INLINE void softmax(Vec<T>* s) const {
+    for (int w = 0; w < kVectors; w += kPerRow) {
+      Vec<T> top = splat(-T(__builtin_inf())), total{};
+      for (int i = 0; i < kPerRow; ++i) {
+        s[w + i] = s[w + i] * T(a_.scale) + load(beyond_ + i * kLanes<T>);
+        top = max<T>(top, s[w + i]);
+      }
+      top = reduce_runs<kRun, T>(top, [](Vec<T> a, Vec<T> b) { return max<T>(a, b); });
+      for (int i = 0; i < kPerRow; ++i) total += s[w + i] = exp<typename P::Exp, T>(s[w + i] - top);
+      total = reduce_runs<kRun, T>(total, [](Vec<T> a, Vec<T> b) { return a + b; });
+      const Vec<T> inverse = T(1) / total;
+      for (int i = 0; i < kPerRow; ++i) s[w + i] *= inverse;
+    }
+  }
+
+  // to[a] = sum over b of w[a * AStep + b * BStep] from[b].
+  template <int AStep, int BStep>
+  VIDATTN_INLINE void sums(const T* w, const In* const* from, In* const* to) const {
+    const int64_t d = d_;
+    const auto column = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+      for (int first = 0; first < L; first += kTogether) {
+        Vec<T> total[kTogether] = {};
+#pragma GCC unroll 16
+        for (int b = 0; b < L; ++b) {
+          const Vec<T> x = load_wide<T>(from[b] + c, left);
+#pragma GCC unroll 16
+          for (int a = 0; a < kTogether; ++a) total[a] += splat(w[(first + a) * AStep + b * BStep]) * x;
+        }
+#pragma GCC unroll 16
+        for (int a = 0; a < kTogether; ++a) store_narrow<T>(to[first + a] + c, total[a], left);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kLanes<T> <= d; c += kLanes<T>) column(c, kLanes<T>);
+    if (c < d) column(c, d - c);
+  }
+
+  struct Place {
+    int64_t clip, row, head;
+  };
+  Place place(int64_t group, int64_t head) const {
+    return {group / a_.groups, group % a_.groups * a_.group_step, head};
+  }
+  VIDATTN_INLINE In* first_row(Slot slot, const Place& at) const {
+    const RowTensor& t = a_.tensor[slot];
+    return (In*)t.data + at.clip * t.stride[0] + at.row * t.stride[1] + at.head * t.stride[2];
+  }
+  template <class Row>
+  VIDATTN_INLINE void find_rows(Slot slot, Row** rows) const {
+    const int64_t step = a_.position_step * a_.tensor[slot].stride[1];
+    Row* row = first_row(slot, now_);
+    for (int64_t i = 0; i < n_; ++i) rows[i] = row + i * step;
+  }
+
+  // Rows of one head are short, and neighbours in time may be far apart: no hardware prefetcher foresees them.
+  VIDATTN_INLINE void fetch_next(Slot slot, int64_t begin, int64_t end) const {
+    const int64_t step = a_.position_step * a_.tensor[slot].stride[1];
+    const In* row = first_row(slot, next_);
+    for (int64_t i = begin; i < end; ++i) fetch_row(row + i * step, d_);
+  }
+  VIDATTN_INLINE void expect(In* const* rows) const {
+    for (int64_t i = 0; i < n_; ++i) fetch_row<true>(rows[i], d_);
+  }
+
+  const DividedArgs& a_;
+  const int64_t n_, d_;
+  const Dropout dropout_;
+  Place now_, next_;
+  const In* from_[kDout + 1][L];
+  In* to_[3][L];
+  In unused_[kMaxDim];  // where missing rows are written to
+  alignas(64) T weights_[L * L], gradients_[L * L], keep_[L * L], beyond_[L < kLanes<T> ? kLanes<T> : L];
+};
+
+template <class P, class In>
+void run_short_sequences(const DividedArgs& args, bool backward, int64_t begin, int64_t end) {
+  static_assert(kShortSequence == 16);
+  if (args.patches <= 4)
+    ShortSequences<P, In, 4>(args).run(backward, begin, end);
+  else if (args.patches <= 8)
+    ShortSequences<P, In, 8>(args).run(backward, begin, end);
+  else
+    ShortSequences<P, In, 16>(args).run(backward, begin, end);
+}
+
+}  // namespace VIDATTN_ISA
+}  // namespace vidattn
