@@ -78,7 +78,7 @@ bench: $(VENV)/.built ## run the benchmarks and print the report (ARGS="-k stage
 gpu-test: ## prove the kernels on the GPU that is here (ARGS="--step small" chooses)
 	$(PYTHON) -m benchmarks.gpu_test --out $(GPU_OUT) $(ARGS)
 
-gpu-bench: ## measure the GPU, time window attention on it, audit the kernels with the measured rates
+gpu-bench: ## measure the GPU, time attention on it, audit the kernels with the measured rates
 	$(PYTHON) -m benchmarks.calibration --out $(GPU_OUT)/gpu-calibration.json
 	$(PYTHON) -m benchmarks.gpu_bench --out $(GPU_OUT) --rates $(GPU_OUT)/gpu-calibration.json --seconds 340 $(ARGS)
 	timeout 80 $(PYTHON) -m benchmarks.gpu_audit --rates $(GPU_OUT)/gpu-calibration.json

@@ -1,4 +1,4 @@
-"""Times window attention on a GPU against what else there is: ``python -m benchmarks.gpu_bench [--seconds N]``.
+"""Times attention on a GPU against what else there is: ``python -m benchmarks.gpu_bench [--seconds N]``.
 
 Forward, and forward with backward, of the full-size cases in ``shapes``. Times are medians over replays of a CUDA graph
 that holds several calls, each with inputs of its own, so that nothing is found in the L2 cache that a model would not
@@ -29,17 +29,27 @@ import torch
 from torch import Tensor
 
 import vidattn
+from benchmarks import divided_contenders, window3d_contenders
 from benchmarks.calibration import RESULTS, describe_gpu, slug, write_json
-from benchmarks.gpu_audit import Rates, window3d_floor
+from benchmarks.gpu_audit import Cost, Rates, divided_floor, window3d_floor
 from benchmarks.rounds import check_agreement
-from benchmarks.shapes import DIRECTIONS, GPU_WINDOW_CASES, SMOKE_CASES, WindowCase
+from benchmarks.shapes import (
+    DIRECTIONS,
+    GPU_DIVIDED_CASES,
+    GPU_WINDOW_CASES,
+    SMOKE_CASES,
+    SMOKE_DIVIDED_CASES,
+    DividedCase,
+    WindowCase,
+)
 from benchmarks.tables import print_table
-from benchmarks.window3d_contenders import GPU_CONTENDERS, build_copies, computes_the_same, why_not
+from benchmarks.window3d_contenders import computes_the_same
 
 OURS, BASELINE = "vidattn", "eager"
 COMPILED = ("compiled", "flex")  # contenders that take long to prepare
-MAIN_CASES = ("swin_t_stage1", "swin_t_stage1_shifted")
-CASES = GPU_WINDOW_CASES | {"smoke": replace(SMOKE_CASES["smoke"], head_dim=32)}
+MAIN_CASES = ("swin_t_stage1", "swin_t_stage1_shifted", "timesformer_b_time", "timesformer_b_space")
+GPU_CASES: dict[str, WindowCase | DividedCase] = {**GPU_WINDOW_CASES, **GPU_DIVIDED_CASES}
+CASES = {**GPU_CASES, "smoke": replace(SMOKE_CASES["smoke"], head_dim=32), **SMOKE_DIVIDED_CASES}
 ROTATED_BYTES = 160e6  # inputs and outputs between two uses of the same ones: more than twice the largest L2 cache
 REPLAYS = 20
 GRAPH_SECONDS = 0.01  # calls that a graph holds beyond the copies must not take longer
@@ -67,28 +77,51 @@ class Task:
         return self.contender in COMPILED
 
 
+def contenders(case: str) -> tuple[str, ...]:
+    """Name the contenders of a case."""
+    return divided_contenders.CONTENDERS if _is_divided(case) else window3d_contenders.GPU_CONTENDERS
+
+
+def _is_divided(case: str) -> bool:
+    return isinstance(CASES[case], DividedCase)
+
+
+def build_copies(shape: WindowCase | DividedCase, *arguments: Any) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Make inputs and the calls to time, as the family's contenders are built."""
+    if isinstance(shape, DividedCase):
+        return divided_contenders.build_copies(shape, *arguments)
+    return window3d_contenders.build_copies(shape, *arguments)
+
+
+def why_not(case: str, direction: str, contender: str) -> str | None:
+    """Say why a contender is left out of a comparison; None if it takes part."""
+    shape = CASES[case]
+    return None if isinstance(shape, DividedCase) else window3d_contenders.why_not(shape, direction, contender)
+
+
 def plan(cases: Sequence[str]) -> list[list[Task]]:
     """Order what is to be timed by importance; tasks of one list are compared with each other."""
     main = [name for name in cases if name in MAIN_CASES]
     others = sorted((name for name in cases if name not in MAIN_CASES), key=_rank)
-    quick = tuple(name for name in GPU_CONTENDERS if name not in COMPILED)
+    # One case of each family: shifted windows, and a cls token that frames share.
+    other_dtypes = [name for name in MAIN_CASES[1::2] if name in main]
     rounds = (
-        (main, ("bfloat16",), quick),
-        (main, ("bfloat16",), COMPILED),
-        (others, ("bfloat16",), quick),
-        (main[-1:], ("float16", "float32"), quick),
-        (others, ("bfloat16",), COMPILED),
+        (main, ("bfloat16",), False),
+        (main, ("bfloat16",), True),
+        (others, ("bfloat16",), False),
+        (other_dtypes, ("float16", "float32"), False),
+        (others, ("bfloat16",), True),
     )
     return [
-        [Task(case, direction, dtype, contender) for contender in contenders]
-        for names, dtypes, contenders in rounds
+        [Task(case, direction, dtype, name) for name in contenders(case) if (name in COMPILED) == slow]
+        for names, dtypes, slow in rounds
         for case, direction, dtype in itertools.product(names, DIRECTIONS, dtypes)
     ]
 
 
 def _rank(case: str) -> tuple[bool, str]:
-    """Swin-T first, then the first stage of the other models, where most of their time goes."""
-    return not case.startswith("swin_t_stage"), case.partition("stage")[2]
+    """Swin-T and attention over time and space first, then the first stages of other models, which take longest."""
+    return not (case.startswith("swin_t_stage") or _is_divided(case)), case.partition("stage")[2]
 
 
 # ---- Measuring, in the worker process ----
@@ -96,7 +129,7 @@ def _rank(case: str) -> tuple[bool, str]:
 Sample = Callable[[int], list[float]]  # takes a number of samples, gives seconds per call
 
 
-def count_copies(shape: WindowCase, direction: str, dtype: str) -> int:
+def count_copies(shape: WindowCase | DividedCase, direction: str, dtype: str) -> int:
     """Say how many inputs to cycle through: two, or as many as it takes to push the first out of the L2 cache."""
     moved = shape.bytes_moved(direction, getattr(torch, dtype))
     return max(2, math.ceil(ROTATED_BYTES / moved))
@@ -216,7 +249,7 @@ class Measurer:
             found |= {"timer": "events", "not_captured": first_line(error)}
         return found | {"copies": copies, "prepared_s": time.perf_counter() - start}
 
-    def _compare(self, task: Task, shape: WindowCase, result: tuple[Tensor, ...]) -> dict[str, Any]:
+    def _compare(self, task: Task, shape: WindowCase | DividedCase, result: tuple[Tensor, ...]) -> dict[str, Any]:
         """Say whether a result is that of the module code; a wrong one is timed all the same, and marked."""
         if not computes_the_same(task.contender):
             return {"agrees": "computes something else"}
@@ -318,20 +351,20 @@ class Worker:
             self._process = None
 
 
-def floor_us(shape: WindowCase, direction: str, dtype: str, rates: Rates) -> float | None:
+def floor_us(shape: WindowCase | DividedCase, direction: str, dtype: str, rates: Rates) -> float | None:
     """Microseconds that the hardware needs at least; None for float32, whose matrix rate is not among the rates."""
     if dtype == "float32":
         return None
     parts = ("forward",) if direction == "forward" else ("forward", "backward")
-    costs = (window3d_floor(shape, part, getattr(torch, dtype)) for part in parts)
+    floor: Callable[..., Cost] = divided_floor if isinstance(shape, DividedCase) else window3d_floor
+    costs = (floor(shape, part, getattr(torch, dtype)) for part in parts)
     return sum(max(cost.microseconds(rates).values()) for cost in costs)
 
 
 def figures(task: Task, us: Sequence[float], rates: Rates) -> dict[str, Any]:
     """Derive what is reported from the medians of the turns; rates are those of the better turn."""
     shape, seconds = CASES[task.case], min(us) * 1e-6
-    windows = shape.geometry
-    scores = shape.batch * windows.num_windows * shape.heads * windows.num_tokens**2
+    scores = shape.flops("forward") // (2 * 2 * shape.head_dim)
     floor = floor_us(shape, task.direction, task.dtype, rates)
     return {
         "us": [round(value, 2) for value in us],
@@ -374,7 +407,7 @@ class Bench:
 
     def _first_turn(self, task: Task) -> None:
         entry = self._entries[task] = asdict(task)
-        reason = why_not(CASES[task.case], task.direction, task.contender)
+        reason = why_not(task.case, task.direction, task.contender)
         if reason is None and self._remaining() < self._estimates[task.slow]:
             reason = "no time left"
         if reason is not None:
@@ -489,7 +522,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = slug(torch.cuda.get_device_name()) if options.device == "cuda" else "cpu"
     bench = Bench(options.out / f"{name}.json", rates, options.seconds, Worker(options.device))
     try:
-        bench.run(plan(options.case or list(GPU_WINDOW_CASES)))
+        bench.run(plan(options.case or list(GPU_CASES)))
     finally:
         show(bench.result)
 

@@ -63,8 +63,19 @@ class Step:
 
 STEPS = (
     Step("small", 30),
-    Step("numbers", 170, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
-    Step("ops", 80, ("tests/test_window3d_op.py", "tests/test_window3d_triton.py"), needs=("pytest",)),
+    Step("numbers", 130, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
+    Step("divided", 80, ("tests/test_divided.py",), needs=("pytest",)),
+    Step(
+        "ops",
+        80,
+        (
+            "tests/test_window3d_op.py",
+            "tests/test_window3d_triton.py",
+            "tests/test_divided_op.py",
+            "tests/test_divided_triton.py",
+        ),
+        needs=("pytest",),
+    ),
     Step(
         "golden",
         40,
@@ -171,11 +182,20 @@ def _small_cases(generator: Any) -> list[tuple[str, dict[str, tuple[int, ...]], 
         }
         return "window3d_attention", sizes, {"window_size": window, "shift_size": shift}
 
+    def divided_case(name: str, tokens: int, num_frames: int, **more: Any) -> Any:
+        sizes = {"qkv": (2, tokens, 3, 2, 40), "grad_out": (2, tokens, 80)}
+        return f"{name}_attention", sizes, {"num_frames": num_frames, **more}
+
     windows = {"qkv": (5, 50, 3, 2, 24), "bias": (2, 50, 50), "grad_out": (5, 50, 48)}
     return [
         grid_case((3, 5, 7), (2, 3, 3), (1, 1, 1), 2, 20),  # padded on every axis, shifted, an odd head dimension
         grid_case((8, 14, 14), (8, 7, 7), (4, 3, 3), 2, 32),  # windows of Video Swin, shifted on two axes
         ("window_attention", windows, {"mask": torch.randn(5, 50, 50, generator=generator)}),
+        divided_case("temporal", 8 * 13, 8, token_order="hwt"),  # sequences that share a tile
+        divided_case("temporal", 140 * 2, 140),  # longer than a tile
+        divided_case("spatial", 1 + 3 * 7, 3, token_order="hwt", cls_token="mean"),
+        divided_case("spatial", 1 + 2 * 196, 2, token_order="hwt", cls_token="mean"),
+        divided_case("factorized_dot_product", 5 * 50, 5),
     ]
 
 

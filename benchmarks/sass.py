@@ -334,7 +334,8 @@ def missing_wide_loads(ttgir: str, threads: int, widths: Mapping[str, int], *, s
     """Count the 16-byte loads a lane that tiles of floating-point numbers call for and the machine code lacks.
 
     Maps, log-sum-exps and other vectors are loaded by 4 bytes, and a tile that has less than 16 bytes for each thread
-    cannot be loaded by 16, so it is the wide loads that are counted, not the narrow ones.
+    cannot be loaded by 16, so it is the wide loads that are counted, not the narrow ones. Loads of rows that are known
+    to be past the end of a sequence are left out, so without any narrow load nothing is missing.
 
     Args:
         ttgir: the kernel in Triton's GPU dialect.
@@ -347,7 +348,8 @@ def missing_wide_loads(ttgir: str, threads: int, widths: Mapping[str, int], *, s
         if single or element in _HALF:
             elements = math.prod(map(int, extents.rstrip("x").split("x")))
             expected += elements * int(element.lstrip("bf")) // 8 // (16 * threads)
-    return max(0, expected - widths.get("16", 0) - widths.get("32", 0))
+    narrow = sum(count for width, count in widths.items() if width in ("1", "2", "4", "8"))
+    return min(max(0, expected - widths.get("16", 0) - widths.get("32", 0)), narrow)
 
 
 def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:

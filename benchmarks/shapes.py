@@ -139,6 +139,22 @@ DIVIDED_CASES = {
     "spatial_cls_8_frames": DividedCase("spatial", 8, 196, has_cls=True, batch=2),
     "factorized_vivit_b": DividedCase("factorized", 16, 196, "thw"),
 }
+# What a GPU is given: batches of eight clips of the published models, whose token orders differ.
+GPU_DIVIDED_CASES = {
+    name: replace(case, batch=8)
+    for name, case in {
+        "timesformer_b_time": DividedCase("temporal", 8, 196),
+        "timesformer_b_space": DividedCase("spatial", 8, 196, has_cls=True),
+        "timesformer_hr_time": DividedCase("temporal", 16, 784),
+        "timesformer_hr_space": DividedCase("spatial", 16, 784, has_cls=True),
+        "timesformer_32_frames_time": DividedCase("temporal", 32, 196),
+        "timesformer_l_time": DividedCase("temporal", 96, 196),
+        "timesformer_l_space": DividedCase("spatial", 96, 196, has_cls=True),
+        "vivit_b_model3_time": DividedCase("temporal", 16, 196, "thw"),
+        "vivit_b_model3_space": DividedCase("spatial", 16, 196, "thw"),
+        "vivit_b_model4": DividedCase("factorized", 16, 196, "thw"),
+    }.items()
+}
 SMOKE_DIVIDED_CASES = {
     "smoke_temporal": DividedCase("temporal", 5, 6, heads=2, head_dim=20, batch=2),
     "smoke_spatial": DividedCase("spatial", 3, 7, "thw", True, heads=2, head_dim=20, batch=2),

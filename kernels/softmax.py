@@ -8,7 +8,15 @@ sum_j exp(s_j - m) v_j; the log-sum-exp that the backward pass reads is m + log 
 import triton
 import triton.language as tl
 
-__all__ = ["dropout_factors", "finish_rows", "probabilities", "softmax_step", "start_rows"]
+__all__ = [
+    "dropout_factors",
+    "dropout_factors_at",
+    "finish_rows",
+    "probabilities",
+    "softmax_rows",
+    "softmax_step",
+    "start_rows",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -24,14 +32,17 @@ def start_rows(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, scores, v, factors, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Take a tile of keys in: ``scores`` (BLOCK_M, BLOCK_N), ``v`` (BLOCK_N, BLOCK_D)."""
+def softmax_step(state, scores, v, factors, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, unit=1.0):
+    """Take a tile of keys in: ``scores`` (BLOCK_M, BLOCK_N), ``v`` (BLOCK_N, BLOCK_D).
+
+    Scores and the state's maximum are in units of ``unit``, which is positive.
+    """
     row_max, row_sum, context = state
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row of -inf alone must give zeros, not the NaN of -inf - -inf: its maximum reads 0.
-    offset = tl.where(new_max == float("-inf"), 0.0, new_max) * LOG2E
-    weights = tl.exp2(scores * LOG2E - offset[:, None])
-    shrink = tl.exp2(row_max * LOG2E - offset)
+    offset = tl.where(new_max == float("-inf"), 0.0, new_max) * (unit * LOG2E)
+    weights = tl.exp2(scores * (unit * LOG2E) - offset[:, None])
+    shrink = tl.exp2(row_max * (unit * LOG2E) - offset)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if HAS_DROPOUT:
         weights *= factors
@@ -40,18 +51,27 @@ def softmax_step(state, scores, v, factors, HAS_DROPOUT: tl.constexpr, PRECISION
 
 
 @triton.jit
-def finish_rows(state):
+def finish_rows(state, unit=1.0):
     """Context and log-sum-exp of rows that have seen all keys; 0 and -inf where every score is -inf."""
     row_max, row_sum, context = state
-    lse = tl.where(row_max == float("-inf"), 0.0, row_max) + tl.log(row_sum)
+    lse = tl.where(row_max == float("-inf"), 0.0, row_max * unit) + tl.log(row_sum)
     return context / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], lse
 
 
 @triton.jit
-def probabilities(scores, lse):
+def probabilities(scores, lse, unit=1.0):
     """Recompute the softmax from its scores and log-sum-exp; an ``lse`` of +inf makes a row of zeros."""
     offset = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-    return tl.exp2(scores * LOG2E - offset[:, None])
+    return tl.exp2(scores * (unit * LOG2E) - offset[:, None])
+
+
+@triton.jit
+def softmax_rows(scores, unit=1.0):
+    """Weights exp(s - m) of rows that are seen whole, their maxima m and sums; all 0 where every score is -inf."""
+    row_max = tl.max(scores, 1)
+    offset = tl.where(row_max == float("-inf"), 0.0, row_max) * (unit * LOG2E)
+    weights = tl.exp2(scores * (unit * LOG2E) - offset[:, None])
+    return weights, row_max, tl.sum(weights, 1)
 
 
 @triton.jit
@@ -69,4 +89,17 @@ def dropout_factors(dropout, group, head, queries, first_key, BLOCK_M: tl.conste
     c3 = tl.zeros_like(c0) + group.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([BLOCK_M, BLOCK_N])  # four neighbouring keys
+    return tl.where((words >> 8).to(tl.int32) >= threshold, kept, 0.0)
+
+
+@triton.jit
+def dropout_factors_at(dropout, groups, head, queries, keys):
+    """The same for any queries and keys, (BLOCK_M, 1) and (1, BLOCK_N), at four times the work."""
+    seed, threshold, kept = dropout
+    c0 = tl.zeros_like(queries + keys).to(tl.uint32) + (keys // 4).to(tl.uint32)
+    c1, c2 = tl.zeros_like(c0) + queries.to(tl.uint32), tl.zeros_like(c0) + head.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + groups.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, c3)
+    lanes = keys % 4
+    words = tl.where(lanes < 2, tl.where(lanes == 0, w0, w1), tl.where(lanes == 2, w2, w3))
     return tl.where((words >> 8).to(tl.int32) >= threshold, kept, 0.0)

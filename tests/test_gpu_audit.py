@@ -16,10 +16,11 @@ import torch
 from benchmarks import gpu_audit, sass
 from benchmarks.gpu_audit import Ceiling, Cost, Rates
 from benchmarks.sass import Instruction, Program
-from benchmarks.shapes import GPU_WINDOW_CASES
+from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_WINDOW_CASES
 from vidattn.kernels.launch import INTERPRETED, Work
 
 AUDITED = ("swin_t_stage1", "swin_t_stage1_shifted", "swin_b_ssv2_stage1")
+AUDITED_DIVIDED = ("timesformer_b_time", "timesformer_b_space", "timesformer_l_time", "vivit_b_model4")
 
 
 def program(*lines: str) -> Program:
@@ -210,6 +211,12 @@ TILES = """
 """
 
 
+def test_loads_that_the_compiler_left_out_are_not_missing():
+    """Rows past the end of a sequence are never loaded; a load that is not wide is several narrow ones."""
+    assert sass.missing_wide_loads(TILES, 128, {"16": 8}, single=True) == 0
+    assert sass.missing_wide_loads(TILES, 128, {"16": 8, "8": 4}, single=True) == 2
+
+
 @pytest.mark.parametrize(("wide", "single", "missing"), [(10, True, 0), (9, True, 1), (0, True, 10), (0, False, 2)])
 def test_wide_loads_that_tiles_call_for(wide, single, missing):
     # Of 128 threads each needs 64 * 32 * 2 bytes / 128 = 2 x 16 of the first tile, 8 x 16 of the second; 8 of the last.
@@ -234,6 +241,26 @@ def test_wide_loads_that_tiles_call_for(wide, single, missing):
 )
 def test_floors_by_hand(case, direction, microseconds, term):
     terms = gpu_audit.window3d_floor(GPU_WINDOW_CASES[case], direction, torch.bfloat16).microseconds(Rates())
+    assert max(terms, key=terms.get) == term
+    assert terms[term] == pytest.approx(microseconds, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "microseconds", "term"),
+    [
+        ("timesformer_b_time", "forward", 17.9, "bytes"),
+        ("timesformer_b_time", "backward", 31.4, "bytes"),
+        ("timesformer_b_space", "forward", 17.9, "bytes"),
+        ("timesformer_b_space", "backward", 31.4, "bytes"),
+        ("timesformer_hr_space", "forward", 307, "matrix"),
+        ("timesformer_hr_space", "backward", 767, "matrix"),
+        ("timesformer_l_time", "forward", 215, "bytes"),
+        ("vivit_b_model3_time", "forward", 35.9, "bytes"),
+        ("vivit_b_model4", "backward", 62.7, "bytes"),
+    ],
+)
+def test_floors_of_divided_attention_by_hand(case, direction, microseconds, term):
+    terms = gpu_audit.divided_floor(GPU_DIVIDED_CASES[case], direction, torch.bfloat16).microseconds(Rates())
     assert max(terms, key=terms.get) == term
     assert terms[term] == pytest.approx(microseconds, rel=0.005)
 
@@ -308,6 +335,14 @@ def test_unrolled_loop_does_two_steps_a_round():
     assert audited.cost.instructions == 1280 * (600 + 3 * 400)
 
 
+def test_a_loop_that_takes_no_steps_is_not_counted():
+    """Sequences in one tile: the loop of the program is for values that are not finite."""
+    work = Work(scores=10 * 64 * 64, flops=10 * 64 * 64 * 128)
+    audited = gpu_audit.audit_launch(FakeLaunch(work), KERNEL, Rates())
+    assert audited.instructions_per_score == 600 * 128 / 64**2
+    assert audited.cost == Cost(0, 1280 * 600, 1280 * 18, work.flops)
+
+
 def test_helper_has_no_figures_about_scores():
     audited = gpu_audit.audit_launch(FakeLaunch(Work(bytes=10**6)), KERNEL, Rates())
     assert (audited.instructions_per_score, audited.matrix_instructions) == (None, None)
@@ -330,6 +365,7 @@ def audited_case(**changes) -> gpu_audit.CaseAudit:
         (Ceiling("f/*", "instructions_per_score", 12.4), {}, "instructions_per_score 12.50, ceiling 12.4"),
         (Ceiling("f/c/forward", "matrix_instructions", "tcgen05"), {}, "matrix_instructions wgmma, ceiling tcgen05"),
         (Ceiling("*", "microseconds", 99.0), {}, "prediction: microseconds 100.00, ceiling 99.0"),
+        (Ceiling("f/*", "times_the_floor", 1.5), {}, "prediction: times_the_floor 100.00, ceiling 1.5"),
         (Ceiling("*", "instructions_per_score", 10), {"instructions_per_score": None}, "nothing to hold against"),
     ],
 )
@@ -387,7 +423,7 @@ def run(tmp_path_factory) -> Run:
     folder, audit = tmp_path_factory.mktemp("audit"), gpu_audit.audit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_audit, "audit", recorded)
-        return Run(gpu_audit.main(["--case", *AUDITED, "--dump", str(folder)]), folder, *found)
+        return Run(gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, "--dump", str(folder)]), folder, *found)
 
 
 @compiles
@@ -426,5 +462,5 @@ def test_launches_compute_all_scores_and_waste_little(run, name, direction):
 def test_lowered_ceiling_fails(run, monkeypatch, capsys):
     monkeypatch.setattr(gpu_audit, "audit", lambda *_: run.audited)
     monkeypatch.setattr(gpu_audit, "CEILINGS", (Ceiling("window3d/*/forward", "instructions_per_score", 1.0),))
-    assert gpu_audit.main(["--case", *AUDITED]) == 1
+    assert gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED]) == 1
     assert "past a ceiling: window3d_forward" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from benchmarks.gpu_audit import Rates
 from benchmarks.gpu_bench import Task
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import GPU_WINDOW_CASES
-from benchmarks.window3d_contenders import GPU_CONTENDERS, build_copies, why_not
+from benchmarks.window3d_contenders import build_copies
 
 STAGE1 = Task("swin_t_stage1", "forward", "bfloat16", "vidattn")
 SMOKE = replace(STAGE1, case="smoke", dtype="float32")
@@ -32,22 +32,23 @@ SMOKE = replace(STAGE1, case="smoke", dtype="float32")
 
 
 def test_plan_covers_every_case_and_starts_with_the_main_ones():
-    groups = gpu_bench.plan(list(GPU_WINDOW_CASES))
+    groups = gpu_bench.plan(list(gpu_bench.GPU_CASES))
     assert all(len({task.group for task in group}) == 1 for group in groups)
     tasks = [task for group in groups for task in group]
     assert len(tasks) == len(set(tasks))
-    for case in GPU_WINDOW_CASES:
+    for case in gpu_bench.GPU_CASES:
         for direction in ("forward", "forward_backward"):
-            wanted = {Task(case, direction, "bfloat16", name) for name in GPU_CONTENDERS}
+            wanted = {Task(case, direction, "bfloat16", name) for name in gpu_bench.contenders(case)}
+            assert {"vidattn", "eager", "sdpa", "compiled"} <= {task.contender for task in wanted}
             assert wanted <= set(tasks)
-    assert {task.case for task in tasks[:28]} == set(gpu_bench.MAIN_CASES)
+    assert {task.case for task in tasks[:44]} == set(gpu_bench.MAIN_CASES)
     assert {task.dtype for task in tasks} == {"bfloat16", "float16", "float32"}
 
 
-@pytest.mark.parametrize("case", GPU_WINDOW_CASES)
+@pytest.mark.parametrize("case", gpu_bench.GPU_CASES)
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 def test_inputs_rotate_beyond_the_l2_cache(case, direction):
-    shape = GPU_WINDOW_CASES[case]
+    shape = gpu_bench.GPU_CASES[case]
     copies = gpu_bench.count_copies(shape, direction, "bfloat16")
     assert copies >= 2 and copies * shape.bytes_moved(direction, torch.bfloat16) > 120e6
 
@@ -66,6 +67,15 @@ def test_figures_of_stage1_by_hand():
     assert gpu_bench.floor_us(GPU_WINDOW_CASES[STAGE1.case], "forward", "float32", Rates()) is None
 
 
+def test_figures_of_attention_over_time_and_space_by_hand():
+    task = Task("timesformer_b_space", "forward", "bfloat16", "vidattn")
+    found = gpu_bench.figures(task, [25.0], Rates())
+    assert found["scores_per_s"] == pytest.approx(8 * 8 * 12 * 197**2 / 25e-6)
+    assert found["floor_us"] == pytest.approx(17.9, rel=0.005)  # bytes
+    both = gpu_bench.floor_us(gpu_bench.CASES[task.case], "forward_backward", "bfloat16", Rates())
+    assert both == pytest.approx(17.9 + 31.4, rel=0.005)
+
+
 def test_speedups_compare_the_better_turns_of_one_case():
     eager, other = replace(STAGE1, contender="eager"), replace(STAGE1, case="swin_t_stage2", contender="eager")
     entries = {STAGE1: {"us": [110.0, 100.0]}, eager: {"us": [300.0]}, other: {"us": [1.0]}}
@@ -73,13 +83,13 @@ def test_speedups_compare_the_better_turns_of_one_case():
 
 
 def test_natten_takes_part_only_where_it_computes_something_close(monkeypatch):
-    shapes = [GPU_WINDOW_CASES[case] for case in gpu_bench.MAIN_CASES]
+    whole, shifted, *_ = gpu_bench.MAIN_CASES
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_not(shapes[0], "forward", "natten") == "natten is not installed"
+    assert gpu_bench.why_not(whole, "forward", "natten") == "natten is not installed"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert why_not(shapes[0], "forward", "natten") is None
-    assert "shifted" in str(why_not(shapes[1], "forward", "natten"))
-    assert "gradient" in str(why_not(shapes[0], "forward_backward", "sdpa_prebuilt"))
+    assert gpu_bench.why_not(whole, "forward", "natten") is None
+    assert "shifted" in str(gpu_bench.why_not(shifted, "forward", "natten"))
+    assert "gradient" in str(gpu_bench.why_not(whole, "forward_backward", "sdpa_prebuilt"))
 
 
 @pytest.mark.slow
@@ -254,14 +264,15 @@ def test_bench_skips_what_does_not_fit_and_keeps_what_it_has(tmp_path):
 
 
 def test_whole_bench_on_the_cpu(tmp_path, capsys, monkeypatch):
-    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(["smoke"])]
-    monkeypatch.setattr(gpu_bench, "plan", lambda cases: groups[:2])
+    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(["smoke", "smoke_spatial"])]
+    monkeypatch.setattr(gpu_bench, "plan", lambda cases: [group for group in groups if group][:4])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    gpu_bench.main(["--device", "cpu", "--case", "smoke", "--out", str(tmp_path), "--seconds", "100"])
+    gpu_bench.main(["--device", "cpu", "--case", "smoke", "smoke_spatial", "--out", str(tmp_path), "--seconds", "100"])
     text = (tmp_path / "cpu.json").read_text()
     assert os.uname().nodename not in text
     measured = [entry for entry in json.loads(text)["measurements"] if "us" in entry]
-    assert len(measured) == 7  # four contenders forward, three with backward
+    # Three contenders in both directions; of windows four forward and three with backward.
+    assert [entry["case"] for entry in measured] == ["smoke_spatial"] * 6 + ["smoke"] * 7
     assert all(entry["agrees"] is True and len(entry["us"]) == 2 and min(entry["us"]) > 0 for entry in measured)
     rich = capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.console", None)
@@ -417,10 +428,10 @@ def test_small_set_finds_wrong_numbers(monkeypatch):
         return attend_wrongly
 
     assert gpu_test.run_small_set("reference") == []
-    for name in ("window3d_attention", "window_attention"):
-        monkeypatch.setattr(vidattn, name, spoil(getattr(vidattn, name)))
+    for name in ("window3d", "window", "temporal", "spatial", "factorized_dot_product"):
+        monkeypatch.setattr(vidattn, f"{name}_attention", spoil(getattr(vidattn, f"{name}_attention")))
     wrong = gpu_test.run_small_set("wrong")
-    assert len(wrong) == 9 and all("off by" in line for line in wrong)
+    assert len(wrong) == 24 and all("off by" in line for line in wrong)
 
 
 def test_runner_refuses_a_backend_that_cannot_run(capsys):

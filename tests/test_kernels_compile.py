@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="triton, which compiles the kernels, is not
 import torch
 
 from benchmarks import sass
-from benchmarks.gpu_audit import DIRECTIONS, plan_window3d, specialisation
-from benchmarks.shapes import GPU_WINDOW_CASES, WindowCase
+from benchmarks.gpu_audit import DIRECTIONS, plan_divided, plan_window3d, specialisation
+from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_WINDOW_CASES, DividedCase, WindowCase
 from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._arguments import draw_seed
@@ -86,6 +86,24 @@ class Call:
 
 
 @dataclass(frozen=True)
+class DividedCall:
+    """A call of one of the functions of divided attention."""
+
+    case: DividedCase
+    dtype: str = "bfloat16"
+    dropout_p: float = 0.0
+
+    def launches(self, direction: str, arch: str) -> list[Launch]:
+        """What it launches, on tensors without memory."""
+        return plan_divided(self.case, direction, getattr(torch, self.dtype), arch, dropout_p=self.dropout_p)
+
+    def __str__(self) -> str:
+        of = self.case
+        words = [f"{of.kind}-T{of.num_frames}N{of.num_sites}b{of.batch}-{of.token_order}-d{of.head_dim}-{self.dtype}"]
+        return "-".join(words + ["cls"] * of.has_cls + ["dropout"] * (self.dropout_p > 0))
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What a test looks at of a compiled kernel."""
 
@@ -95,7 +113,7 @@ class Compiled:
     matrix: str  # kind of matrix instructions in the main loop
 
 
-def compile_launch(call: Call, direction: str, index: int, arch: str) -> Compiled:
+def compile_launch(call: Call | DividedCall, direction: str, index: int, arch: str) -> Compiled:
     """Work of a child process: kernels do not travel between processes, so the launch is planned anew."""
     launch = call.launches(direction, arch)[index]
     compiled = launch.compile(TARGETS[arch])
@@ -122,7 +140,7 @@ def processes(tmp_path_factory) -> Iterator[ProcessPoolExecutor]:
             yield pool
 
 
-def compile_all(processes: ProcessPoolExecutor, call: Call, arch: str) -> list[Compiled]:
+def compile_all(processes: ProcessPoolExecutor, call: Call | DividedCall, arch: str) -> list[Compiled]:
     """Compile each kernel of both directions once."""
     places = {
         specialisation(launch): (call, direction, index, arch)
@@ -134,7 +152,7 @@ def compile_all(processes: ProcessPoolExecutor, call: Call, arch: str) -> list[C
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("arch", TARGETS)
-def test_default_configuration(processes, arch, dtype):
+def test_window3d(processes, arch, dtype):
     compiled = compile_all(processes, Call(dtype=dtype), arch)
     attending = [kernel for kernel in compiled if kernel.attends]
     assert {kernel.name for kernel in attending} == {
@@ -146,6 +164,36 @@ def test_default_configuration(processes, arch, dtype):
     kinds = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05 mma.sync", "gfx942": "mfma"}[arch].split()
     assert [(kernel.name, kernel.matrix) for kernel in attending if kernel.matrix not in kinds] == []
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+
+
+TIME, SPACE = GPU_DIVIDED_CASES["timesformer_b_time"], GPU_DIVIDED_CASES["timesformer_b_space"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_divided(processes, arch, dtype):
+    """Sequences that share a tile, and those that are streamed, with a cls token."""
+    compiled = [kernel for case in (TIME, SPACE) for kernel in compile_all(processes, DividedCall(case, dtype), arch)]
+    attending = [kernel for kernel in compiled if kernel.attends]
+    assert {kernel.name for kernel in attending} == {
+        "divided_forward_packed",
+        "divided_backward_packed",
+        "divided_forward_stream",
+        "divided_backward_queries",
+        "divided_backward_keys",
+    }
+    assert "none" not in {kernel.matrix for kernel in attending}
+    assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+
+
+def test_divided_is_specialised_by_nothing_that_changes_with_the_clip():
+    """Another batch, or other frames of the same number of sites: the same machine code."""
+
+    def kernels(**changes):
+        launches = DividedCall(replace(SPACE, **changes)).launches("backward", "sm_90")
+        return [specialisation(launch) for launch in launches]
+
+    assert kernels() == kernels(num_frames=96, batch=2) == kernels(batch=3)
 
 
 CALLS = [
@@ -172,6 +220,29 @@ CALLS = [
         for dtype in ("bfloat16", "float32")
     ],
 ]
+DIVIDED_CALLS = [
+    *[
+        DividedCall(replace(case, heads=2, head_dim=head_dim), dtype, dropout_p)
+        for case in (replace(TIME, num_frames=7), replace(TIME, num_frames=48), SPACE)
+        for dtype, head_dims in (("bfloat16", (1, 20, 32, 64, 128)), ("float32", (20, 64)))
+        for head_dim in head_dims
+        for dropout_p in (0.0, 0.1)
+    ],
+    *[DividedCall(case, dropout_p=dropout_p) for case in GPU_DIVIDED_CASES.values() for dropout_p in (0.0, 0.1)],
+    *[
+        DividedCall(DividedCase(kind, frames, sites, "thw", has_cls=has_cls, heads=2))
+        for kind, frames, sites, has_cls in (
+            ("temporal", 1, 1, False),
+            ("temporal", 3, 5, False),
+            ("temporal", 300, 4, False),
+            ("spatial", 5, 49, True),  # frames that fit into a tile, with a cls token
+            ("spatial", 3, 64, False),  # that fill it
+            ("spatial", 2, 192, True),  # a cls token alone in the tail
+            ("factorized", 200, 200, False),
+        )
+    ],
+    DividedCall(replace(GPU_DIVIDED_CASES["timesformer_l_space"], batch=64)),  # offsets past 2**31
+]
 
 
 @pytest.mark.slow
@@ -182,4 +253,15 @@ def test_all_configurations(processes, arch, call):
     attending = [kernel for kernel in compiled if kernel.attends]
     assert len(attending) == (4 if call.has_bias else 3)
     if call.dtype != "float32":  # whose products are exact by default, which no matrix unit is
+        assert "none" not in {kernel.matrix for kernel in attending}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", DIVIDED_CALLS, ids=str)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_all_divided_configurations(processes, arch, call):
+    compiled = compile_all(processes, call, arch)
+    attending = [kernel for kernel in compiled if kernel.attends]
+    assert attending
+    if call.dtype != "float32":
         assert "none" not in {kernel.matrix for kernel in attending}

@@ -32,14 +32,24 @@ OTHERS = (
 )
 PARITY = ["test_window3d.py", "test_window3d_windows.py"]
 ALL = [*PARITY, "test_window3d_op.py", "test_window3d_triton.py"]
+DIVIDED = ["test_divided.py", "test_divided_triton.py", "test_divided_op.py"]
+SOME_DIVIDED = "not seventy and not (head_dims and not (5 or 20 or 64)) and not compile and not opcheck"
 JOBS = {
     "others": (ALL, f"triton and not float16 and not float32 and ({OTHERS})", 78, None),
     "float32": (ALL, f"triton and float32 and ({NUMBERS} or opcheck_window3d_backward)", 44, None),
     "float16": (PARITY, f"triton and float16 and ({NUMBERS})", 44, None),
+    "divided": (DIVIDED[:2], f"triton and not float16 and {SOME_DIVIDED}", 250, None),
+    "divided_float16": (
+        DIVIDED[::2],
+        f"triton and (float16 and {SOME_DIVIDED} or float32 and opcheck and (temporal or mean))",
+        100,
+        None,
+    ),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
 }
 SLOW_JOBS = {
     "everything": (ALL, "triton and not seventy and not random", 250, None),
+    "everything_divided": (DIVIDED, "triton and not seventy and not random", 450, None),
 }
 
 

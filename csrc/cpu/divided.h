@@ -57,11 +57,9 @@ class LongSequences {
   }
 
   void prefetch(int64_t begin, int64_t end, Slot last) const {
-    if (next_ < 0) return;
-    for (int slot = kQ; slot <= last; ++slot) {
-      const Rows rows = sequence(Slot(slot), next_);
-      for (int64_t i = begin; i < end && i < a_.patches; ++i) fetch_row(rows.patch(i), a_.head_dim);
-    }
+    if (!has_next_) return;
+    for (int slot = kQ; slot <= last; ++slot)
+      for (int64_t i = begin; i < end && i < a_.patches; ++i) fetch_row(next_rows_[slot].patch(i), a_.head_dim);
   }
 
   void expect(Slot slot, int64_t i) const {
@@ -103,15 +101,19 @@ class LongSequences {
     head_ = a_.first_head + task % a_.num_heads;
     clip_ = task / a_.num_heads / a_.groups, frame_ = task / a_.num_heads % a_.groups;
     for (Slot slot : slots) rows_[slot] = sequence(slot, task);
-    next_ = task + 1 < end ? task + 1 : -1;
+    has_next_ = task + 1 < end;
+    if (!has_next_) return;
+    for (Slot slot : slots)
+      if (slot <= kDout) next_rows_[slot] = sequence(slot, task + 1);
   }
 
   const DividedArgs& a_;
   Arena arena_;
   Attention<P, In> engine_;
-  Rows rows_[kSlots];
+  Rows rows_[kSlots], next_rows_[kDout + 1];
+  bool has_next_ = false;
   In dcls_[kMaxDim];
-  int64_t head_ = 0, clip_ = 0, frame_ = 0, next_ = -1;  // frame_ is a site where sequences run over time
+  int64_t head_ = 0, clip_ = 0, frame_ = 0;  // frame_ is a site where sequences run over time
 };
 
 template <class P, class In>

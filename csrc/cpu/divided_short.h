@@ -60,15 +60,17 @@ class ShortSequences {
   }
 
   void run(bool backward, int64_t begin, int64_t end) {
+    next_ = place(begin, a_.first_head);
     for (int64_t group = begin; group < end; ++group)
-      for (int64_t head = 0; head < a_.num_heads; ++head) {
-        const bool last = head + 1 == a_.num_heads;
-        if (!last || group + 1 < end)
-          prefetch(group + last, a_.first_head + (last ? 0 : head + 1), backward ? kDout : kV);
-        group_ = group, head_ = a_.first_head + head;
+      for (int64_t head = a_.first_head; head < a_.first_head + a_.num_heads; ++head) {
+        now_ = next_;
+        if (head + 1 < a_.first_head + a_.num_heads)
+          ++next_.head;
+        else if (group + 1 < end)
+          next_ = place(group + 1, a_.first_head);
         for (Slot slot : {kQ, kK, kV}) find_rows(slot, from_[slot]);
         if (dropout_.p > 0)
-          for (int64_t i = 0; i < n_; ++i) dropout_.factors(0, round_up(n_, 4), i, head_, group_, keep_ + i * L);
+          for (int64_t i = 0; i < n_; ++i) dropout_.factors(0, round_up(n_, 4), i, head, group, keep_ + i * L);
         if (backward)
           differentiate();
         else
@@ -79,8 +81,9 @@ class ShortSequences {
  private:
   void attend() {
     find_rows(kOut, to_[0]);
+    expect(to_[0]);
     Vec<T> p[kVectors];
-    products(from_[kQ], from_[kK], p);
+    products(kQ, kK, p, kQ, kV);
     softmax(p);
     for (int w = 0; w < kVectors; ++w) {
       if (dropout_.p > 0) p[w] *= load(keep_ + w * kLanes<T>);
@@ -93,9 +96,12 @@ class ShortSequences {
     find_rows(kDout, from_[kDout]);
     for (Slot slot : {kDq, kDk, kDv}) find_rows(slot, to_[slot - kDq]);
     Vec<T> p[kVectors], g[kVectors];
-    products(from_[kQ], from_[kK], p);
+    expect(to_[0]);
+    products(kQ, kK, p, kQ, kK);
     softmax(p);
-    products(from_[kDout], from_[kV], g);
+    expect(to_[1]);
+    products(kDout, kV, g, kV, kDout);
+    expect(to_[2]);
     for (int w = 0; w < kVectors; w += kPerRow) {
       Vec<T> delta{};
       for (int i = w; i < w + kPerRow; ++i) {
@@ -114,12 +120,14 @@ class ShortSequences {
     sums<1, L>(weights_, from_[kDout], to_[2]);
   }
 
-  // s[i][j] = sum over the channels of a[i] b[j].
-  VIDATTN_INLINE void products(const In* const* a, const In* const* b, Vec<T>* s) const {
+  // s[i][j] = sum over the channels of a[i] b[j]. On the way, rows of the next head are fetched from the tensors
+  // first .. last: a core can wait for few rows at a time.
+  VIDATTN_INLINE void products(Slot a, Slot b, Vec<T>* s, int first, int last) const {
     constexpr int step = kLanes<T> * P::pack;
     const int64_t d = d_;
     for (int w = 0; w < kVectors; ++w) {
-      const In *const *row = a + w * kLanes<T> / L, *const *column = b + w * kLanes<T> % L;
+      const In *const *row = from_[a] + w * kLanes<T> / L, *const *column = from_[b] + w * kLanes<T> % L;
+      for (int slot = first; slot <= last; ++slot) fetch_next(Slot(slot), n_ * w / kVectors, n_ * (w + 1) / kVectors);
       Vec<T> partial[kLanes<T>] = {};
       const auto add = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -172,31 +180,37 @@ class ShortSequences {
     if (c < d) column(c, d - c);
   }
 
+  struct Place {
+    int64_t clip, row, head;
+  };
+  Place place(int64_t group, int64_t head) const {
+    return {group / a_.groups, group % a_.groups * a_.group_step, head};
+  }
+  VIDATTN_INLINE In* first_row(Slot slot, const Place& at) const {
+    const RowTensor& t = a_.tensor[slot];
+    return (In*)t.data + at.clip * t.stride[0] + at.row * t.stride[1] + at.head * t.stride[2];
+  }
   template <class Row>
   VIDATTN_INLINE void find_rows(Slot slot, Row** rows) const {
     const int64_t step = a_.position_step * a_.tensor[slot].stride[1];
-    Row* row = (Row*)first_row(slot, group_, head_);
+    Row* row = first_row(slot, now_);
     for (int64_t i = 0; i < n_; ++i) rows[i] = row + i * step;
-  }
-  VIDATTN_INLINE In* first_row(Slot slot, int64_t group, int64_t head) const {
-    const RowTensor& t = a_.tensor[slot];
-    return (In*)t.data + group / a_.groups * t.stride[0] + group % a_.groups * a_.group_step * t.stride[1] +
-           head * t.stride[2];
   }
 
   // Rows of one head are short, and neighbours in time may be far apart: no hardware prefetcher foresees them.
-  VIDATTN_INLINE void prefetch(int64_t group, int64_t head, Slot last) const {
-    for (int slot = kQ; slot <= last; ++slot) {
-      const int64_t step = a_.position_step * a_.tensor[slot].stride[1];
-      const In* row = first_row(Slot(slot), group, head);
-      for (int64_t i = 0; i < n_; ++i, row += step) fetch_row(row, d_);
-    }
+  VIDATTN_INLINE void fetch_next(Slot slot, int64_t begin, int64_t end) const {
+    const int64_t step = a_.position_step * a_.tensor[slot].stride[1];
+    const In* row = first_row(slot, next_);
+    for (int64_t i = begin; i < end; ++i) fetch_row(row + i * step, d_);
+  }
+  VIDATTN_INLINE void expect(In* const* rows) const {
+    for (int64_t i = 0; i < n_; ++i) fetch_row<true>(rows[i], d_);
   }
 
   const DividedArgs& a_;
   const int64_t n_, d_;
   const Dropout dropout_;
-  int64_t group_ = 0, head_ = 0;
+  Place now_, next_;
   const In* from_[kDout + 1][L];
   In* to_[3][L];
   In unused_[kMaxDim];  // where missing rows are written to

@@ -99,10 +99,8 @@ class Window3d {
   // computed: they are short (one head) and far apart, which no hardware prefetcher foresees.
   void prefetch(int64_t begin, int64_t end, Slot last) const {
     if (!announced_) return;
-    for (int slot = kQ; slot <= last; ++slot) {
-      const Rows tensor = rows(Slot(slot), *next_, announced_head_);
-      for (int64_t i = begin; i < end && i < n_; ++i) fetch_row(tensor.row(i), d_);
-    }
+    for (int slot = kQ; slot <= last; ++slot)
+      for (int64_t i = begin; i < end && i < n_; ++i) fetch_row(next_rows_[slot].row(i), d_);
   }
 
   void expect(Slot slot, int64_t i) const {
@@ -200,7 +198,8 @@ class Window3d {
 
   void announce(int64_t head, int64_t group) {
     next_->load(group);
-    announced_head_ = head;
+    for (Slot slot : {kQ, kK, kV}) next_rows_[slot] = rows(slot, *next_, head);
+    if (a_.tensor[kDout].data) next_rows_[kDout] = rows(kDout, *next_, head);
     announced_ = true;
   }
   void take_announced() {
@@ -306,9 +305,9 @@ class Window3d {
   Engine engine_;
   int64_t expanded_size_;
   bool announced_ = false;
-  int64_t head_ = -1, announced_head_ = 0;
-  Rows rows_[kSlots];        // of the current window and head
-  const T* bias_ = nullptr;  // of the current head
+  int64_t head_ = -1;
+  Rows rows_[kSlots], next_rows_[kDout + 1];  // of this window and head, of the announced ones
+  const T* bias_ = nullptr;                   // of the current head
   T bias_range_ = 0;
   T longest_key_ = 0;      // square of the largest |k| of the window
   int block_regions_ = 0;  // bit per region of the block's queries; 0 when the mask has no regions
