@@ -31,7 +31,7 @@ from torch import Tensor
 import vidattn
 from benchmarks import divided_contenders, window3d_contenders
 from benchmarks.calibration import RESULTS, describe_gpu, slug, write_json
-from benchmarks.gpu_audit import Cost, Rates, divided_floor, window3d_floor
+from benchmarks.gpu_audit import Cost, Rates, all_pairs_floor, window3d_floor
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import (
     DIRECTIONS,
@@ -356,7 +356,7 @@ def floor_us(shape: WindowCase | DividedCase, direction: str, dtype: str, rates:
     if dtype == "float32":
         return None
     parts = ("forward",) if direction == "forward" else ("forward", "backward")
-    floor: Callable[..., Cost] = divided_floor if isinstance(shape, DividedCase) else window3d_floor
+    floor: Callable[..., Cost] = all_pairs_floor if isinstance(shape, DividedCase) else window3d_floor
     costs = (floor(shape, part, getattr(torch, dtype)) for part in parts)
     return sum(max(cost.microseconds(rates).values()) for cost in costs)
 

@@ -416,7 +416,7 @@ class _Part:
             "heads": self.heads,
             "all_heads": q.shape[2],
             "segment": 1 if self.mixing is None else self.mixing.segment,
-            "SHIFTS": () if self.mixing is None else tuple(itertools.chain(*self.mixing.shifts)),
+            "SHIFTS": tuple(itertools.chain(*self.mixing.shifts)) or None if self.mixing is not None else None,
             "num_rows": call.rows + call.num_frames * has_cls,
             "scale": call.scale,
             "unit": abs(call.scale) or 1.0,

@@ -66,7 +66,7 @@ def tile_rows(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     columns=None,
-    SHIFTS: tl.constexpr = (),
+    SHIFTS: tl.constexpr = None,
 ):
     """Load a tile of slots, none of which is the cls token or past the end; ``SHIFT`` is the row of the first one.
 

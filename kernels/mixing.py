@@ -160,6 +160,7 @@ def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: T
             value for first, last, offset in shifts for value in (first // together, last // together, offset)
         ),
         "BLOCK": _BLOCK,
+        "LONG": line > 2**31 - _BLOCK,
     }
     work = Work(bytes=2 * x.numel() * x.itemsize)
     return [Launch(temporal_shift_kernel, frames * -(-outer * line // _BLOCK), arguments, work=work)]

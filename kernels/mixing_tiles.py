@@ -1,7 +1,7 @@
 """Channels of keys and values that come from other frames: where they lie, and where their gradients go.
 
-``SHIFTS`` holds (first, last, frame offset) of ranges of concatenated channels, one after the other; without any, keys
-and values are those of the frame itself. For each channel the way to its source is the same in all frames, so it is one
+``SHIFTS`` holds (first, last, frame offset) of ranges of concatenated channels, one after the other; None where keys and
+values are those of the frame itself. For each channel the way to its source is the same in all frames, so it is one
 more offset a column, and the columns of a range are neighbours in memory.
 """
 
@@ -29,7 +29,7 @@ def mixed_columns(frames, head, segment, stride, SHIFTS: tl.constexpr, HEAD_DIM:
     ``frames`` are places in the segment, (BLOCK, 1) or the same for all rows.
     """
     elements, inside = 0, 0
-    if SHIFTS:
+    if SHIFTS is not None:
         channels = tl.arange(0, BLOCK_D)[None, :]
         offsets = channel_offsets(head * HEAD_DIM + channels, SHIFTS)
         elements = channels + offsets.to(tl.int64) * stride
@@ -51,7 +51,7 @@ def load_keys(
     MASKED: tl.constexpr,
 ):
     """Load rows of keys or values, as ``load_rows`` does; a channel beyond the ends of the segment reads 0."""
-    if SHIFTS:
+    if SHIFTS is not None:
         elements, inside = columns
         if MASKED:
             inside = inside & (tokens >= 0)[:, None]
@@ -80,15 +80,18 @@ def store_key_grads(
     Where a channel has no source, what the offset reaches around the ends of the segment is read by nobody, and gets
     the zeros: so every element is written, and once.
     """
-    if SHIFTS:
+    if SHIFTS is not None:
         channels = tl.arange(0, BLOCK_D)[None, :]
         sources = frames + channel_offsets(head * HEAD_DIM + channels, SHIFTS)
         inside = (sources >= 0) & (sources < segment)
-        around = sources % segment
-        around = tl.where(around < 0, around + segment, around)
+        around = tl.where(sources < 0, sources + segment, sources)  # offsets reach around no further than this
+        around = tl.where(around >= segment, around - segment, around)
+        around = tl.where(around >= segment, around - segment, around)
         elements = channels + (around - frames).to(tl.int64) * stride
         stored = (tokens >= 0)[:, None] & (channels < HEAD_DIM)
-        rows = tl.where(inside, rows, 0.0).to(base.dtype.element_ty)
-        tl.store(base + offsets[:, None] + elements, rows, mask=stored)
+        pointers = base + offsets[:, None] + elements
+        rows = rows.to(base.dtype.element_ty)
+        tl.store(pointers, rows, mask=stored & inside)
+        tl.store(pointers, tl.zeros_like(rows), mask=stored & (inside == 0))
     else:
         store_rows(base, tokens, offsets, rows, HEAD_DIM, BLOCK_D)

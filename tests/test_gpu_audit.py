@@ -260,7 +260,7 @@ def test_floors_by_hand(case, direction, microseconds, term):
     ],
 )
 def test_floors_of_divided_attention_by_hand(case, direction, microseconds, term):
-    terms = gpu_audit.divided_floor(GPU_DIVIDED_CASES[case], direction, torch.bfloat16).microseconds(Rates())
+    terms = gpu_audit.all_pairs_floor(GPU_DIVIDED_CASES[case], direction, torch.bfloat16).microseconds(Rates())
     assert max(terms, key=terms.get) == term
     assert terms[term] == pytest.approx(microseconds, rel=0.005)
 
