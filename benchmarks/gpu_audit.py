@@ -96,6 +96,8 @@ CEILINGS = (
     Ceiling("mixing/*", "narrow_tile_loads", 0),
     Ceiling("mixing/*/forward", "times_the_floor", 1.5),
     Ceiling("mixing/*/backward", "times_the_floor", 2.0),
+    Ceiling("shift/*", "narrow_tile_loads", 0),
+    Ceiling("shift/*", "times_the_floor", 1.05),
 )
 
 
@@ -247,6 +249,22 @@ def plan_mixing(
     return mixing.plan_backward(torch.empty_like(out), *inputs, *kept, *gradients, arch=arch)
 
 
+def plan_shift(case: MixingCase, direction: str, dtype: torch.dtype, arch: str) -> list[Launch]:
+    """Launches of ``temporal_shift`` of as many tokens, or of its gradient, the shift with the offsets negated."""
+    from vidattn.kernels import mixing
+
+    frames, tokens = case.qkv_shape[:2]
+    sign = 1 if direction == "forward" else -1
+    shifts = [value for first, last, offset in case.channel_shifts for value in (first, last, sign * offset)]
+    x = torch.empty(frames, tokens, case.channels, 1, dtype=dtype, device="meta")
+    return mixing.plan_shift(x, case.num_frames, shifts, torch.empty_like(x))
+
+
+def shift_floor(case: MixingCase, direction: str, dtype: torch.dtype) -> Cost:
+    """Tokens in, tokens out."""
+    return Cost(case.bytes_moved("forward", dtype) / 2, 0, 0, 0)
+
+
 def all_pairs_floor(case: DividedCase | MixingCase, direction: str, dtype: torch.dtype) -> Cost:
     """All pairs, each with one exponential, and every tensor moved once; no instructions."""
     flops, moved = case.flops("forward"), case.bytes_moved("forward", dtype)
@@ -261,6 +279,7 @@ FAMILIES = {
     "window3d": Family(GPU_WINDOW_CASES, plan_window3d, window3d_floor),
     "divided": Family(GPU_DIVIDED_CASES, plan_divided, all_pairs_floor),
     "mixing": Family(GPU_MIXING_CASES, plan_mixing, all_pairs_floor),
+    "shift": Family({f"{name}_shift": case for name, case in GPU_MIXING_CASES.items()}, plan_shift, shift_floor),
 }
 
 

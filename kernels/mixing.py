@@ -146,8 +146,9 @@ def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: T
     shifts = _near(channel_shifts, num_frames)
     together = math.gcd(channels, *(cut for first, last, _ in shifts for cut in (first, last)))
     group_bytes = together * inner * x.itemsize
-    starts = (tensor.storage_offset() * tensor.itemsize for tensor in (x, out))
-    word = _WORDS[math.gcd(8, group_bytes, *starts)]
+    starts = [tensor.storage_offset() * tensor.itemsize for tensor in (x, out)]
+    width = math.gcd(16, group_bytes, *starts)  # bytes that are moved at a time
+    word = _WORDS[min(8, width)]
     line = channels * inner * x.itemsize // word.itemsize
     arguments = {
         "x": _words(x, word),
@@ -159,6 +160,7 @@ def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: T
         "SHIFTS": tuple(
             value for first, last, offset in shifts for value in (first // together, last // together, offset)
         ),
+        "TOGETHER": width // word.itemsize,
         "BLOCK": _BLOCK,
         "LONG": line > 2**31 - _BLOCK,
     }

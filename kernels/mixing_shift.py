@@ -10,25 +10,33 @@ __all__ = ["temporal_shift"]
 
 @triton.jit(do_not_specialize=["segment"])
 def temporal_shift(
-    x, out, segment, frame_size, line, group, SHIFTS: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr
+    x,
+    out,
+    segment,
+    frame_size,
+    line,
+    group,
+    SHIFTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Copy a block of a frame of ``out`` from where it lies in ``x``; ``SHIFTS`` counts groups of channels.
 
-    A line is what the channels of one place hold, ``group`` what a group of channels holds of it. ``LONG`` says that
-    32 bits do not count the line.
+    A line is what the channels of one place hold, ``group`` what a group of channels holds of it, in words of which
+    ``TOGETHER`` are moved at a time. ``LONG`` says that 32 bits do not count the line.
     """
     blocks = tl.cdiv(frame_size, BLOCK)
     frame = tl.program_id(0) // blocks
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    numbers = tl.arange(0, BLOCK)
-    start = first % line
+    numbers = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK % line
     if not LONG:  # division is slow in 64 bits
         start = start.to(tl.int32)
-    places = (start + numbers) % line
-    offsets = channel_offsets(places // group, SHIFTS)
+    offsets = channel_offsets((start + tl.arange(0, BLOCK)) % line // group, SHIFTS)
     sources = frame % segment + offsets
-    written = first + numbers < frame_size
-    inside = written & (sources >= 0) & (sources < segment)
-    target = frame.to(tl.int64) * frame_size + first
-    moved = tl.load(x + target + (offsets.to(tl.int64) * frame_size + numbers), mask=inside, other=0)
-    tl.store(out + target + numbers, moved, mask=written)
+    targets = frame.to(tl.int64) * frame_size + numbers
+    written = tl.max_constancy(numbers < frame_size, TOGETHER)
+    inside = tl.max_constancy(written & (sources >= 0) & (sources < segment), TOGETHER)
+    elements = tl.max_contiguous(tl.multiple_of(targets + offsets.to(tl.int64) * frame_size, TOGETHER), TOGETHER)
+    moved = tl.load(x + elements, mask=inside, other=0)
+    tl.store(out + tl.max_contiguous(tl.multiple_of(targets, TOGETHER), TOGETHER), moved, mask=written)
