@@ -150,9 +150,7 @@ def plan_backward(
     Returns:
         The launches.
     """
-    call = _Call(
-        q, k, v, seed, dout.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, mixing, arch
-    )
+    call = _Call(q, k, v, seed, dout.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, mixing, arch)
     assert dq.stride() == dk.stride() == dv.stride()
     parts = None
     if call.has_cls:

@@ -93,13 +93,9 @@ def _backward_sequences(
     stored, offsets = rows if CLS else tokens, clips * grad_batch + row_offsets(tokens, grad_token)
     cls_offsets = groups.to(tl.int64) * (all_heads * HEAD_DIM) + head * HEAD_DIM
     v_grad = tl.dot(tl.trans(dropped.to(q_rows.dtype)), dout_rows, input_precision=PRECISION)
-    store_key_grads(
-        dv, stored, offsets, v_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D
-    )
+    store_key_grads(dv, stored, offsets, v_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D)
     k_grad = tl.dot(tl.trans(grad_scores), q_rows, input_precision=PRECISION) * unit  # q has the sign of the scale
-    store_key_grads(
-        dk, stored, offsets, k_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D
-    )
+    store_key_grads(dk, stored, offsets, k_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D)
     q_grad = tl.dot(grad_scores, k_rows, input_precision=PRECISION) * scale
     store_rows(dq, stored, offsets, q_grad, HEAD_DIM, BLOCK_D)
     if CLS:

@@ -1,8 +1,8 @@
 """Channels of keys and values that come from other frames: where they lie, and where their gradients go.
 
-``SHIFTS`` holds (first, last, frame offset) of ranges of concatenated channels, one after the other; None where keys and
-values are those of the frame itself. For each channel the way to its source is the same in all frames, so it is one
-more offset a column, and the columns of a range are neighbours in memory.
+``SHIFTS`` holds (first, last, frame offset) of ranges of concatenated channels, one after the other; None where keys
+and values are those of the frame itself. For each channel the way to its source is the same in all frames, so it is
+one more offset a column, and the columns of a range are neighbours in memory.
 """
 
 import triton
