@@ -21,7 +21,6 @@ __all__ = [
     "signed",
     "slot_tokens",
     "store_cls",
-    "tail_keys",
     "tile_factors",
     "tile_keys",
     "tile_rows",

@@ -46,13 +46,13 @@ JOBS = {
         100,
         None,
     ),
-    "mixing": (MIXING, "triton and not seventy and not compile and not (opcheck and float16)", 140, None),
+    "mixing": (MIXING, "triton and not seventy and not compile and not (opcheck and float16)", 210, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
 }
 SLOW_JOBS = {
     "everything": (ALL, "triton and not seventy and not random", 250, None),
     "everything_divided": (DIVIDED, "triton and not seventy and not random", 450, None),
-    "everything_mixing": (MIXING, "triton and not seventy and not random", 145, None),
+    "everything_mixing": (MIXING, "triton and not seventy and not random", 215, None),
 }
 
 
