@@ -323,6 +323,7 @@ class _Part:
             block_d=_block_d(q.shape[-1]),
             length=self.length,
             dropout=self.call.dropout_p > 0,
+            mixed=self.mixing is not None and len(self.mixing.shifts) > 0,
         )
 
     def packed(self, kernel: Any) -> Config | None:
