@@ -207,7 +207,7 @@ def _small_cases(generator: Any) -> list[tuple[str, dict[str, tuple[int, ...]], 
         divided_case("spatial", 1 + 2 * 196, 2, token_order="hwt", cls_token="mean"),
         divided_case("factorized_dot_product", 5 * 50, 5),
         mixing_case(50, shift_div=3),  # heads from one frame each
-        mixing_case(197, shift_div=4),  # and from several
+        mixing_case(140, shift_div=4),  # and from several
         mixing_case(20, channel_shifts=[(3, 57, 1), (57, 90, -2)]),  # cut anywhere
         ("temporal_shift", shifted, {"num_frames": 3, "channel_shifts": [(0, 8, 1), (8, 13, -1)]}),
     ]

@@ -273,28 +273,16 @@ def test_bench_skips_what_does_not_fit_and_keeps_what_it_has(tmp_path):
 
 
 def test_whole_bench_on_the_cpu(tmp_path, capsys, monkeypatch):
-    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(["smoke", "smoke_spatial"])]
-    monkeypatch.setattr(gpu_bench, "plan", lambda cases: [group for group in groups if group][:4])
+    cases = ["smoke", "smoke_spatial", "smoke_mixing"]
+    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(cases)]
+    monkeypatch.setattr(gpu_bench, "plan", lambda cases: [group for group in groups if group][:6])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    gpu_bench.main(
-        [
-            "--device",
-            "cpu",
-            "--case",
-            "smoke",
-            "smoke_spatial",
-            "smoke_mixing",
-            "--out",
-            str(tmp_path),
-            "--seconds",
-            "100",
-        ]
-    )
+    gpu_bench.main(["--device", "cpu", "--case", *cases, "--out", str(tmp_path), "--seconds", "100"])
     text = (tmp_path / "cpu.json").read_text()
     assert os.uname().nodename not in text
     measured = [entry for entry in json.loads(text)["measurements"] if "us" in entry]
     # Three contenders in both directions; of windows four forward and three with backward.
-    assert [entry["case"] for entry in measured] == ["smoke_spatial"] * 6 + ["smoke"] * 7
+    assert [entry["case"] for entry in measured] == ["smoke_spatial"] * 6 + ["smoke_mixing"] * 6 + ["smoke"] * 7
     assert all(entry["agrees"] is True and len(entry["us"]) == 2 and min(entry["us"]) > 0 for entry in measured)
     rich = capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.console", None)

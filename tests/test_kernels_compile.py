@@ -238,7 +238,7 @@ def test_mixing_is_specialised_by_nothing_that_changes_with_the_clip():
         launches = MixingCall(replace(MIXING, **changes)).launches("backward", "sm_90")
         return [specialisation(launch) for launch in launches]
 
-    assert kernels() == kernels(num_frames=8, clips=3) == kernels(num_frames=1)
+    assert kernels() == kernels(num_frames=8, clips=3) == kernels(num_frames=2)
 
 
 def test_divided_is_specialised_by_nothing_that_changes_with_the_clip():
