@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.sass import Kernel, inspect
-from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_WINDOW_CASES, DividedCase, WindowCase
+from benchmarks.shapes import (
+    GPU_DIVIDED_CASES,
+    GPU_MIXING_CASES,
+    GPU_WINDOW_CASES,
+    DividedCase,
+    MixingCase,
+    WindowCase,
+)
 from benchmarks.tables import print_table
 from vidattn.geometry import bias_extents, explain_windows
 from vidattn.ops import _tensors as tensors
@@ -86,6 +93,11 @@ CEILINGS = (
         for case in cases.split()
         for direction, limit in zip(("forward", "backward"), limits)
     ),
+    Ceiling("mixing/*", "narrow_tile_loads", 0),
+    Ceiling("mixing/*/forward", "times_the_floor", 1.5),
+    Ceiling("mixing/*/backward", "times_the_floor", 2.0),
+    Ceiling("shift/*", "narrow_tile_loads", 0),
+    Ceiling("shift/*", "times_the_floor", 1.05),
 )
 
 
@@ -219,7 +231,41 @@ def plan_divided(
     )
 
 
-def divided_floor(case: DividedCase, direction: str, dtype: torch.dtype) -> Cost:
+def plan_mixing(
+    case: MixingCase, direction: str, dtype: torch.dtype, arch: str, *, dropout_p: float = 0.0
+) -> list[Launch]:
+    """Launches of ``space_time_mixing_attention`` or its backward, on tensors without memory."""
+    from vidattn.kernels import mixing
+
+    with torch.device("meta"):
+        qkv = torch.empty(case.qkv_shape, dtype=dtype)
+    out, lse = tensors.new_outputs(qkv.select(-3, 0))
+    kept = (out, lse) if tensors.keeps_lse(case.num_tokens, "triton") else (None, None)
+    shifts = [value for shift in case.channel_shifts for value in shift]
+    inputs = (*qkv.unbind(-3), draw_seed(qkv, dropout_p), case.num_frames, shifts, case.head_dim**-0.5, dropout_p)
+    if direction == "forward":
+        return mixing.plan_forward(*inputs, out, kept[1], arch=arch)
+    gradients = torch.empty_like(qkv).unbind(-3)
+    return mixing.plan_backward(torch.empty_like(out), *inputs, *kept, *gradients, arch=arch)
+
+
+def plan_shift(case: MixingCase, direction: str, dtype: torch.dtype, arch: str) -> list[Launch]:
+    """Launches of ``temporal_shift`` of as many tokens, or of its gradient, the shift with the offsets negated."""
+    from vidattn.kernels import mixing
+
+    frames, tokens = case.qkv_shape[:2]
+    sign = 1 if direction == "forward" else -1
+    shifts = [value for first, last, offset in case.channel_shifts for value in (first, last, sign * offset)]
+    x = torch.empty(frames, tokens, case.channels, 1, dtype=dtype, device="meta")
+    return mixing.plan_shift(x, case.num_frames, shifts, torch.empty_like(x))
+
+
+def shift_floor(case: MixingCase, direction: str, dtype: torch.dtype) -> Cost:
+    """Tokens in, tokens out."""
+    return Cost(case.bytes_moved("forward", dtype) / 2, 0, 0, 0)
+
+
+def all_pairs_floor(case: DividedCase | MixingCase, direction: str, dtype: torch.dtype) -> Cost:
     """All pairs, each with one exponential, and every tensor moved once; no instructions."""
     flops, moved = case.flops("forward"), case.bytes_moved("forward", dtype)
     pairs = flops // (2 * 2 * case.head_dim)
@@ -231,7 +277,9 @@ def divided_floor(case: DividedCase, direction: str, dtype: torch.dtype) -> Cost
 
 FAMILIES = {
     "window3d": Family(GPU_WINDOW_CASES, plan_window3d, window3d_floor),
-    "divided": Family(GPU_DIVIDED_CASES, plan_divided, divided_floor),
+    "divided": Family(GPU_DIVIDED_CASES, plan_divided, all_pairs_floor),
+    "mixing": Family(GPU_MIXING_CASES, plan_mixing, all_pairs_floor),
+    "shift": Family({f"{name}_shift": case for name, case in GPU_MIXING_CASES.items()}, plan_shift, shift_floor),
 }
 
 

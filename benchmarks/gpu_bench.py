@@ -29,17 +29,20 @@ import torch
 from torch import Tensor
 
 import vidattn
-from benchmarks import divided_contenders, window3d_contenders
+from benchmarks import divided_contenders, mixing_contenders, window3d_contenders
 from benchmarks.calibration import RESULTS, describe_gpu, slug, write_json
-from benchmarks.gpu_audit import Cost, Rates, divided_floor, window3d_floor
+from benchmarks.gpu_audit import Cost, Rates, all_pairs_floor, window3d_floor
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import (
     DIRECTIONS,
     GPU_DIVIDED_CASES,
+    GPU_MIXING_CASES,
     GPU_WINDOW_CASES,
     SMOKE_CASES,
     SMOKE_DIVIDED_CASES,
+    SMOKE_MIXING_CASES,
     DividedCase,
+    MixingCase,
     WindowCase,
 )
 from benchmarks.tables import print_table
@@ -47,9 +50,18 @@ from benchmarks.window3d_contenders import computes_the_same
 
 OURS, BASELINE = "vidattn", "eager"
 COMPILED = ("compiled", "flex")  # contenders that take long to prepare
-MAIN_CASES = ("swin_t_stage1", "swin_t_stage1_shifted", "timesformer_b_time", "timesformer_b_space")
-GPU_CASES: dict[str, WindowCase | DividedCase] = {**GPU_WINDOW_CASES, **GPU_DIVIDED_CASES}
-CASES = {**GPU_CASES, "smoke": replace(SMOKE_CASES["smoke"], head_dim=32), **SMOKE_DIVIDED_CASES}
+MAIN_CASES = (
+    "swin_t_stage1", "swin_t_stage1_shifted", "timesformer_b_time", "timesformer_b_space", "xvit_b_16_frames_div8"
+)  # fmt: skip
+OTHER_DTYPE_CASES = ("swin_t_stage1_shifted", "timesformer_b_space", "xvit_b_16_frames_div8")  # one of each family
+Case = WindowCase | DividedCase | MixingCase
+GPU_CASES: dict[str, Case] = {**GPU_WINDOW_CASES, **GPU_DIVIDED_CASES, **GPU_MIXING_CASES}
+CASES: dict[str, Case] = {
+    **GPU_CASES,
+    "smoke": replace(SMOKE_CASES["smoke"], head_dim=32),
+    **SMOKE_DIVIDED_CASES,
+    "smoke_mixing": SMOKE_MIXING_CASES["smoke"],
+}
 ROTATED_BYTES = 160e6  # inputs and outputs between two uses of the same ones: more than twice the largest L2 cache
 REPLAYS = 20
 GRAPH_SECONDS = 0.01  # calls that a graph holds beyond the copies must not take longer
@@ -79,32 +91,32 @@ class Task:
 
 def contenders(case: str) -> tuple[str, ...]:
     """Name the contenders of a case."""
-    return divided_contenders.CONTENDERS if _is_divided(case) else window3d_contenders.GPU_CONTENDERS
+    shape = CASES[case]
+    if isinstance(shape, WindowCase):
+        return window3d_contenders.GPU_CONTENDERS
+    return divided_contenders.CONTENDERS if isinstance(shape, DividedCase) else mixing_contenders.CONTENDERS
 
 
-def _is_divided(case: str) -> bool:
-    return isinstance(CASES[case], DividedCase)
-
-
-def build_copies(shape: WindowCase | DividedCase, *arguments: Any) -> list[Callable[[], tuple[Tensor, ...]]]:
+def build_copies(shape: Case, *arguments: Any) -> list[Callable[[], tuple[Tensor, ...]]]:
     """Make inputs and the calls to time, as the family's contenders are built."""
     if isinstance(shape, DividedCase):
         return divided_contenders.build_copies(shape, *arguments)
+    if isinstance(shape, MixingCase):
+        return mixing_contenders.build_copies(shape, *arguments)
     return window3d_contenders.build_copies(shape, *arguments)
 
 
 def why_not(case: str, direction: str, contender: str) -> str | None:
     """Say why a contender is left out of a comparison; None if it takes part."""
     shape = CASES[case]
-    return None if isinstance(shape, DividedCase) else window3d_contenders.why_not(shape, direction, contender)
+    return window3d_contenders.why_not(shape, direction, contender) if isinstance(shape, WindowCase) else None
 
 
 def plan(cases: Sequence[str]) -> list[list[Task]]:
     """Order what is to be timed by importance; tasks of one list are compared with each other."""
     main = [name for name in cases if name in MAIN_CASES]
     others = sorted((name for name in cases if name not in MAIN_CASES), key=_rank)
-    # One case of each family: shifted windows, and a cls token that frames share.
-    other_dtypes = [name for name in MAIN_CASES[1::2] if name in main]
+    other_dtypes = [name for name in OTHER_DTYPE_CASES if name in main]
     rounds = (
         (main, ("bfloat16",), False),
         (main, ("bfloat16",), True),
@@ -120,8 +132,8 @@ def plan(cases: Sequence[str]) -> list[list[Task]]:
 
 
 def _rank(case: str) -> tuple[bool, str]:
-    """Swin-T and attention over time and space first, then the first stages of other models, which take longest."""
-    return not (case.startswith("swin_t_stage") or _is_divided(case)), case.partition("stage")[2]
+    """Swin-T and the other families first, then the first stages of other Swins, which take longest."""
+    return isinstance(CASES[case], WindowCase) and not case.startswith("swin_t_stage"), case.partition("stage")[2]
 
 
 # ---- Measuring, in the worker process ----
@@ -129,7 +141,7 @@ def _rank(case: str) -> tuple[bool, str]:
 Sample = Callable[[int], list[float]]  # takes a number of samples, gives seconds per call
 
 
-def count_copies(shape: WindowCase | DividedCase, direction: str, dtype: str) -> int:
+def count_copies(shape: Case, direction: str, dtype: str) -> int:
     """Say how many inputs to cycle through: two, or as many as it takes to push the first out of the L2 cache."""
     moved = shape.bytes_moved(direction, getattr(torch, dtype))
     return max(2, math.ceil(ROTATED_BYTES / moved))
@@ -249,7 +261,7 @@ class Measurer:
             found |= {"timer": "events", "not_captured": first_line(error)}
         return found | {"copies": copies, "prepared_s": time.perf_counter() - start}
 
-    def _compare(self, task: Task, shape: WindowCase | DividedCase, result: tuple[Tensor, ...]) -> dict[str, Any]:
+    def _compare(self, task: Task, shape: Case, result: tuple[Tensor, ...]) -> dict[str, Any]:
         """Say whether a result is that of the module code; a wrong one is timed all the same, and marked."""
         if not computes_the_same(task.contender):
             return {"agrees": "computes something else"}
@@ -351,12 +363,12 @@ class Worker:
             self._process = None
 
 
-def floor_us(shape: WindowCase | DividedCase, direction: str, dtype: str, rates: Rates) -> float | None:
+def floor_us(shape: Case, direction: str, dtype: str, rates: Rates) -> float | None:
     """Microseconds that the hardware needs at least; None for float32, whose matrix rate is not among the rates."""
     if dtype == "float32":
         return None
     parts = ("forward",) if direction == "forward" else ("forward", "backward")
-    floor: Callable[..., Cost] = divided_floor if isinstance(shape, DividedCase) else window3d_floor
+    floor: Callable[..., Cost] = window3d_floor if isinstance(shape, WindowCase) else all_pairs_floor
     costs = (floor(shape, part, getattr(torch, dtype)) for part in parts)
     return sum(max(cost.microseconds(rates).values()) for cost in costs)
 

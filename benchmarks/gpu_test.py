@@ -63,16 +63,19 @@ class Step:
 
 STEPS = (
     Step("small", 30),
-    Step("numbers", 130, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
-    Step("divided", 80, ("tests/test_divided.py",), needs=("pytest",)),
+    Step("numbers", 110, ("tests/test_window3d.py", "tests/test_window3d_windows.py"), needs=("pytest",)),
+    Step("divided", 65, ("tests/test_divided.py",), needs=("pytest",)),
+    Step("mixing", 40, ("tests/test_mixing.py",), needs=("pytest",)),
     Step(
         "ops",
-        80,
+        75,
         (
             "tests/test_window3d_op.py",
             "tests/test_window3d_triton.py",
             "tests/test_divided_op.py",
             "tests/test_divided_triton.py",
+            "tests/test_mixing_op.py",
+            "tests/test_mixing_triton.py",
         ),
         needs=("pytest",),
     ),
@@ -164,7 +167,9 @@ def run_small_set(backend: str) -> list[str]:
                 actual = _evaluate(f"vidattn.{function}", inputs, options | {"backend": backend}, device)
                 assert_all_close(actual, expected, exact, dtype)
             except Exception as error:
-                wrong.append(f"{function} {sizes['qkv']} {dtype}: {(str(error) or repr(error)).splitlines()[0]}")
+                wrong.append(
+                    f"{function} {next(iter(sizes.values()))} {dtype}: {(str(error) or repr(error)).splitlines()[0]}"
+                )
     return wrong
 
 
@@ -186,6 +191,11 @@ def _small_cases(generator: Any) -> list[tuple[str, dict[str, tuple[int, ...]], 
         sizes = {"qkv": (2, tokens, 3, 2, 40), "grad_out": (2, tokens, 80)}
         return f"{name}_attention", sizes, {"num_frames": num_frames, **more}
 
+    def mixing_case(tokens: int, **more: Any) -> Any:
+        sizes = {"qkv": (6, tokens, 3, 3, 40), "grad_out": (6, tokens, 120)}
+        return "space_time_mixing_attention", sizes, {"num_frames": 3, **more}
+
+    shifted = {"x": (6, 7, 24), "grad_out": (6, 7, 24)}
     windows = {"qkv": (5, 50, 3, 2, 24), "bias": (2, 50, 50), "grad_out": (5, 50, 48)}
     return [
         grid_case((3, 5, 7), (2, 3, 3), (1, 1, 1), 2, 20),  # padded on every axis, shifted, an odd head dimension
@@ -196,6 +206,10 @@ def _small_cases(generator: Any) -> list[tuple[str, dict[str, tuple[int, ...]], 
         divided_case("spatial", 1 + 3 * 7, 3, token_order="hwt", cls_token="mean"),
         divided_case("spatial", 1 + 2 * 196, 2, token_order="hwt", cls_token="mean"),
         divided_case("factorized_dot_product", 5 * 50, 5),
+        mixing_case(50, shift_div=3),  # heads from one frame each
+        mixing_case(140, shift_div=4),  # and from several
+        mixing_case(20, channel_shifts=[(3, 57, 1), (57, 90, -2)]),  # cut anywhere
+        ("temporal_shift", shifted, {"num_frames": 3, "channel_shifts": [(0, 8, 1), (8, 13, -1)]}),
     ]
 
 

@@ -199,6 +199,12 @@ class MixingCase:
 
 # X-ViT-B on 224 x 224 video: 16 frames, as in its Kinetics models (8) and in those of Something-Something (4).
 MIXING_CASES = {"xvit_b_div8": MixingCase(8), "xvit_b_div4": MixingCase(4)}
+# What a GPU is given: eight clips of 16 frames, and of 8.
+GPU_MIXING_CASES = {
+    f"xvit_b_{frames}_frames_div{shift_div}": MixingCase(shift_div, frames, clips=8)
+    for frames in (16, 8)
+    for shift_div in (8, 4)
+}
 SMOKE_MIXING_CASES = {"smoke": MixingCase(3, num_frames=4, num_tokens=7, heads=3, head_dim=20, clips=2)}
 
 

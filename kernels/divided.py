@@ -10,9 +10,10 @@ numbers of registers, and one kernel for both would need the larger everywhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from vidattn.kernels.divided_forward import divided_forward_packed, divided_forw
 from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.sums import plan_sum_frames
 
-__all__ = ["backward", "forward", "plan_backward", "plan_forward"]
+__all__ = ["Mixing", "backward", "forward", "plan_backward", "plan_forward"]
 
 
 def forward(*arguments: Any) -> None:
@@ -67,6 +68,7 @@ def plan_forward(
     cls_mean: Tensor | None,
     lse: Tensor | None,
     *,
+    mixing: Mixing | None = None,
     arch: str | None = None,
 ) -> list[Launch]:
     """Plan the forward pass.
@@ -85,12 +87,13 @@ def plan_forward(
         cls: float32 (B, T, h * d), contiguous, the context of the cls token in each frame; None without.
         cls_mean: (B, h * d), last dimension dense, the mean over the frames; None if not needed.
         lse: float32 (B, T * N, h), contiguous, T more rows for the cls token of each frame; None if not needed.
+        mixing: what keys and values take from other sequences.
         arch: architecture to plan for; that of the device when None.
 
     Returns:
         The launches.
     """
-    call = _Call(q, k, v, seed, out.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, arch)
+    call = _Call(q, k, v, seed, out.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, mixing, arch)
     launches = [part.forward(out, cls, lse) for part in call.parts]
     if cls_mean is not None:
         assert cls is not None
@@ -118,6 +121,7 @@ def plan_backward(
     dk: Tensor,
     dv: Tensor,
     *,
+    mixing: Mixing | None = None,
     arch: str | None = None,
 ) -> list[Launch]:
     """Plan the backward pass.
@@ -140,12 +144,13 @@ def plan_backward(
         dq: (B, S, h, d), last dimension dense, of the same strides as ``dk`` and ``dv``.
         dk: like ``dq``.
         dv: like ``dq``.
+        mixing: what keys and values take from other sequences.
         arch: architecture to plan for; that of the device when None.
 
     Returns:
         The launches.
     """
-    call = _Call(q, k, v, seed, dout.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, arch)
+    call = _Call(q, k, v, seed, dout.shape[1], num_frames, time_fastest, temporal_heads, scale, dropout_p, mixing, arch)
     assert dq.stride() == dk.stride() == dv.stride()
     parts = None
     if call.has_cls:
@@ -161,6 +166,35 @@ def plan_backward(
     if parts is not None:
         launches.append(plan_sum_frames(parts, [grad[:, 0] for grad in (dq, dk, dv)]))
     return launches
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Channels that keys and values of a sequence take from other sequences; each clip is one sequence, a frame.
+
+    Attributes:
+        segment: frames across whose ends nothing is mixed.
+        shifts: (first, last, frame offset) of ranges of concatenated channels, in ascending order.
+    """
+
+    segment: int
+    shifts: tuple[tuple[int, int, int], ...]
+
+    def head_groups(self, heads: int, head_dim: int, itemsize: int) -> list[tuple[int, int, Mixing]]:
+        """Cut the heads into groups of neighbours: (first head, heads, what they take from elsewhere).
+
+        Ranges that start or end off 16 bytes cannot be loaded 16 bytes at a time, and then nothing of their launch is.
+        """
+        cuts = [cut for first, last, _ in self.shifts for cut in (first, last)]
+        odd = {cut // head_dim for cut in cuts if cut % head_dim * itemsize % 16 != 0}
+        groups = []
+        for _, members in itertools.groupby(range(heads), key=lambda head: head in odd):
+            first_head, *more = members
+            count = 1 + len(more)
+            begin, end = first_head * head_dim, (first_head + count) * head_dim
+            taken = tuple(shift for shift in self.shifts if shift[0] < end and shift[1] > begin)
+            groups.append((first_head, count, replace(self, shifts=taken)))
+        return groups
 
 
 @dataclass(frozen=True)
@@ -207,6 +241,7 @@ class _Call:
     temporal_heads: int
     scale: float
     dropout_p: float
+    mixing: Mixing | None
     arch: str | None
 
     @property
@@ -224,7 +259,10 @@ class _Call:
         """The sequences over time, then those over space."""
         frames, sites = self.num_frames, self.num_sites
         frame_step, site_step = (1, frames) if self.time_fastest else (sites, 1)
-        heads = self.q.shape[2]
+        heads, head_dim = self.q.shape[2:]
+        if self.mixing is not None:
+            groups = self.mixing.head_groups(heads, head_dim, self.q.itemsize)
+            return [_Part(self, sites, False, 1, sites, 1, *group) for group in groups]
         over_time = _Part(self, frames, False, sites, site_step, frame_step, 0, self.temporal_heads)
         over_space = _Part(
             self, sites + self.has_cls, self.has_cls, frames, frame_step, site_step,
@@ -256,6 +294,7 @@ class _Part:
         slot_step: rows from one token of a sequence to the next.
         first_head: the first head.
         heads: their number.
+        mixing: what their keys and values take from other sequences.
     """
 
     call: _Call
@@ -266,6 +305,7 @@ class _Part:
     slot_step: int
     first_head: int
     heads: int
+    mixing: Mixing | None = None
 
     @property
     def num_groups(self) -> int:
@@ -283,6 +323,7 @@ class _Part:
             block_d=_block_d(q.shape[-1]),
             length=self.length,
             dropout=self.call.dropout_p > 0,
+            mixed=self.mixing is not None and len(self.mixing.shifts) > 0,
         )
 
     def packed(self, kernel: Any) -> Config | None:
@@ -373,6 +414,8 @@ class _Part:
             "first_head": self.first_head,
             "heads": self.heads,
             "all_heads": q.shape[2],
+            "segment": 1 if self.mixing is None else self.mixing.segment,
+            "SHIFTS": tuple(itertools.chain(*self.mixing.shifts)) or None if self.mixing is not None else None,
             "num_rows": call.rows + call.num_frames * has_cls,
             "scale": call.scale,
             "unit": abs(call.scale) or 1.0,

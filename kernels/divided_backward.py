@@ -15,11 +15,14 @@ from vidattn.kernels.divided_tiles import (
     load_signed,
     locate,
     lse_rows,
+    signed,
     slot_tokens,
     store_cls,
     tile_factors,
+    tile_keys,
     tile_rows,
 )
+from vidattn.kernels.mixing_tiles import load_keys, mixed_columns, store_key_grads
 from vidattn.kernels.rows import load_rows, row_offsets, store_rows
 from vidattn.kernels.softmax import probabilities
 
@@ -43,6 +46,7 @@ def _backward_sequences(
     unit,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,15 +59,18 @@ def _backward_sequences(
     q, k, v, dout, dcls, dq, dk, dv, cls_parts = pointers
     q_batch, q_token, k_batch, k_token, v_batch, v_token, dout_batch, dout_token, dcls_batch, dcls_frame = strides
     grad_batch, grad_token, part_size = grad_strides
-    places, all_heads = counts
+    places, all_heads, segment = counts
     clips = (groups // places).to(tl.int64)
     tokens, rows = slot_tokens(slots, places_of, inside, steps, LENGTH, CLS)
     k_offsets = clips * k_batch + row_offsets(tokens, k_token)
     v_offsets = clips * v_batch + row_offsets(tokens, v_token)
     dout_offsets = clips * dout_batch + row_offsets(rows, dout_token)
     q_rows = load_signed(q, tokens, clips * q_batch + row_offsets(tokens, q_token), HEAD_DIM, BLOCK_D, SIGN)
-    k_rows = load_rows(k, tokens, k_offsets, k, HEAD_DIM, BLOCK_D, True, False)
-    v_rows = load_rows(v, tokens, v_offsets, v, HEAD_DIM, BLOCK_D, True, False)
+    frames = (groups % segment)[:, None]
+    k_columns = mixed_columns(frames, head, segment, k_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    v_columns = mixed_columns(frames, head, segment, v_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    k_rows = load_keys(k, tokens, k_offsets, k_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
+    v_rows = load_keys(v, tokens, v_offsets, v_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
     dout_rows = load_rows(dout, rows, dout_offsets, dout, HEAD_DIM, BLOCK_D, True, False)
     is_cls = inside & (slots == LENGTH - 1)
     if CLS:
@@ -86,9 +93,9 @@ def _backward_sequences(
     stored, offsets = rows if CLS else tokens, clips * grad_batch + row_offsets(tokens, grad_token)
     cls_offsets = groups.to(tl.int64) * (all_heads * HEAD_DIM) + head * HEAD_DIM
     v_grad = tl.dot(tl.trans(dropped.to(q_rows.dtype)), dout_rows, input_precision=PRECISION)
-    store_rows(dv, stored, offsets, v_grad, HEAD_DIM, BLOCK_D)
+    store_key_grads(dv, stored, offsets, v_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D)
     k_grad = tl.dot(tl.trans(grad_scores), q_rows, input_precision=PRECISION) * unit  # q has the sign of the scale
-    store_rows(dk, stored, offsets, k_grad, HEAD_DIM, BLOCK_D)
+    store_key_grads(dk, stored, offsets, k_grad, frames, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D)
     q_grad = tl.dot(grad_scores, k_rows, input_precision=PRECISION) * scale
     store_rows(dq, stored, offsets, q_grad, HEAD_DIM, BLOCK_D)
     if CLS:
@@ -101,7 +108,8 @@ def _backward_sequences(
 
 @triton.jit(
     do_not_specialize=[
-        "places", "num_groups", "place_step", "slot_step", "first_head", "heads", "all_heads", "threshold"
+        "places", "num_groups", "place_step", "slot_step", "first_head", "heads", "all_heads", "segment",
+        "threshold",
     ]
 )  # fmt: skip
 def divided_backward_packed(
@@ -139,12 +147,14 @@ def divided_backward_packed(
     first_head,
     heads,
     all_heads,
+    segment,
     scale,
     unit,
     threshold,
     kept,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,11 +175,12 @@ def divided_backward_packed(
     strides = (
         q_batch, q_token, k_batch, k_token, v_batch, v_token, dout_batch, dout_token, dcls_batch, dcls_frame
     )  # fmt: skip
-    grad_strides, steps, counts = (grad_batch, grad_token, part_size), (place_step, slot_step), (places, all_heads)
+    grad_strides, steps = (grad_batch, grad_token, part_size), (place_step, slot_step)
+    counts = (places, all_heads, segment)
     dropout = (seed if HAS_DROPOUT else 0, threshold, kept)
     apart = _backward_sequences(
         inside, located, pointers, strides, grad_strides, steps, counts, dropout, scale, unit,
-        LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_DROPOUT, PRECISION,
+        LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     if PER_TILE > 1:  # noqa: SIM102
         if apart:
@@ -177,7 +188,7 @@ def divided_backward_packed(
             for sequence in range(0, tl.minimum(num_groups, PER_TILE)):  # of no known length, so not unrolled
                 _backward_sequences(
                     inside & (sequences == sequence), located, pointers, strides, grad_strides, steps, counts,
-                    dropout, scale, unit, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_DROPOUT, PRECISION,
+                    dropout, scale, unit, LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_DROPOUT, PRECISION,
                 )  # fmt: skip
 
 
@@ -202,12 +213,14 @@ def _score_gradients(
 def _queries_tile(
     total,
     first_key,
-    inputs,
+    queries,
+    keys,
     dropout,
     first_query,
     unit,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -217,18 +230,18 @@ def _queries_tile(
     PRECISION: tl.constexpr,
 ):
     """Add what ``BLOCK`` keys give to dq."""
-    group, head, place, steps, q_rows, dout_rows, q_lse, delta, k_base, v_base, k_token, v_token = inputs
-    slots = first_key + tl.arange(0, BLOCK)
-    if IS_TAIL:
-        tokens, _ = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
-        k_rows = load_rows(k_base, tokens, row_offsets(tokens, k_token), k_base, HEAD_DIM, BLOCK_D, True, False)
-        v_rows = load_rows(v_base, tokens, row_offsets(tokens, v_token), v_base, HEAD_DIM, BLOCK_D, True, False)
-    else:
-        k_rows = tile_rows(k_base, first_key, place, steps, k_token, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK)
-        v_rows = tile_rows(v_base, first_key, place, steps, v_token, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK)
+    group, head, place, steps, q_rows, dout_rows, q_lse, delta = queries
+    k_base, v_base, k_token, v_token, k_columns, v_columns = keys
+    k_rows = tile_keys(
+        k_base, first_key, place, steps, k_token, k_columns, LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, IS_TAIL
+    )
+    v_rows = tile_keys(
+        v_base, first_key, place, steps, v_token, v_columns, LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, IS_TAIL
+    )
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
     if IS_TAIL:
-        scores = tl.where((slots < LENGTH)[None, :], scores, float("-inf"))
+        inside = first_key + tl.arange(0, BLOCK) < LENGTH
+        scores = tl.where(inside[None, :], scores, float("-inf"))
     factors = 1.0
     if HAS_DROPOUT:
         factors = tile_factors(dropout, group, head, first_query, first_key, LENGTH, CLS, BLOCK_M, BLOCK)
@@ -238,7 +251,8 @@ def _queries_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "threshold", "full_tiles"
+        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "segment", "threshold",
+        "full_tiles",
     ]
 )  # fmt: skip
 def divided_backward_queries(
@@ -279,6 +293,7 @@ def divided_backward_queries(
     heads,
     all_heads,
     num_rows,
+    segment,
     scale,
     unit,
     threshold,
@@ -286,6 +301,7 @@ def divided_backward_queries(
     full_tiles,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -318,19 +334,22 @@ def divided_backward_queries(
     row_delta = tl.sum(dout_rows.to(tl.float32) * out_rows, 1)
     tl.store(delta + kept_rows, row_delta, mask=slots < LENGTH)
     k_base, v_base = k + clip * k_batch + head * k_head, v + clip * v_batch + head * v_head
-    inputs = (group, head, place, steps, q_rows, dout_rows, q_lse, row_delta, k_base, v_base, k_token, v_token)
+    k_columns = mixed_columns(group % segment, head, segment, k_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    v_columns = mixed_columns(group % segment, head, segment, v_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    queries = (group, head, place, steps, q_rows, dout_rows, q_lse, row_delta)
+    keys = (k_base, v_base, k_token, v_token, k_columns, v_columns)
     dropout = (seed, threshold, kept)
 
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(0, full_tiles):
         total = _queries_tile(
-            total, step * BLOCK_N, inputs, dropout, first_query, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, PRECISION,
+            total, step * BLOCK_N, queries, keys, dropout, first_query, unit,
+            LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL:
         total = _queries_tile(
-            total, full_tiles * BLOCK_N, inputs, dropout, first_query, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, True, HAS_DROPOUT, PRECISION,
+            total, full_tiles * BLOCK_N, queries, keys, dropout, first_query, unit,
+            LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, True, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     total *= scale
@@ -394,7 +413,8 @@ def _keys_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "threshold", "full_tiles"
+        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "segment", "threshold",
+        "full_tiles",
     ]
 )  # fmt: skip
 def divided_backward_keys(
@@ -433,6 +453,7 @@ def divided_backward_keys(
     heads,
     all_heads,
     num_rows,
+    segment,
     scale,
     unit,
     threshold,
@@ -440,6 +461,7 @@ def divided_backward_keys(
     full_tiles,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -456,8 +478,12 @@ def divided_backward_keys(
     slots = first_key + tl.arange(0, BLOCK_N)
     tokens, rows = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
     k_base, v_base = k + clip * k_batch + head * k_head, v + clip * v_batch + head * v_head
-    k_rows = load_signed(k_base, tokens, row_offsets(tokens, k_token), HEAD_DIM, BLOCK_D, SIGN)
-    v_rows = load_rows(v_base, tokens, row_offsets(tokens, v_token), v, HEAD_DIM, BLOCK_D, True, False)
+    frame = group % segment
+    k_columns = mixed_columns(frame, head, segment, k_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    v_columns = mixed_columns(frame, head, segment, v_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    k_rows = load_keys(k_base, tokens, row_offsets(tokens, k_token), k_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
+    k_rows = signed(k_rows, SIGN)
+    v_rows = load_keys(v_base, tokens, row_offsets(tokens, v_token), v_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
     q_base, dout_base = q + clip * q_batch + head * q_head, dout + clip * dout_batch + head * HEAD_DIM
     first_row = clip * num_rows * all_heads + head
     dcls_base, cls_row = q_base, 0
@@ -486,8 +512,12 @@ def divided_backward_keys(
     k_grad, v_grad = sums[0] * scale, sums[1]
     stored, offsets = rows if CLS else tokens, row_offsets(tokens, grad_token)
     first_grad = clip * grad_batch + head * grad_head
-    store_rows(dk + first_grad, stored, offsets, k_grad, HEAD_DIM, BLOCK_D)
-    store_rows(dv + first_grad, stored, offsets, v_grad, HEAD_DIM, BLOCK_D)
+    store_key_grads(
+        dk + first_grad, stored, offsets, k_grad, frame, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D
+    )
+    store_key_grads(
+        dv + first_grad, stored, offsets, v_grad, frame, head, segment, grad_batch, SHIFTS, HEAD_DIM, BLOCK_D
+    )
     if CLS:  # noqa: SIM102
         if first_key + BLOCK_N >= LENGTH:
             part = cls_parts + (group.to(tl.int64) * all_heads + head) * HEAD_DIM

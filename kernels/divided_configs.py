@@ -25,6 +25,7 @@ class ShapeClass(NamedTuple):
         block_d: head dimension, rounded up to a power of two.
         length: tokens of a sequence, a cls token included.
         dropout: whether there is dropout, which takes registers.
+        mixed: whether channels of keys and values come from other sequences, which takes a few more.
     """
 
     arch: str
@@ -33,6 +34,7 @@ class ShapeClass(NamedTuple):
     block_d: int
     length: int
     dropout: bool
+    mixed: bool = False
 
     @property
     def products(self) -> str:
@@ -86,6 +88,14 @@ _STREAM = {
     },
 }
 _STREAM["gfx942", "half"] = _STREAM["sm_80", "half"]
+# Mixed channels have cuts of their own only where those above would spill.
+_MIXED = {
+    ("sm_80", "half"): {
+        "divided_forward_stream": "64x128 64x128 64x64 64x32 32x64 32x64",
+        "divided_backward_queries": "64x32 64x64 64x32 64x32 128x32/8 128x32/8",
+        "divided_backward_keys": "64x64 32x32 32x32 64x32 64x64/8 64x64/8",
+    },
+}
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)
 
@@ -106,7 +116,7 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         full = max(16, min(64, 2 ** (shape.length.bit_length() - 1)))
         config = Config(full, 64) if kernel == "divided_backward_keys" else Config(64, full)
     else:
-        entry = _column(_STREAM, kernel, shape)
+        entry = (shape.mixed and _column(_MIXED, kernel, shape)) or _column(_STREAM, kernel, shape)
         config = _cut(entry) if entry else _SMALL
     return _fit(config, shape.length)
 
@@ -114,7 +124,7 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     """List what autotuning tries: every cut of the kernel in the table, and smaller ones."""
     cuts = {_SMALL, Config(64, 32), Config(32, 64)}
-    for table in _STREAM.values():
+    for table in (*_STREAM.values(), *_MIXED.values()):
         cuts.update(map(_cut, table[kernel].split()))
     return sorted({_fit(config, shape.length) for config in cuts})
 

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from vidattn.kernels.divided_packed import attend_packed, is_not_finite, locate_packed
-from vidattn.kernels.divided_tiles import load_signed, locate, lse_rows, slot_tokens, store_cls, tile_factors, tile_rows
-from vidattn.kernels.rows import load_rows, row_offsets, store_rows
+from vidattn.kernels.divided_tiles import load_signed, locate, lse_rows, slot_tokens, store_cls, tile_factors, tile_keys
+from vidattn.kernels.mixing_tiles import load_keys, mixed_columns
+from vidattn.kernels.rows import row_offsets, store_rows
 from vidattn.kernels.softmax import finish_rows, softmax_step, start_rows
 
 __all__ = ["divided_forward_packed", "divided_forward_stream"]
@@ -26,6 +27,7 @@ def _forward_sequences(
     unit,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,14 +40,17 @@ def _forward_sequences(
     head, groups, places_of, slots, sequences, _ = located
     q, k, v, out, cls, lse = pointers
     q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, out_token = strides
-    places, all_heads, num_rows = counts
+    places, all_heads, num_rows, segment = counts
     clips = (groups // places).to(tl.int64)
     tokens, rows = slot_tokens(slots, places_of, inside, steps, LENGTH, CLS)
     k_offsets = clips * k_batch + row_offsets(tokens, k_token)
     v_offsets = clips * v_batch + row_offsets(tokens, v_token)
     q_rows = load_signed(q, tokens, clips * q_batch + row_offsets(tokens, q_token), HEAD_DIM, BLOCK_D, SIGN)
-    k_rows = load_rows(k, tokens, k_offsets, k, HEAD_DIM, BLOCK_D, True, False)
-    v_rows = load_rows(v, tokens, v_offsets, v, HEAD_DIM, BLOCK_D, True, False)
+    frames = (groups % segment)[:, None]
+    k_columns = mixed_columns(frames, head, segment, k_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    v_columns = mixed_columns(frames, head, segment, v_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    k_rows = load_keys(k, tokens, k_offsets, k_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
+    v_rows = load_keys(v, tokens, v_offsets, v_columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
     weights, row_max, row_sum, factors = attend_packed(
         q_rows, k_rows, sequences, slots, groups, head, dropout, unit, LENGTH, CLS, BLOCK, HAS_DROPOUT, PRECISION
     )
@@ -68,7 +73,8 @@ def _forward_sequences(
 
 @triton.jit(
     do_not_specialize=[
-        "places", "num_groups", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "threshold"
+        "places", "num_groups", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "segment",
+        "threshold",
     ]
 )  # fmt: skip
 def divided_forward_packed(
@@ -98,11 +104,13 @@ def divided_forward_packed(
     heads,
     all_heads,
     num_rows,
+    segment,
     unit,
     threshold,
     kept,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,11 +129,11 @@ def divided_forward_packed(
         lse = out
     pointers = (q + head * q_head, k + head * k_head, v + head * v_head, out + head * HEAD_DIM, cls, lse)
     strides = (q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch, out_token)
-    steps, counts = (place_step, slot_step), (places, all_heads, num_rows)
+    steps, counts = (place_step, slot_step), (places, all_heads, num_rows, segment)
     dropout = (seed if HAS_DROPOUT else 0, threshold, kept)
     apart = _forward_sequences(
         inside, located, pointers, strides, steps, counts, dropout, unit,
-        LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_LSE, HAS_DROPOUT, PRECISION,
+        LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_LSE, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     if PER_TILE > 1:  # noqa: SIM102
         if apart:
@@ -133,7 +141,7 @@ def divided_forward_packed(
             for sequence in range(0, tl.minimum(num_groups, PER_TILE)):  # of no known length, so not unrolled
                 _forward_sequences(
                     inside & (sequences == sequence), located, pointers, strides, steps, counts, dropout, unit,
-                    LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_LSE, HAS_DROPOUT, PRECISION,
+                    LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, SIGN, HAS_LSE, HAS_DROPOUT, PRECISION,
                 )  # fmt: skip
 
 
@@ -151,6 +159,7 @@ def _attend_tile(
     unit,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,18 +169,17 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """Take ``BLOCK`` keys into the state of the queries."""
-    group, head, place, steps, k_base, v_base, k_token, v_token = inputs
-    slots = first_key + tl.arange(0, BLOCK)
-    if IS_TAIL:
-        tokens, _ = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
-        k_rows = load_rows(k_base, tokens, row_offsets(tokens, k_token), k_base, HEAD_DIM, BLOCK_D, True, False)
-        v_rows = load_rows(v_base, tokens, row_offsets(tokens, v_token), v_base, HEAD_DIM, BLOCK_D, True, False)
-    else:
-        k_rows = tile_rows(k_base, first_key, place, steps, k_token, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK)
-        v_rows = tile_rows(v_base, first_key, place, steps, v_token, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK)
+    group, head, place, steps, k_base, v_base, k_token, v_token, k_columns, v_columns = inputs
+    k_rows = tile_keys(
+        k_base, first_key, place, steps, k_token, k_columns, LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, IS_TAIL
+    )
+    v_rows = tile_keys(
+        v_base, first_key, place, steps, v_token, v_columns, LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK, IS_TAIL
+    )
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
     if IS_TAIL:
-        scores = tl.where((slots < LENGTH)[None, :], scores, float("-inf"))
+        inside = first_key + tl.arange(0, BLOCK) < LENGTH
+        scores = tl.where(inside[None, :], scores, float("-inf"))
     factors = 1.0
     if HAS_DROPOUT:
         factors = tile_factors(dropout, group, head, first_query, first_key, LENGTH, CLS, BLOCK_M, BLOCK)
@@ -180,7 +188,8 @@ def _attend_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "threshold", "full_tiles"
+        "places", "place_step", "slot_step", "first_head", "heads", "all_heads", "num_rows", "segment", "threshold",
+        "full_tiles",
     ]
 )  # fmt: skip
 def divided_forward_stream(
@@ -209,12 +218,14 @@ def divided_forward_stream(
     heads,
     all_heads,
     num_rows,
+    segment,
     unit,
     threshold,
     kept,
     full_tiles,
     LENGTH: tl.constexpr,
     CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -234,19 +245,21 @@ def divided_forward_stream(
     q_base = q + clip * q_batch + head * q_head
     q_rows = load_signed(q_base, tokens, row_offsets(tokens, q_token), HEAD_DIM, BLOCK_D, SIGN)
     k_base, v_base = k + clip * k_batch + head * k_head, v + clip * v_batch + head * v_head
-    inputs = (group, head, place, steps, k_base, v_base, k_token, v_token)
+    k_columns = mixed_columns(group % segment, head, segment, k_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    v_columns = mixed_columns(group % segment, head, segment, v_batch, SHIFTS, HEAD_DIM, BLOCK_D)
+    inputs = (group, head, place, steps, k_base, v_base, k_token, v_token, k_columns, v_columns)
     dropout = (seed, threshold, kept)
 
     state = start_rows(BLOCK_M, BLOCK_D)
     for step in tl.range(0, full_tiles):
         state = _attend_tile(
             state, step * BLOCK_N, q_rows, inputs, dropout, first_query, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, PRECISION,
+            LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     if TAIL:
         state = _attend_tile(
             state, full_tiles * BLOCK_N, q_rows, inputs, dropout, first_query, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, True, HAS_DROPOUT, PRECISION,
+            LENGTH, CLS, SHIFTS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, True, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     context, row_lse = finish_rows(state, unit)

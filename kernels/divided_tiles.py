@@ -8,6 +8,7 @@ everybody else, its position is 0 and that of the others one more than their slo
 import triton
 import triton.language as tl
 
+from vidattn.kernels.mixing_tiles import load_keys
 from vidattn.kernels.rows import NO_TOKEN, load_rows, row_offsets
 from vidattn.kernels.softmax import dropout_factors, dropout_factors_at
 
@@ -17,9 +18,11 @@ __all__ = [
     "locate",
     "lse_rows",
     "positions",
+    "signed",
     "slot_tokens",
     "store_cls",
     "tile_factors",
+    "tile_keys",
     "tile_rows",
 ]
 
@@ -61,6 +64,8 @@ def tile_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    columns=None,
+    SHIFTS: tl.constexpr = None,
 ):
     """Load a tile of slots, none of which is the cls token or past the end; ``SHIFT`` is the row of the first one.
 
@@ -69,13 +74,45 @@ def tile_rows(
     place_step, slot_step = steps
     numbers = tl.arange(0, BLOCK)
     tile = base + (place * place_step + first * slot_step + SHIFT).to(tl.int64) * stride
-    return load_rows(tile, numbers, row_offsets(numbers * slot_step, stride), base, HEAD_DIM, BLOCK_D, False, False)
+    offsets = row_offsets(numbers * slot_step, stride)
+    return load_keys(tile, numbers, offsets, columns, SHIFTS, HEAD_DIM, BLOCK_D, False)
+
+
+@triton.jit
+def tile_keys(
+    base,
+    first,
+    place,
+    steps,
+    stride,
+    columns,
+    LENGTH: tl.constexpr,
+    CLS: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+):
+    """Load a tile of keys or values; only a tail may hold the cls token or end before the tile does."""
+    if IS_TAIL:
+        slots = first + tl.arange(0, BLOCK)
+        tokens, _ = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
+        rows = load_keys(base, tokens, row_offsets(tokens, stride), columns, SHIFTS, HEAD_DIM, BLOCK_D, True)
+    else:
+        rows = tile_rows(base, first, place, steps, stride, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK, columns, SHIFTS)
+    return rows
 
 
 @triton.jit
 def load_signed(base, tokens, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIGN: tl.constexpr):
-    """Load queries, or keys, times the sign of the scale, which is exact: scores are then in units of its magnitude."""
-    rows = load_rows(base, tokens, offsets, base, HEAD_DIM, BLOCK_D, True, False)
+    """Load queries times the sign of the scale."""
+    return signed(load_rows(base, tokens, offsets, base, HEAD_DIM, BLOCK_D, True, False), SIGN)
+
+
+@triton.jit
+def signed(rows, SIGN: tl.constexpr):
+    """Take queries, or keys, times the sign of the scale, which is exact: scores are in units of its magnitude."""
     if SIGN != 1:
         rows = (rows * SIGN).to(rows.dtype)
     return rows

@@ -16,11 +16,12 @@ import torch
 from benchmarks import gpu_audit, sass
 from benchmarks.gpu_audit import Ceiling, Cost, Rates
 from benchmarks.sass import Instruction, Program
-from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_WINDOW_CASES
+from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_MIXING_CASES, GPU_WINDOW_CASES
 from vidattn.kernels.launch import INTERPRETED, Work
 
 AUDITED = ("swin_t_stage1", "swin_t_stage1_shifted", "swin_b_ssv2_stage1")
 AUDITED_DIVIDED = ("timesformer_b_time", "timesformer_b_space", "timesformer_l_time", "vivit_b_model4")
+AUDITED_MIXING = ("xvit_b_16_frames_div8", "xvit_b_16_frames_div4", "xvit_b_16_frames_div8_shift")
 
 
 def program(*lines: str) -> Program:
@@ -260,9 +261,19 @@ def test_floors_by_hand(case, direction, microseconds, term):
     ],
 )
 def test_floors_of_divided_attention_by_hand(case, direction, microseconds, term):
-    terms = gpu_audit.divided_floor(GPU_DIVIDED_CASES[case], direction, torch.bfloat16).microseconds(Rates())
+    terms = gpu_audit.all_pairs_floor(GPU_DIVIDED_CASES[case], direction, torch.bfloat16).microseconds(Rates())
     assert max(terms, key=terms.get) == term
     assert terms[term] == pytest.approx(microseconds, rel=0.005)
+
+
+def test_floors_of_mixing_by_hand():
+    """Of 128 frames of 197 tokens: 155 and 271 MB, and 77 MB for one tensor in and out."""
+    case = GPU_MIXING_CASES["xvit_b_16_frames_div8"]
+    for direction, attention in (("forward", 36.0), ("backward", 63.1)):
+        terms = gpu_audit.all_pairs_floor(case, direction, torch.bfloat16).microseconds(Rates())
+        assert max(terms, key=terms.get) == "bytes" and terms["bytes"] == pytest.approx(attention, rel=0.005)
+        shift = gpu_audit.shift_floor(case, direction, torch.bfloat16).microseconds(Rates())
+        assert shift["bytes"] == pytest.approx(18.0, rel=0.005)
 
 
 def test_mma_sync_has_a_rate_of_its_own():
@@ -423,7 +434,11 @@ def run(tmp_path_factory) -> Run:
     folder, audit = tmp_path_factory.mktemp("audit"), gpu_audit.audit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_audit, "audit", recorded)
-        return Run(gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, "--dump", str(folder)]), folder, *found)
+        return Run(
+            gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING, "--dump", str(folder)]),
+            folder,
+            *found,
+        )
 
 
 @compiles
@@ -462,5 +477,5 @@ def test_launches_compute_all_scores_and_waste_little(run, name, direction):
 def test_lowered_ceiling_fails(run, monkeypatch, capsys):
     monkeypatch.setattr(gpu_audit, "audit", lambda *_: run.audited)
     monkeypatch.setattr(gpu_audit, "CEILINGS", (Ceiling("window3d/*/forward", "instructions_per_score", 1.0),))
-    assert gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED]) == 1
+    assert gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING]) == 1
     assert "past a ceiling: window3d_forward" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_plan_covers_every_case_and_starts_with_the_main_ones():
             wanted = {Task(case, direction, "bfloat16", name) for name in gpu_bench.contenders(case)}
             assert {"vidattn", "eager", "sdpa", "compiled"} <= {task.contender for task in wanted}
             assert wanted <= set(tasks)
-    assert {task.case for task in tasks[:44]} == set(gpu_bench.MAIN_CASES)
+    assert {task.case for task in tasks[:52]} == set(gpu_bench.MAIN_CASES)
     assert {task.dtype for task in tasks} == {"bfloat16", "float16", "float32"}
 
 
@@ -74,6 +74,15 @@ def test_figures_of_attention_over_time_and_space_by_hand():
     assert found["floor_us"] == pytest.approx(17.9, rel=0.005)  # bytes
     both = gpu_bench.floor_us(gpu_bench.CASES[task.case], "forward_backward", "bfloat16", Rates())
     assert both == pytest.approx(17.9 + 31.4, rel=0.005)
+
+
+def test_figures_of_mixing_by_hand():
+    task = Task("xvit_b_16_frames_div8", "forward", "bfloat16", "vidattn")
+    found = gpu_bench.figures(task, [50.0], Rates())
+    assert found["scores_per_s"] == pytest.approx(8 * 16 * 12 * 197**2 / 50e-6)
+    assert found["floor_us"] == pytest.approx(36.0, rel=0.005)  # bytes
+    both = gpu_bench.floor_us(gpu_bench.CASES[task.case], "forward_backward", "bfloat16", Rates())
+    assert both == pytest.approx(36.0 + 63.1, rel=0.005)
 
 
 def test_speedups_compare_the_better_turns_of_one_case():
@@ -264,15 +273,16 @@ def test_bench_skips_what_does_not_fit_and_keeps_what_it_has(tmp_path):
 
 
 def test_whole_bench_on_the_cpu(tmp_path, capsys, monkeypatch):
-    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(["smoke", "smoke_spatial"])]
-    monkeypatch.setattr(gpu_bench, "plan", lambda cases: [group for group in groups if group][:4])
+    cases = ["smoke", "smoke_spatial", "smoke_mixing"]
+    groups = [[task for task in group if not task.slow] for group in gpu_bench.plan(cases)]
+    monkeypatch.setattr(gpu_bench, "plan", lambda cases: [group for group in groups if group][:6])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    gpu_bench.main(["--device", "cpu", "--case", "smoke", "smoke_spatial", "--out", str(tmp_path), "--seconds", "100"])
+    gpu_bench.main(["--device", "cpu", "--case", *cases, "--out", str(tmp_path), "--seconds", "100"])
     text = (tmp_path / "cpu.json").read_text()
     assert os.uname().nodename not in text
     measured = [entry for entry in json.loads(text)["measurements"] if "us" in entry]
     # Three contenders in both directions; of windows four forward and three with backward.
-    assert [entry["case"] for entry in measured] == ["smoke_spatial"] * 6 + ["smoke"] * 7
+    assert [entry["case"] for entry in measured] == ["smoke_spatial"] * 6 + ["smoke_mixing"] * 6 + ["smoke"] * 7
     assert all(entry["agrees"] is True and len(entry["us"]) == 2 and min(entry["us"]) > 0 for entry in measured)
     rich = capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.console", None)
@@ -428,10 +438,11 @@ def test_small_set_finds_wrong_numbers(monkeypatch):
         return attend_wrongly
 
     assert gpu_test.run_small_set("reference") == []
-    for name in ("window3d", "window", "temporal", "spatial", "factorized_dot_product"):
-        monkeypatch.setattr(vidattn, f"{name}_attention", spoil(getattr(vidattn, f"{name}_attention")))
+    attend = ("window3d", "window", "temporal", "spatial", "factorized_dot_product", "space_time_mixing")
+    for name in (*(f"{name}_attention" for name in attend), "temporal_shift"):
+        monkeypatch.setattr(vidattn, name, spoil(getattr(vidattn, name)))
     wrong = gpu_test.run_small_set("wrong")
-    assert len(wrong) == 24 and all("off by" in line for line in wrong)
+    assert len(wrong) == 36 and all("off by" in line for line in wrong)
 
 
 def test_runner_refuses_a_backend_that_cannot_run(capsys):

@@ -16,8 +16,15 @@ pytest.importorskip("triton", reason="triton, which compiles the kernels, is not
 import torch
 
 from benchmarks import sass
-from benchmarks.gpu_audit import DIRECTIONS, plan_divided, plan_window3d, specialisation
-from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_WINDOW_CASES, DividedCase, WindowCase
+from benchmarks.gpu_audit import DIRECTIONS, plan_divided, plan_mixing, plan_window3d, specialisation
+from benchmarks.shapes import (
+    GPU_DIVIDED_CASES,
+    GPU_MIXING_CASES,
+    GPU_WINDOW_CASES,
+    DividedCase,
+    MixingCase,
+    WindowCase,
+)
 from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._arguments import draw_seed
@@ -104,6 +111,24 @@ class DividedCall:
 
 
 @dataclass(frozen=True)
+class MixingCall:
+    """A call of ``space_time_mixing_attention``."""
+
+    case: MixingCase
+    dtype: str = "bfloat16"
+    dropout_p: float = 0.0
+
+    def launches(self, direction: str, arch: str) -> list[Launch]:
+        """What it launches, on tensors without memory."""
+        return plan_mixing(self.case, direction, getattr(torch, self.dtype), arch, dropout_p=self.dropout_p)
+
+    def __str__(self) -> str:
+        of = self.case
+        words = [f"T{of.num_frames}N{of.num_tokens}b{of.clips}-div{of.shift_div}-d{of.head_dim}-{self.dtype}"]
+        return "-".join(words + ["dropout"] * (self.dropout_p > 0))
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What a test looks at of a compiled kernel."""
 
@@ -113,7 +138,7 @@ class Compiled:
     matrix: str  # kind of matrix instructions in the main loop
 
 
-def compile_launch(call: Call | DividedCall, direction: str, index: int, arch: str) -> Compiled:
+def compile_launch(call: Call | DividedCall | MixingCall, direction: str, index: int, arch: str) -> Compiled:
     """Work of a child process: kernels do not travel between processes, so the launch is planned anew."""
     launch = call.launches(direction, arch)[index]
     compiled = launch.compile(TARGETS[arch])
@@ -140,7 +165,7 @@ def processes(tmp_path_factory) -> Iterator[ProcessPoolExecutor]:
             yield pool
 
 
-def compile_all(processes: ProcessPoolExecutor, call: Call | DividedCall, arch: str) -> list[Compiled]:
+def compile_all(processes: ProcessPoolExecutor, call: Call | DividedCall | MixingCall, arch: str) -> list[Compiled]:
     """Compile each kernel of both directions once."""
     places = {
         specialisation(launch): (call, direction, index, arch)
@@ -184,6 +209,36 @@ def test_divided(processes, arch, dtype):
     }
     assert "none" not in {kernel.matrix for kernel in attending}
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+
+
+MIXING = GPU_MIXING_CASES["xvit_b_16_frames_div8"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_mixing(processes, arch, dtype):
+    """Frames that are streamed, and those that share a tile."""
+    calls = [MixingCall(case, dtype) for case in (MIXING, replace(MIXING, num_tokens=50))]
+    compiled = [kernel for call in calls for kernel in compile_all(processes, call, arch)]
+    assert {kernel.name for kernel in compiled} == {
+        "divided_forward_packed",
+        "divided_backward_packed",
+        "divided_forward_stream",
+        "divided_backward_queries",
+        "divided_backward_keys",
+    }
+    assert "none" not in {kernel.matrix for kernel in compiled}
+    assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+
+
+def test_mixing_is_specialised_by_nothing_that_changes_with_the_clip():
+    """Another batch, or segments of another length: the same machine code."""
+
+    def kernels(**changes):
+        launches = MixingCall(replace(MIXING, **changes)).launches("backward", "sm_90")
+        return [specialisation(launch) for launch in launches]
+
+    assert kernels() == kernels(num_frames=8, clips=3) == kernels(num_frames=2)
 
 
 def test_divided_is_specialised_by_nothing_that_changes_with_the_clip():
@@ -245,6 +300,18 @@ DIVIDED_CALLS = [
 ]
 
 
+MIXING_CALLS = [
+    *[
+        MixingCall(case, dtype, dropout_p)
+        for case in (*GPU_MIXING_CASES.values(), replace(MIXING, num_tokens=50), replace(MIXING, shift_div=5))
+        for dtype, dropout_p in (("bfloat16", 0.0), ("bfloat16", 0.1), ("float32", 0.0))
+    ],
+    *[MixingCall(MixingCase(3, 4, tokens, heads=5, head_dim=20)) for tokens in (1, 33, 197)],
+    MixingCall(MixingCase(4, 16, 2, heads=2, head_dim=128)),
+    MixingCall(replace(MIXING, clips=64)),  # offsets past 2**31
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("arch", TARGETS)
@@ -265,3 +332,13 @@ def test_all_divided_configurations(processes, arch, call):
     assert attending
     if call.dtype != "float32":
         assert "none" not in {kernel.matrix for kernel in attending}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", MIXING_CALLS, ids=str)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_all_mixing_configurations(processes, arch, call):
+    compiled = compile_all(processes, call, arch)
+    assert compiled and all(kernel.attends for kernel in compiled)
+    if call.dtype != "float32":
+        assert "none" not in {kernel.matrix for kernel in compiled}

@@ -328,7 +328,7 @@ def test_shift_is_its_own_adjoint(backend: str) -> None:
     back = [(first, last, -offset) for first, last, offset in shifts]
     assert torch.equal(grad, vidattn.temporal_shift(grad_out, 3, back, backend=backend))
     torch.testing.assert_close((out * grad_out).sum(), (x * grad).sum())
-    wide = x.detach().double().requires_grad_()
+    wide = x.detach()[:, :1].double().requires_grad_()
     if not vidattn.why_not("temporal_shift", wide, 3, shifts, backend=backend):
         assert torch.autograd.gradgradcheck(lambda x: vidattn.temporal_shift(x, 3, shifts, backend=backend), (wide,))
 

@@ -33,6 +33,7 @@ OTHERS = (
 PARITY = ["test_window3d.py", "test_window3d_windows.py"]
 ALL = [*PARITY, "test_window3d_op.py", "test_window3d_triton.py"]
 DIVIDED = ["test_divided.py", "test_divided_triton.py", "test_divided_op.py"]
+MIXING = ["test_mixing.py", "test_mixing_triton.py", "test_mixing_op.py"]
 SOME_DIVIDED = "not seventy and not (head_dims and not (5 or 20 or 64)) and not compile and not opcheck"
 JOBS = {
     "others": (ALL, f"triton and not float16 and not float32 and ({OTHERS})", 78, None),
@@ -45,11 +46,13 @@ JOBS = {
         100,
         None,
     ),
+    "mixing": (MIXING, "triton and not seventy and not compile and not (opcheck and float16)", 210, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
 }
 SLOW_JOBS = {
     "everything": (ALL, "triton and not seventy and not random", 250, None),
     "everything_divided": (DIVIDED, "triton and not seventy and not random", 450, None),
+    "everything_mixing": (MIXING, "triton and not seventy and not random", 215, None),
 }
 
 

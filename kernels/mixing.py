@@ -1,0 +1,182 @@
+"""Launches space-time mixing attention and temporal shift.
+
+The functions take what the native ops ``_space_time_mixing_attention_forward / _backward`` and ``_temporal_shift``
+take. The tokens of a frame are a sequence of divided attention, and its kernels attend in it: channels of keys and
+values that come from other frames are one more offset a column when they are loaded, and when their gradients are
+stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidattn.kernels import divided
+from vidattn.kernels.launch import Launch, Work
+from vidattn.kernels.mixing_shift import temporal_shift as temporal_shift_kernel
+
+__all__ = ["backward", "forward", "plan_backward", "plan_forward", "plan_shift", "temporal_shift"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1024  # words of a program
+
+
+def forward(*arguments: Any) -> None:
+    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
+    for launch in plan_forward(*arguments):
+        launch.run()
+
+
+def backward(*arguments: Any) -> None:
+    """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
+    for launch in plan_backward(*arguments):
+        launch.run()
+
+
+def temporal_shift(*arguments: Any) -> None:
+    """Shift; arguments as of :func:`plan_shift`, the result in ``out``."""
+    for launch in plan_shift(*arguments):
+        launch.run()
+
+
+def plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    num_frames: int,
+    channel_shifts: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    arch: str | None = None,
+) -> list[Launch]:
+    """Plan the forward pass.
+
+    Args:
+        q: (B * T, N, h, d), last dimension dense; so are ``k`` and ``v``.
+        k: like ``q``.
+        v: like ``q``.
+        seed: int64 (1,), needed when ``dropout_p > 0``.
+        num_frames: T, frames of a segment.
+        channel_shifts: first, last and frame offset of each range of concatenated channels, in ascending order.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+        out: (B * T, N, h * d), last dimension dense.
+        lse: float32 (B * T, N, h), contiguous; None if not needed.
+        arch: architecture to plan for; that of the device when None.
+
+    Returns:
+        The launches.
+    """
+    mixing = divided.Mixing(num_frames, _near(channel_shifts, num_frames))
+    options = (1, False, 0, scale, dropout_p)
+    return divided.plan_forward(q, k, v, seed, *options, out, None, None, lse, mixing=mixing, arch=arch)
+
+
+def plan_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    num_frames: int,
+    channel_shifts: Sequence[int],
+    scale: float,
+    dropout_p: float,
+    out: Tensor | None,
+    lse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    arch: str | None = None,
+) -> list[Launch]:
+    """Plan the backward pass.
+
+    Args:
+        dout: like ``out``, any strides but a dense last dimension.
+        q: as in :func:`plan_forward`, and so are all arguments up to ``dropout_p``.
+        k: like ``q``.
+        v: like ``q``.
+        seed: key of the dropout mask.
+        num_frames: T.
+        channel_shifts: ranges of channels.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+        out: context of the forward pass; it and ``lse`` may be None, and are computed again if needed.
+        lse: its log-sum-exp.
+        dq: (B * T, N, h, d), last dimension dense, of the same strides as ``dk`` and ``dv``.
+        dk: like ``dq``.
+        dv: like ``dq``.
+        arch: architecture to plan for; that of the device when None.
+
+    Returns:
+        The launches.
+    """
+    mixing = divided.Mixing(num_frames, _near(channel_shifts, num_frames))
+    options = (1, False, 0, scale, dropout_p)
+    return divided.plan_backward(
+        dout, None, q, k, v, seed, *options, out, None, lse, dq, dk, dv, mixing=mixing, arch=arch
+    )
+
+
+def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> list[Launch]:
+    """Plan a temporal shift.
+
+    Channels are taken in the largest groups that are shifted as one, and these in the largest words that they are made
+    of: neither the dtype nor the number of channels makes another kernel.
+
+    Args:
+        x: (frames, outer, channels, inner), contiguous, of any dtype.
+        num_frames: frames of a segment.
+        channel_shifts: as in :func:`plan_forward`.
+        out: like ``x``.
+
+    Returns:
+        The launch.
+    """
+    frames, outer, channels, inner = x.shape
+    shifts = _near(channel_shifts, num_frames)
+    together = math.gcd(channels, *(cut for first, last, _ in shifts for cut in (first, last)))
+    group_bytes = together * inner * x.itemsize
+    starts = [tensor.storage_offset() * tensor.itemsize for tensor in (x, out)]
+    width = math.gcd(16, group_bytes, *starts)  # bytes that are moved at a time
+    word = _WORDS[min(8, width)]
+    line = channels * inner * x.itemsize // word.itemsize
+    arguments = {
+        "x": _words(x, word),
+        "out": _words(out, word),
+        "segment": num_frames,
+        "frame_size": outer * line,
+        "line": line,
+        "group": group_bytes // word.itemsize,
+        "SHIFTS": tuple(
+            value for first, last, offset in shifts for value in (first // together, last // together, offset)
+        ),
+        "TOGETHER": width // word.itemsize,
+        "BLOCK": _BLOCK,
+        "LONG": line > 2**31 - _BLOCK,
+    }
+    work = Work(bytes=2 * x.numel() * x.itemsize)
+    return [Launch(temporal_shift_kernel, frames * -(-outer * line // _BLOCK), arguments, work=work)]
+
+
+def _near(channel_shifts: Sequence[int], num_frames: int) -> tuple[tuple[int, int, int], ...]:
+    """Give the ranges with offsets that fit into 32 bits: beyond a segment, what counts is where they reach around."""
+    triples = zip(channel_shifts[::3], channel_shifts[1::3], channel_shifts[2::3], strict=True)
+    return tuple(
+        (first, last, offset if abs(offset) < num_frames else num_frames + offset % num_frames)
+        for first, last, offset in triples
+    )
+
+
+def _words(x: Tensor, word: torch.dtype) -> Tensor:
+    """View the bytes of a contiguous tensor as integers."""
+    return x.view(-1).view(torch.uint8).view(word)
