@@ -225,6 +225,10 @@ ERRORS = {
     "no clips": (("{clip}", "--views", "0x1"), ("--views",)),
     "clips of a uniform model": (("{clip}", "--model", "video_swin_b_ssv2", "--views", "2x3"), ("--views 1x3",)),
     "zero frames": (("{clip}", "--frames", "0"), ("--frames", "from 1")),
+    "frames that a model does not take": (
+        ("{clip}", "--model", "xvit_b16_8f", "--frames", "3", "--stride", "2"),
+        ("--model xvit_b16_8f", "got 3"),
+    ),
     "checkpoint missing": (("{clip}", "--checkpoint", "nowhere.pt"), ("--checkpoint", "no such file")),
     "checkpoint damaged": (("{clip}", "--frames", "2", "--checkpoint", "{text}"), ("--checkpoint", "notes.txt")),
     "checkpoint of another model": (

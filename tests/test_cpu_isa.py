@@ -29,6 +29,7 @@ SWEEPS = {
         "(head_dims and (temporal or mean)) or every_short or dropout or adversarial or nan or repeatable or expanded",
         150,
     ),
+    "mixing": (["test_mixing.py"], "head_dims or channel_shifts or every_short or dropout or adversarial", 100),
 }
 
 

@@ -301,6 +301,8 @@ def _average(model: torch.nn.Module, views: VideoViews, options: argparse.Namesp
                 f"not enough memory for {options.model} with {frames} frames; use fewer --frames or --dtype bfloat16"
             ) from error
         raise
+    except ValueError as error:  # what a model says of clips that it does not take
+        raise CommandError(f"--model {options.model}: {error}") from error
 
 
 def _average_views(model: torch.nn.Module, views: VideoViews, options: argparse.Namespace) -> torch.Tensor:
