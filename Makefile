@@ -85,7 +85,7 @@ gpu-bench: ## measure the GPU, time attention on it, audit the kernels with the 
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist ./*.egg-info vidattn/_C*.so .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
-	find vidattn kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find vidattn kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)

@@ -364,6 +364,14 @@ def need(*modules: str) -> None:
         raise CommandError(f'this command needs {", ".join(missing)}: pip install "vidattn[cli]"')
 
 
+def check_picture(output: Path) -> None:
+    """Raises an error if no picture can be written there: better before the work than after it."""
+    if output.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise CommandError(f"--output: expected a .png, .pdf, .svg or .jpg file, got {output}")
+    if not output.absolute().parent.is_dir():
+        raise CommandError(f"--output: no such folder: {output.parent}")
+
+
 # --- vidattn bench ------------------------------------------------------------------------------------
 
 

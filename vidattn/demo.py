@@ -26,6 +26,7 @@ from vidattn.cli import (
     CommandError,
     Parser,
     accelerate_model,
+    check_picture,
     explained,
     fail,
     load_model,
@@ -97,10 +98,7 @@ def _demo(options: argparse.Namespace) -> int:
     for name, file in (("--clip", options.clip), ("--checkpoint", options.checkpoint)):
         if file is not None and not file.is_file():
             raise CommandError(f"{name}: no such file: {file}")
-    if options.output.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise CommandError(f"--output: expected a .png, .pdf, .svg or .jpg file, got {options.output}")
-    if not options.output.absolute().parent.is_dir():
-        raise CommandError(f"--output: no such folder: {options.output.parent}")
+    check_picture(options.output)
 
     with tempfile.TemporaryDirectory() as folder:
         title = str(options.clip)
