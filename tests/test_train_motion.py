@@ -13,9 +13,9 @@ import vidattn
 from examples import train_motion
 from examples.train_motion import DIRECTIONS, MODELS, SPEED, moving_textures, repeat_first_frame, shuffle_frames
 
-# Largest relative difference of the losses of a step, about seven times what float32 rounding was seen to make over three
-# seeds (5e-7, 1.4e-5, 2e-6). A hundredth of a neighbour's gradient added to that of a single tensor of the first block,
-# its bias table or qkv weight, makes 4e-5, 1e-2 and 3e-3.
+# Largest relative difference of the losses of a step, about seven times what float32 rounding was seen to make over
+# three seeds (5e-7, 1.4e-5, 2e-6). A hundredth of a neighbour's gradient added to that of a single tensor of the first
+# block, its bias table or qkv weight, makes 4e-5, 1e-2 and 3e-3.
 LOSS_TOLERANCE = {"video_swin": 4e-6, "timesformer": 1e-4, "xvit": 1.4e-5}
 
 
