@@ -66,7 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# Largest learning rate, steps: what each needs to learn the task from any seed.
+# Largest learning rate, steps: enough for each of the seeds that were tried (0, 1, 2).
 SCHEDULES = {"video_swin": (1e-3, 120), "timesformer": (1e-3, 300), "xvit": (2e-3, 300)}
 
 
@@ -251,14 +251,14 @@ def draw(results: dict[str, Result], path: Path) -> None:
         above, below = figure.subfigures(2, 1, height_ratios=(1, 2))  # type: ignore[misc]
         # Two frames a direction: from one to the other the texture moves by SPEED pixels.
         for axes, (number, frame) in zip(above.subplots(1, 8), ((n, t) for n in range(4) for t in (0, 1))):
-            axes.imshow(clips[number, 0, frame], cmap="gray")
+            axes.imshow(clips[number, 0, frame].numpy(), cmap="gray")
             axes.set_title(f"{DIRECTIONS[number]}, frame {frame + 1}", fontsize=8)
             axes.axis("off")
         for axes, (name, result) in zip(
             below.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items()
         ):
-            axes.plot(result.losses[0], color="#8c8c8c", linewidth=4, label=RUNS[0])
-            axes.plot(result.losses[1], color="#0072b2", linewidth=1, label=RUNS[1])
+            axes.plot(result.losses[0].numpy(), color="#8c8c8c", linewidth=4, label=RUNS[0])
+            axes.plot(result.losses[1].numpy(), color="#0072b2", linewidth=1, label=RUNS[1])
             axes.set_title(
                 f"{name}: {result.accuracies[1]:.0%} right, {result.speedup:.2f} times as fast\n"
                 f"largest difference of the losses {result.difference:.0e}"

@@ -13,9 +13,10 @@ import vidattn
 from examples import train_motion
 from examples.train_motion import DIRECTIONS, MODELS, SPEED, moving_textures, repeat_first_frame, shuffle_frames
 
-# Per-step losses of two float32 runs whose attention rounds differently. Rounding is 6e-8; hundreds of AdamW steps
-# have been seen to make 2e-6 of it. A gradient that is off by a per cent makes more than 1e-3.
-LOSS_TOLERANCE = 2e-5
+# Largest relative difference of the losses of a step, about seven times what float32 rounding was seen to make over
+# three seeds (5e-7, 1.4e-5, 2e-6). A hundredth of a neighbour's gradient added to that of a single tensor of the first
+# block, its bias table or qkv weight, makes 4e-5, 1e-2 and 3e-3.
+LOSS_TOLERANCE = {"video_swin": 4e-6, "timesformer": 1e-4, "xvit": 1.4e-5}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_command_refuses_what_it_cannot_write(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_training_is_the_reference_training(name: str):
     result = train_motion.train(name)
-    assert result.difference < LOSS_TOLERANCE
+    assert result.difference < LOSS_TOLERANCE[name]
     if not vidattn.why_not("window3d_attention", backend="cpu"):
         assert result.difference > 0  # else the same code ran twice
     assert min(result.accuracies) > 0.9
