@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
+from benchmarks.calls import Attend, build_calls
 from benchmarks.shapes import MIXING_CASES, SMOKE_MIXING_CASES, MixingCase
 
 CASES = MIXING_CASES | SMOKE_MIXING_CASES
 CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
 SHIFT_CONTENDERS = ("eager", "compiled", "vidattn")
-
-Attend = Callable[[Tensor], Tensor]
 
 
 def _shift_slices(x: Tensor, case: MixingCase) -> Tensor:
@@ -107,30 +106,7 @@ def build_copies(
     Returns:
         Functions that return (context,), or (context, gradient of qkv).
     """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
-
-    attend = make_attend(shape, contender)
-
-    def forward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (attend(qkv),)
-
-    def forward_backward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-        context = attend(qkv)
-        return (context, *torch.autograd.grad(context, qkv, gradient))
-
-    calls: list[Callable[[], tuple[Tensor, ...]]] = []
-    for _ in range(copies):
-        qkv = random(*shape.qkv_shape)
-        gradient = random(*shape.qkv_shape[:2], shape.channels)
-        if direction == "forward":
-            calls.append(partial(forward, qkv, gradient))
-        else:
-            calls.append(partial(forward_backward, qkv.requires_grad_(), gradient))
-    return calls
+    return build_calls(make_attend(shape, contender), shape.qkv_shape, direction, dtype, device, copies)
 
 
 def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
