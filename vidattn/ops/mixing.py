@@ -389,17 +389,26 @@ def _shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, 
         return out.copy_(reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim))
     if out.numel() == 0:
         return out
+    if x.is_contiguous():
+        _launch_shift(x, num_frames, channel_shifts, dim, backend, out)
+        return out
     # In the order in which they lie in memory, the dimensions in front of the channels and behind them count as one.
     order = sorted(range(1, x.dim()), key=lambda axis: (out.stride(axis), out.shape[axis] > 1), reverse=True)
     physical = out.permute(0, *order)
     if not physical.is_contiguous():  # frames are not the outermost dimension
         return out.copy_(_shift(x.contiguous(), num_frames, channel_shifts, dim, backend))
-    place = order.index(dim) + 1
-    shape = (x.shape[0], physical.shape[1:place].numel(), x.shape[dim], physical.shape[place + 1 :].numel())
     source = x if x.stride() == out.stride() else torch.empty_like(out).copy_(x)
-    _, _, launch_shift = launch_functions(backend)
-    launch_shift(source.permute(0, *order).view(shape), num_frames, channel_shifts, physical.view(shape))
+    _launch_shift(source.permute(0, *order), num_frames, channel_shifts, order.index(dim) + 1, backend, physical)
     return out
+
+
+def _launch_shift(
+    x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str, out: Tensor
+) -> None:
+    size = x.shape
+    shape = (size[0], size[1:dim].numel(), size[dim], size[dim + 1 :].numel())
+    _, _, launch = launch_functions(backend)
+    launch(x.view(shape), num_frames, channel_shifts, out.view(shape))
 
 
 def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
