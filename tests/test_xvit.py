@@ -140,8 +140,8 @@ def test_the_other_backbones(size: str, parameters: int, macs: float) -> None:
 def test_input_specs() -> None:
     specs = {name: get_input_spec(name) for name in MANIFEST_OF}
     assert {name: (spec.sampling, spec.num_frames, spec.num_classes) for name, spec in specs.items()} == {
-        "xvit_b16_8f": ("dense", 8, 400),
-        "xvit_b16_16f": ("dense", 16, 400),
+        "xvit_b16_8f": ("spaced", 8, 400),
+        "xvit_b16_16f": ("spaced", 16, 400),
         "xvit_b16_16f_ssv2": ("uniform", 16, 174),
     }
     assert specs["xvit_b16_16f"].frame_stride == 16

@@ -95,9 +95,10 @@ def spaced_indices(
 ) -> list[list[int]]:
     """Returns frames that are equally spaced from the first to the last of ``num_frames * frame_stride`` frames.
 
-    This is how TimeSformer's published code samples (arXiv 2102.05095): frames are counted at 30 a second, the first
-    and the last frame of the clip are taken, so that the others are a little further apart than the stride, and the
-    last frame of a shorter video is repeated. One clip starts with the video, ``num_clips`` at equal distances.
+    This is how the published code of TimeSformer (arXiv 2102.05095) and X-ViT (arXiv 2106.05968) samples: frames are
+    counted at 30 a second, the first and the last frame of the clip are taken, so that the others are a little further
+    apart than the stride, and the last frame of a shorter video is repeated. One clip starts with the video,
+    ``num_clips`` at equal distances.
 
     Args:
         available: frames in the video.

@@ -13,11 +13,14 @@
 //   put(slot, i, c, row, factor, n) takes channels [c, c + n) of a result, each to be multiplied by factor
 //   keep_lse(i, m, total)           takes the maximum of query i's scores and sum(exp(scores - m))
 //   prefetch(begin, end, last)      fetches positions of the next group in the tensors up to slot `last`
+//   expect(slot, i)                 fetches a row of a result before it is written
 //   keys_packed()                   is told that longest_key() may be asked
-//   choose_tiles(first, count)      tiles of keys that queries [first, first + count) need; longest_query() may be
-//   asked set_row(r, i)                   is told that row r of the block in work is query i finish_scores(r, tile,
-//   scale, s)            turns products of rows [r, ...) and the keys of a tile into scores add_score_gradients(r, key,
-//   n, gradients)   takes a vector of them, for keys [key, key + n)
+//   set_row(r, i)                   is told that row r of the block in work is query i
+//   choose_tiles(first, count)      which tiles of keys queries [first, first + count) need; may ask longest_query()
+//   finish_scores(r, tile, scale, s)
+//                                   turns products of rows [r, ...) in work and the keys of a tile into scores
+//   add_score_gradients(r, key, n, gradients)
+//                                   takes a vector of them, for keys [key, key + n)
 #pragma once
 #include "philox.h"
 #include "slots.h"

@@ -8,7 +8,7 @@ from vidattn.models.registry import InputSpec, register_model
 from vidattn.models.xvit import XViT
 
 
-def _spec(num_frames: int, frame_stride: int, sampling: str = "dense", num_classes: int = 400) -> InputSpec:
+def _spec(num_frames: int, frame_stride: int, sampling: str = "spaced", num_classes: int = 400) -> InputSpec:
     return InputSpec(
         num_frames,
         frame_stride,
