@@ -1,4 +1,4 @@
-"""Audits the GPU kernels without a GPU: ``python -m benchmarks.gpu_audit [--case NAME ...] [--dump DIR]``.
+"""Audits the GPU kernels without a GPU: ``python -m benchmarks.gpu_audit [--case NAME ...] [--save FILE]``.
 
 Compiles every kernel that the full-size cases launch, reads its machine code, and prints what it occupies, how it
 loads, what its main loop costs a score, and a predicted time beside the floor of each case. The prediction is the
@@ -18,8 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -521,6 +523,26 @@ def show(cases: Sequence[CaseAudit], kernels: Mapping[str, Kernel], title: str) 
     print_table(f"Predicted times (lower bounds), {title}", columns, rows)
 
 
+def predictions(cases: Iterable[CaseAudit]) -> list[dict[str, Any]]:
+    """Give the times alone, as ``benchmarks/results`` keeps them."""
+
+    def of_launch(launch: LaunchAudit) -> dict[str, Any]:
+        per_score = launch.instructions_per_score
+        return {"us": round(launch.microseconds, 1), "instructions_per_score": per_score and round(per_score, 2)}
+
+    return [
+        {
+            "case": case.case,
+            "direction": case.direction,
+            "predicted_us": round(case.microseconds, 1),
+            "floor_us": round(max(case.floor_terms.values()), 1),
+            "floor_by": _largest(case.floor_terms),
+            "launches": {launch.kernel.rpartition("-")[0]: of_launch(launch) for launch in case.launches},
+        }
+        for case in cases
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_audit", description=(__doc__ or "").partition("\n\n")[2]
@@ -530,6 +552,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="ceilings are for bfloat16")
     parser.add_argument("--case", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write every cubin, and every figure to audit.json")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the predicted times alone, as JSON")
     parser.add_argument("--rates", type=Path, metavar="FILE", help="JSON of a calibration, in place of assumed rates")
     options = parser.parse_args(arguments)
 
@@ -541,23 +564,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases, kernels, cubins = audit(options.case, options.arch, options.dtype, rates)
     show(cases, kernels, f"{options.arch}, {options.dtype}")
     shown = ", ".join(f"{name} {value:.3g}" for name, value in asdict(rates).items())
-    print(f"{'Measured rates' if options.rates else 'Assumed rates, of an H200'}: {shown}")
+    rates_of = f"rates of {options.rates.name}" if options.rates else "assumed rates of an NVIDIA H200"
+    print(f"{rates_of}: {shown}")
     ceilings = CEILINGS if (options.arch, options.dtype) == CEILED else ()
     past = violations(cases, ceilings)
+    title = {"arch": options.arch, "dtype": options.dtype, "rates": asdict(rates)}
     if options.dump:
         options.dump.mkdir(parents=True, exist_ok=True)
         for name, cubin in cubins.items():
             (options.dump / f"{name}.cubin").write_bytes(cubin)
-        figures = {
-            "arch": options.arch,
-            "dtype": options.dtype,
-            "rates": asdict(rates),
+        figures = title | {
             "ceilings": [asdict(ceiling) for ceiling in ceilings],
             "kernels": {name: asdict(kernel) for name, kernel in kernels.items()},
             "cases": [asdict(case) for case in cases],
             "violations": past,
         }
         (options.dump / "audit.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if options.save:
+        what = "predicted lower bounds from machine code (python -m benchmarks.gpu_audit), no measurement"
+        about = {"what": what, "date": date.today().isoformat(), "triton": version("triton"), "gpu": rates_of}
+        result = about | title | {"cases": predictions(cases)}
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
     for line in past:
         print(f"past a ceiling: {line}")
     if ceilings and not past:

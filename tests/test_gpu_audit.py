@@ -432,10 +432,11 @@ def run(tmp_path_factory) -> Run:
         return found[-1]
 
     folder, audit = tmp_path_factory.mktemp("audit"), gpu_audit.audit
+    outputs = ["--dump", str(folder), "--save", str(folder / "predicted.json")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_audit, "audit", recorded)
         return Run(
-            gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING, "--dump", str(folder)]),
+            gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING, *outputs]),
             folder,
             *found,
         )
@@ -457,6 +458,20 @@ def test_dump_holds_what_a_recount_needs(run):
     for case in run.figures["cases"]:
         assert {launch["kernel"] for launch in case["launches"]} <= kernels.keys()
         assert case["microseconds"] == pytest.approx(sum(launch["microseconds"] for launch in case["launches"]))
+
+
+@compiles
+def test_saved_predictions_are_the_times_of_the_audit(run):
+    saved = json.loads((run.folder / "predicted.json").read_text())
+    assert [saved[key] for key in ("arch", "dtype", "rates")] == [
+        run.figures[key] for key in ("arch", "dtype", "rates")
+    ]
+    assert len(saved["cases"]) == len(run.figures["cases"])
+    for case, audited in zip(saved["cases"], run.figures["cases"], strict=True):
+        assert (case["case"], case["direction"]) == (audited["case"], audited["direction"])
+        assert case["predicted_us"] == pytest.approx(audited["microseconds"], abs=0.05)
+        assert case["floor_us"] == pytest.approx(audited["floor_terms"][case["floor_by"]], abs=0.05)
+        assert sum(launch["us"] for launch in case["launches"].values()) == pytest.approx(case["predicted_us"], abs=0.3)
 
 
 @compiles
