@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vidattn
+import vidattn.models
 from vidattn import backends, cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,12 @@ def test_the_matrix_is_what_the_registry_says():
         for backend, cell in zip(headings, cells, strict=True):
             has_kernels = (op, backend) in backends._kernel_missing
             assert (cell != "no") == has_kernels, (op, backend)
+
+
+def test_the_models_are_all_named():
+    rows = re.findall(r"^\| (?:Video Swin|TimeSformer|ViViT|X-ViT) \| (`.*?) \|", README, re.MULTILINE)
+    named = re.findall(r"`([a-z]\w+)`", " ".join(rows))
+    assert sorted(named) == sorted(vidattn.models.list_models())
 
 
 def test_environment_variables_are_all_listed():
