@@ -43,20 +43,25 @@ VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
 template <class P, class In, int L>
 class ShortSequences {
   using T = typename P::Acc;
-  static constexpr int kVectors = L * L / kLanes<T>;                     // of an (L, L) matrix of scores
-  static constexpr int kPerRow = L > kLanes<T> ? L / kLanes<T> : 1;      // or several rows a vector:
+  static constexpr int kVectors = L * L / kLanes<T>;                 // of an (L, L) matrix of scores
+  static constexpr int kPerRow = L > kLanes<T> ? L / kLanes<T> : 1;  // or several rows a vector:
+  static constexpr int kRowsTogether = kLanes<T> > L ? kLanes<T> / L : 1;
   static constexpr int kRun = L < kLanes<T> ? L : kLanes<T>;             // lanes of a row in a vector
   static constexpr int kTogether = kVectorBytes == 64 || L < 8 ? L : 8;  // rows of a product that is summed over rows
 
  public:
   explicit ShortSequences(const DividedArgs& args)
-      : a_(args), n_(args.patches), d_(args.head_dim), dropout_{args.dropout_p, args.seed} {
+      : a_(args),
+        n_(args.patches),
+        d_(args.head_dim),
+        vectors_(ceil_div(n_, kRowsTogether) * kPerRow),
+        dropout_{args.dropout_p, args.seed} {
     for (int j = 0; j < L || j < kLanes<T>; ++j) beyond_[j] = j % L < n_ ? T(0) : -T(__builtin_inf());
     for (auto& row : from_)
       for (auto& p : row) p = kZeros<In>;
     for (auto& row : to_)
       for (auto& p : row) p = unused_;
-    for (auto& factor : keep_) factor = 0;
+    for (int i = 0; i < L * L; ++i) weights_[i] = gradients_[i] = keep_[i] = 0;
   }
 
   void run(bool backward, int64_t begin, int64_t end) {
@@ -85,7 +90,7 @@ class ShortSequences {
     Vec<T> p[kVectors];
     products(kQ, kK, p, kQ, kV);
     softmax(p);
-    for (int w = 0; w < kVectors; ++w) {
+    for (int64_t w = 0; w < vectors_; ++w) {
       if (dropout_.p > 0) p[w] *= load(keep_ + w * kLanes<T>);
       store(weights_ + w * kLanes<T>, p[w]);
     }
@@ -102,14 +107,14 @@ class ShortSequences {
     expect(to_[1]);
     products(kDout, kV, g, kV, kDout);
     expect(to_[2]);
-    for (int w = 0; w < kVectors; w += kPerRow) {
+    for (int64_t w = 0; w < vectors_; w += kPerRow) {
       Vec<T> delta{};
-      for (int i = w; i < w + kPerRow; ++i) {
+      for (int64_t i = w; i < w + kPerRow; ++i) {
         if (dropout_.p > 0) g[i] *= load(keep_ + i * kLanes<T>);
         delta += p[i] * g[i];
       }
       delta = reduce_runs<kRun, T>(delta, [](Vec<T> a, Vec<T> b) { return a + b; });
-      for (int i = w; i < w + kPerRow; ++i) {
+      for (int64_t i = w; i < w + kPerRow; ++i) {
         store(gradients_ + i * kLanes<T>, p[i] * (g[i] - delta) * T(a_.scale));
         if (dropout_.p > 0) p[i] *= load(keep_ + i * kLanes<T>);
         store(weights_ + i * kLanes<T>, p[i]);
@@ -125,9 +130,9 @@ class ShortSequences {
   VIDATTN_INLINE void products(Slot a, Slot b, Vec<T>* s, int first, int last) const {
     constexpr int step = kLanes<T> * P::pack;
     const int64_t d = d_;
-    for (int w = 0; w < kVectors; ++w) {
+    for (int64_t w = 0; w < vectors_; ++w) {
       const In *const *row = from_[a] + w * kLanes<T> / L, *const *column = from_[b] + w * kLanes<T> % L;
-      for (int slot = first; slot <= last; ++slot) fetch_next(Slot(slot), n_ * w / kVectors, n_ * (w + 1) / kVectors);
+      for (int slot = first; slot <= last; ++slot) fetch_next(Slot(slot), n_ * w / vectors_, n_ * (w + 1) / vectors_);
       Vec<T> partial[kLanes<T>] = {};
       const auto add = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -144,7 +149,7 @@ class ShortSequences {
 
   // Weights of the rows of scores.
   VIDATTN_INLINE void softmax(Vec<T>* s) const {
-    for (int w = 0; w < kVectors; w += kPerRow) {
+    for (int64_t w = 0; w < vectors_; w += kPerRow) {
       Vec<T> top = splat(-T(__builtin_inf())), total{};
       for (int i = 0; i < kPerRow; ++i) {
         s[w + i] = s[w + i] * T(a_.scale) + load(beyond_ + i * kLanes<T>);
@@ -161,12 +166,19 @@ class ShortSequences {
   // to[a] = sum over b of w[a * AStep + b * BStep] from[b].
   template <int AStep, int BStep>
   VIDATTN_INLINE void sums(const T* w, const In* const* from, In* const* to) const {
+    if (n_ == L)
+      sums<AStep, BStep>(w, from, to, std::integral_constant<int, L>());
+    else
+      sums<AStep, BStep>(w, from, to, n_);
+  }
+  template <int AStep, int BStep, class Count>
+  VIDATTN_INLINE void sums(const T* w, const In* const* from, In* const* to, Count rows) const {
     const int64_t d = d_;
     const auto column = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
-      for (int first = 0; first < L; first += kTogether) {
+      for (int first = 0; first < rows; first += kTogether) {
         Vec<T> total[kTogether] = {};
 #pragma GCC unroll 16
-        for (int b = 0; b < L; ++b) {
+        for (int b = 0; b < rows; ++b) {
           const Vec<T> x = load_wide<T>(from[b] + c, left);
 #pragma GCC unroll 16
           for (int a = 0; a < kTogether; ++a) total[a] += splat(w[(first + a) * AStep + b * BStep]) * x;
@@ -208,7 +220,7 @@ class ShortSequences {
   }
 
   const DividedArgs& a_;
-  const int64_t n_, d_;
+  const int64_t n_, d_, vectors_;  // vectors that hold rows in use
   const Dropout dropout_;
   Place now_, next_;
   const In* from_[kDout + 1][L];
