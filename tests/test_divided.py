@@ -73,6 +73,13 @@ def test_every_short_sequence(backend: str, kind: str) -> None:
             check(Case(kind, frames, sites, "hwt" if length % 2 else "thw", batch=1, head_dim=8), dtype, backend)
 
 
+@backends_and_dtypes
+@pytest.mark.parametrize("num_frames", [12, 13, 16])
+def test_every_short_sequence_of_rows_far_apart(backend: str, dtype: torch.dtype, num_frames: int) -> None:
+    """Steps of 4 KB and more between its rows, which the CPU's cache has few places for."""
+    check(Case("temporal", num_frames, 128, "thw", batch=1, heads=1, head_dim=16), dtype, backend)
+
+
 @backends
 @pytest.mark.parametrize(
     "case",
