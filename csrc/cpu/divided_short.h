@@ -1,5 +1,5 @@
 // Attention in short sequences: bound by memory, so q, k, v (and the gradient of the context) are read once, where they
-// lie, and each result is written once; nothing is packed.
+// lie, and each result is written once.
 //
 // A score is a product of two rows with the channels in lanes. The sums across the lanes of as many products as a
 // vector has lanes are taken together, by a tree of exchanges, and come out as one vector: the scores of a sequence of
