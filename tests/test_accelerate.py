@@ -32,7 +32,6 @@ from vidattn.nn import (
     FusedWindowAttention3D,
     RegionMask,
 )
-from vidattn.nn.video_swin import _is_region_mask
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 SMALL: dict[str, Any] = {
@@ -198,7 +197,7 @@ def test_backends() -> None:
     with pytest.raises(ValueError, match="backend 'cuda' cannot run window"):
         vidattn.accelerate(model, backend="cuda")
     for nothing_to_swap in (model, nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=r"expected one of auto, cpu, .* got 'gpu'"):
+        with pytest.raises(ValueError, match=r"accelerate: backend: expected one of auto, cpu, .* got 'gpu'"):
             vidattn.accelerate(nothing_to_swap, backend="gpu")
     assert type(model.layers[0]) is BasicLayer
     with vidattn.accelerate(model), vidattn.use_backend("triton"), pytest.raises(ValueError, match="triton"):
@@ -314,28 +313,23 @@ def test_blocks_with_any_mask(backend: str, grid: tuple[int, int, int]) -> None:
     before = [results(block, x, mask) for mask in masks]
     with vidattn.accelerate(block, backend=backend):
         for mask, expected in zip(masks, before, strict=True):
-            for _ in range(2):  # the second time it is remembered
-                assert_same(results(block, x, mask), expected)
+            assert_same(results(block, x, mask), expected)
         marker = RegionMask(padded, window, shift)
         assert_same(results(block, x, marker), before[1])
     assert not any(shift) or not torch.allclose(before[0][0], before[1][0]) or not standard.any()
 
 
-def test_a_mask_that_changes_in_place_is_compared_again() -> None:
+def test_a_mask_that_changes_in_place_is_read_again() -> None:
     block = _block()
     x = torch.randn(1, 3, 5, 7, 16)
     window, shift, padded = fit_window((3, 5, 7), block.window_size, block.shift_size)
     mask = compute_mask(*padded, window, shift, x.device).clone()
-    marker = RegionMask(padded, window, shift)
-    assert _is_region_mask(mask, marker) and _is_region_mask(mask, marker)
     expected = block(x, mask)
-    mask.mul_(0.5)
-    assert not _is_region_mask(mask, marker)
-    halved = block(x, mask)
+    halved = block(x, mask / 2)
     with vidattn.accelerate(block):
-        torch.testing.assert_close(block(x, mask), halved)
-        mask.mul_(2.0)
-        torch.testing.assert_close(block(x, mask), expected)
+        for factor, right in ((1.0, expected), (0.5, halved), (2.0, expected)):
+            mask.data.mul_(factor)  # not counted by PyTorch
+            torch.testing.assert_close(block(x, mask), right)
 
 
 def test_masks_of_unusual_kinds() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pkgutil
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vidattn.backends import call_model, current_backend, tensor_leaves, why_not
+from vidattn.backends import call_model, current_backend, list_backends, tensor_leaves, why_not
 
 __all__ = ["Acceleration", "SkippedModule", "SwappedModule", "Twin", "accelerate", "register_twin"]
 
@@ -29,15 +30,34 @@ class Twin:
     Attributes:
         ops: public attention functions it calls.
         attention_backend: backend of its calls; None for the one in force.
+        frozen: whether it may keep what it derives from its parameters, see :func:`accelerate`.
     """
 
     ops: ClassVar[tuple[str, ...]] = ()
     attention_backend: str | None = None
+    frozen: bool = False
+    _replaced: ClassVar[tuple[tuple[type, str, Any], ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        original = next((base for base in cls.__bases__ if base is not Twin), object)
+        names = [name for name, value in vars(cls).items() if callable(value) and name in vars(original)]
+        cls._replaced = tuple((original, name, getattr(original, name)) for name in names)
+
+    @classmethod
+    def is_intact(cls) -> bool:
+        """Whether the methods that the twin has its own of are still those of the original class."""
+        return all(getattr(original, name) is method for original, name, method in cls._replaced)
 
     @staticmethod
     def refuse(module: Any) -> str | None:
         """Say why an instance of the original class cannot become this twin; None if it can."""
         return None
+
+    @staticmethod
+    def learned_if_frozen(module: Any) -> list[str]:
+        """Name the parameters that ``frozen=True`` would make something of that is kept, and that are being learned."""
+        return []
 
 
 class SwappedModule(NamedTuple):
@@ -80,6 +100,7 @@ class Acceleration:
         swapped: modules that were swapped.
         skipped: modules that could have been swapped and were not, with the reason.
         max_difference: largest absolute difference between the outputs before and after; None without ``verify``.
+        kept: modules that ``revert()`` could not give their class back, with the reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,18 +108,30 @@ class Acceleration:
         self.swapped: list[SwappedModule] = []
         self.skipped: list[SkippedModule] = []
         self.max_difference: float | None = None
-        self._undo: list[tuple[nn.Module, type, type, str | None]] = []
+        self.kept: list[SkippedModule] = []
+        self._undo: list[tuple[str, nn.Module, type, type, dict[str, Any]]] = []
 
     def revert(self) -> None:
-        """Give every swapped module its class (and, if it was accelerated before, its backend) back."""
-        for module, twin, previous, backend in reversed(self._undo):
-            if type(module) is not twin:  # somebody else has changed it since
+        """Give every swapped module its class (and, if it was accelerated before, its settings) back.
+
+        A module whose class or ``forward`` somebody has changed since stays as it is, for what they put there may call
+        the twin: a warning, ``kept`` and the report name it.
+
+        Warns:
+            UserWarning: some modules could not be reverted.
+        """
+        for name, module, twin, previous, settings in reversed(self._undo):
+            reason = None if type(module) is twin else f"somebody made it a {type(module).__name__}"
+            reason = reason or why_overridden(module)
+            if reason is not None:
+                self.kept.append(SkippedModule(name, type(module), reason))
                 continue
             module.__class__ = previous
-            module.__dict__.pop("attention_backend", None)
-            if backend is not None:
-                module.__dict__["attention_backend"] = backend
+            _change_settings(module, settings)
         self._undo.clear()
+        if self.kept:
+            rows = "; ".join(f"{row.name or 'the model itself'}: {row.reason}" for row in self.kept)
+            warnings.warn(f"accelerate: revert: {len(self.kept)} modules stay as they are: {rows}", stacklevel=2)
 
     def __enter__(self) -> Acceleration:
         return self
@@ -111,11 +144,12 @@ class Acceleration:
     def __str__(self) -> str:
         model = type(self.model).__name__
         if not self.swapped and not self.skipped:
-            return f"accelerate({model}): nothing to swap, the model holds no attention module with a twin"
+            return "\n".join([f"accelerate({model}): nothing to swap", *_what_is_known(self.model)])
         lines = [f"accelerate({model}): {len(self.swapped)} swapped, {len(self.skipped)} skipped"]
         width = max(len(name) for name in [row.name for row in self.swapped] + [row.name for row in self.skipped])
         lines += [f"  {row.name:{width}}  {row.original.__name__} -> {row.twin.__name__}" for row in self.swapped]
         lines += [f"  {row.name:{width}}  {row.kind.__name__} skipped: {row.reason}" for row in self.skipped]
+        lines += [f"  {row.name:{width}}  {row.kind.__name__} not reverted: {row.reason}" for row in self.kept]
         if self.max_difference is not None:
             lines.append(f"  verified: largest difference of the outputs {self.max_difference:.2e}")
         return "\n".join(lines)
@@ -123,7 +157,9 @@ class Acceleration:
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = None) -> Acceleration:
+def accelerate(
+    model: nn.Module, *, backend: str | None = None, verify: Any = None, frozen: bool = False
+) -> Acceleration:
     """Swap the attention modules of a model for their accelerated twins, in place.
 
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
@@ -131,18 +167,28 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
     whose attention probabilities somebody watches with a hook keeps computing them. Accelerating twice changes nothing.
     Stochastic depth draws the random numbers that it drew before; dropout inside an attention may draw others.
 
+    What happens to a module afterwards is found out at every call: hooks, wrappers, adapters, a ``forward`` or a class
+    that somebody changes, weights that are moved or replaced. Where a module is no longer what its twin stands for, the
+    original's code runs, with the ops where they are still exact. Changes after ``torch.compile`` are those that it
+    sees itself.
+
     Args:
         model: any module; the root too may be swapped.
         backend: backend of all swapped modules, strict; None for the one in force at each call.
         verify: a batch (a tensor, a tuple of positional or a dict of keyword arguments) on which the outputs before and
             after are compared, in eval mode without gradients. They may be off a float64 copy of the model by twice as
             much as the original's are, plus four units in the last place of the largest output.
+        frozen: allow the twins to keep what they derive from parameters: for TimeSformer in inference, one matrix in
+            place of two projections in a row. ``load_state_dict``, ``.to()``, ``train()`` and ``revert()`` drop it, and
+            so does a parameter that is replaced, or changed in a way that PyTorch counts. What it cannot see: fused
+            optimizers, writes through ``.data``, NumPy views and memory shared with another process. Without it nothing
+            that is made of parameters outlives a call.
 
     Returns:
         A report: ``print()`` it, ``revert()`` it, or use it in a ``with`` statement.
 
     Raises:
-        ValueError: the backend is unknown or cannot run here.
+        ValueError: the backend is unknown or cannot run here, or ``frozen`` and a parameter requires a gradient.
         TypeError: ``model`` is not a module.
         RuntimeError: the outputs differ by more than that or are not finite; the model is left as it was.
 
@@ -162,22 +208,30 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
         raise TypeError(f"accelerate: model: expected a torch.nn.Module, got {type(model).__name__}")
     if backend is None:
         current_backend()  # an unknown name in the environment shall raise here rather than in the middle of a step
+    elif backend not in (known := ["auto", *list_backends()]):
+        raise ValueError(f"accelerate: backend: expected one of {', '.join(known)}, got {backend!r}")
     result = Acceleration(model)
-    plan = _plan(model, backend, result)
+    plan = _plan(model, backend, frozen, result)
     for op in sorted({op for _, _, twin in plan for op in twin.ops}):
         reasons = [] if backend in (None, "auto") else why_not(op, backend=backend)
         if reasons:
             raise ValueError(f"accelerate: backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
+    if frozen:
+        learned = [f"{name}.{row}".lstrip(".") for name, module, twin in plan for row in twin.learned_if_frozen(module)]
+        if learned:
+            raise ValueError(
+                "accelerate: frozen: expected parameters without gradients, call model.requires_grad_(False) first; got"
+                f" {len(learned)} that require one, the first is {learned[0]}"
+            )
     before = None if verify is None else _outputs(model, verify)
     exact = None if verify is None else _exact_outputs(model, verify)
     for name, module, twin in plan:
         previous: type = type(module)
-        result._undo.append((module, twin, previous, module.__dict__.get("attention_backend")))
+        settings = {key: module.__dict__[key] for key in _SETTINGS if key in module.__dict__}
+        result._undo.append((name, module, twin, previous, settings))
         result.swapped.append(SwappedModule(name, previous, twin))
         module.__class__ = twin  # type: ignore[assignment]  # of this module's class too
-        module.__dict__.pop("attention_backend", None)
-        if backend is not None:
-            module.__dict__["attention_backend"] = backend
+        _change_settings(module, {"attention_backend": backend, "frozen": frozen})
     if before is not None and exact is not None:
         try:
             result.max_difference = _compare(before, _outputs(model, verify), exact)
@@ -187,15 +241,26 @@ def accelerate(model: nn.Module, *, backend: str | None = None, verify: Any = No
     return result
 
 
-def _plan(model: nn.Module, backend: str | None, result: Acceleration) -> list[tuple[str, nn.Module, type[Twin]]]:
+_SETTINGS = ("attention_backend", "frozen")
+
+
+def _change_settings(module: nn.Module, settings: dict[str, Any]) -> None:
+    """Give a module these settings and no others; what is a twin's default is not written."""
+    for key in _SETTINGS:
+        module.__dict__.pop(key, None)
+        if settings.get(key) not in (None, False):
+            module.__dict__[key] = settings[key]
+
+
+def _plan(
+    model: nn.Module, backend: str | None, frozen: bool, result: Acceleration
+) -> list[tuple[str, nn.Module, type[Twin]]]:
     """Find what to swap, and note in the result what is skipped."""
-    if backend not in (None, "auto"):
-        why_not("window3d_attention", backend=backend)  # raises for an unknown name even if there is nothing to swap
     plan: list[tuple[str, nn.Module, type[Twin]]] = []
     for name, module in model.named_modules():
         kind: type = type(module)
         if issubclass(kind, Twin):
-            if backend is None or module.attention_backend == backend:
+            if (backend is None or module.attention_backend == backend) and module.frozen == frozen:
                 result.skipped.append(SkippedModule(name, kind, "accelerated already"))
             else:
                 plan.append((name, module, kind))
@@ -213,6 +278,24 @@ def _plan(model: nn.Module, backend: str | None, result: Acceleration) -> list[t
         else:
             result.skipped.append(SkippedModule(name, kind, reason))
     return plan
+
+
+# How attention modules of most libraries call their projections.
+_PROJECTIONS = ("qkv", "q_proj", "to_q", "query", "query_key_value", "in_proj", "in_proj_weight", "Wqkv", "c_attn")
+
+
+def _what_is_known(model: nn.Module) -> list[str]:
+    """Say, for a model with nothing to swap, which classes have a twin and which modules look like attention."""
+    lines = [f"  classes that have a twin: {', '.join(_twins)}"]
+    kinds: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if any(hasattr(module, projection) for projection in _PROJECTIONS):
+            kinds.setdefault(type(module), []).append(name or "the model itself")
+    lines += [
+        f"  looks like attention, but has none: {_qualified_name(kind)} ({len(names)}, the first is {names[0]})"
+        for kind, names in kinds.items()
+    ]
+    return lines if kinds else [*lines, "  no module of the model looks like attention"]
 
 
 def why_overridden(module: nn.Module) -> str | None:

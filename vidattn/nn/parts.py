@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,26 +15,98 @@ from vidattn.ops import spatial_attention
 SDPA_TOKENS = 512
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or out of one of the modules."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
+def as_defined(*kinds: type[nn.Module]) -> dict[type, Callable[..., Any]]:
+    """Remember the ``forward`` of classes, so that one that somebody replaces later is noticed."""
+    return {kind: kind.forward for kind in kinds}
+
+
+LINEAR = as_defined(nn.Linear)
+SOFTMAX = as_defined(nn.Softmax)
+DROPOUT = as_defined(nn.Dropout, nn.Identity)
+PER_TOKEN_NORM = as_defined(nn.LayerNorm, nn.RMSNorm, nn.Identity)
+
+
+def is_plain(module: Any, kinds: dict[type, Callable[..., Any]]) -> bool:
+    """Whether calling a module does what its class, one of ``kinds``, was written to do, and nothing besides.
+
+    A wrapper, a parametrization or an adapter in its place is of another class; hooks, and a ``forward`` that was put
+    on the instance or into the class, show here too. Asked at every call, since all of that may come after
+    :func:`vidattn.accelerate`. Hooks on all modules (``register_module_forward_hook``) divert nothing.
+    """
+    kind: Any = type(module)
+    state = module.__dict__
+    return (
+        kinds.get(kind) is kind.forward
+        and "forward" not in state
+        and not (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        )
     )
 
 
+class Affine(NamedTuple):
+    """A layer that maps each token by itself, x to W x + b, however the tokens are arranged.
+
+    Attributes:
+        constant: b, what a zero token becomes; None for zeros.
+        draws: whether it drops inputs at random now.
+    """
+
+    constant: Tensor | None
+    draws: bool
+
+
+def affine(layer: Any) -> Affine | None:
+    """Describe a layer that is known to be affine: ``nn.Linear``, or a low-rank adapter of peft on one.
+
+    Args:
+        layer: any module; one that hooks, patches or foreign parameters may make something else is unknown.
+
+    Returns:
+        What is known; None if it may be anything.
+    """
+    if is_plain(layer, LINEAR):
+        # A weight of another tensor class may be quantised with scales of its input's.
+        return Affine(layer.bias, False) if type(layer.weight) in (nn.Parameter, Tensor) else None
+    kind = type(layer)
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+        return None
+    adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
+    dropouts = list(layer.lora_dropout.values())
+    if (
+        not is_plain(layer, {kind: kind.forward})
+        or not is_plain(layer.base_layer, LINEAR)
+        or type(layer.base_layer.weight) not in (nn.Parameter, Tensor)
+        or not all(is_plain(adapter, LINEAR) and adapter.bias is None for adapter in adapters)
+        or not all(is_plain(dropout, DROPOUT) for dropout in dropouts)
+        or layer.lora_variant  # DoRA and others
+    ):
+        return None
+    return Affine(layer.base_layer.bias, any(rate_in_use(dropout) > 0.0 for dropout in dropouts))
+
+
 def rate_in_use(dropout: nn.Module) -> float:
-    """Tell the probability with which a dropout drops now; NaN for a module of another kind."""
-    if type(dropout) is nn.Identity:
-        return 0.0
-    if type(dropout) is not nn.Dropout:
-        return float("nan")
-    return dropout.p if dropout.training else 0.0
+    """Tell the probability with which a dropout drops now."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def dropout_is_watched(dropout: nn.Module) -> bool:
-    """Whether the dropout of the attention probabilities is none that the ops compute, or a hook sees what it does."""
-    return not rate_in_use(dropout) < 1.0 or has_hooks(dropout)  # NaN compares false
+def can_drop(dropout: nn.Module) -> bool:
+    """Whether the ops can stand in for the dropout of the attention probabilities: a plain one that keeps some."""
+    return is_plain(dropout, DROPOUT) and rate_in_use(dropout) < 1.0
+
+
+def is_number(scale: Any) -> bool:
+    """Whether a scale is no tensor, which may be learned: the ops have no gradient for it."""
+    return not isinstance(scale, Tensor)
+
+
+def why_not_number(module: nn.Module) -> str | None:
+    """Say why the ops cannot take the ``scale`` of an attention module; None if they can."""
+    scale: Any = module.scale
+    return None if is_number(scale) else f"its scale is a {type(scale).__name__}, for which the ops have no gradient"
 
 
 def attend(

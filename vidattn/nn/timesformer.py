@@ -11,10 +11,21 @@ from torch.nn import functional
 
 from vidattn.accelerate import Twin, why_overridden
 from vidattn.models.timesformer import Attention, Block, DropPath
-from vidattn.nn.parts import attend, dropout_is_watched, has_hooks, rate_in_use
+from vidattn.nn.parts import (
+    DROPOUT,
+    LINEAR,
+    PER_TOKEN_NORM,
+    Affine,
+    affine,
+    as_defined,
+    attend,
+    can_drop,
+    is_number,
+    is_plain,
+    rate_in_use,
+    why_not_number,
+)
 from vidattn.ops import spatial_attention, temporal_attention
-
-_PER_TOKEN_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.Identity)
 
 
 class FusedAttention(Twin, Attention):
@@ -22,9 +33,14 @@ class FusedAttention(Twin, Attention):
 
     ops = ("spatial_attention",)
 
+    @staticmethod
+    def refuse(module: Any) -> str | None:
+        """Say why a module cannot become this twin; None if it can."""
+        return why_not_number(module)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to (B, N, C)."""
-        if dropout_is_watched(self.attn_drop):
+        if not _ops_can_attend(self):
             return super().forward(x)
         heads = None if self.with_qkv else x.unflatten(-1, (self.num_heads, -1))
         qkv = _project(self, x) if heads is None else (heads, heads, heads)
@@ -39,12 +55,14 @@ class FusedBlock(Twin, Block):
     in order. What is random is drawn as the original draws it: the same seed drops the same patches, frames and
     channels. (Dropout of the attention probabilities has a generator of its own.)
 
-    Without gradients and dropout the output projection of the attention over time and ``temporal_fc``, which follows
-    it, are one matrix. It is made again when one of their parameters changes, and after :meth:`train` or ``eval()``.
-    The one change that cannot be seen is an assignment to elements of ``parameter.data``, which PyTorch does not count.
+    That takes the place of calling the two attentions and their norms on the original's sequences, so at every call
+    the block looks whether anything hangs on one of them: a wrapper, an adapter that is not linear, a hook, a
+    ``forward`` of the instance. Then it computes as the original does. So do joint attention and attention over space
+    alone, whose ``attn`` has a twin of its own.
 
-    A hook on an attention, or on a part of one, makes the block compute as the original does. So do joint attention and
-    attention over space alone, whose ``attn`` has a twin of its own.
+    In inference the output projection of the attention over time and ``temporal_fc``, which follows it, are multiplied
+    into one matrix, where there are enough tokens to make that worth its price. It is not kept, unless the model was
+    accelerated with ``frozen=True``.
     """
 
     ops = ("temporal_attention", "spatial_attention")
@@ -56,39 +74,74 @@ class FusedBlock(Twin, Block):
             return None
         for name in ("temporal_attn", "attn"):
             attention = getattr(module, name)
-            if type(attention) not in (Attention, FusedAttention):
+            if type(attention) not in _ATTENTIONS:
                 return f"its {name} is a {type(attention).__name__}"
-            overridden = why_overridden(attention)
-            if overridden is not None:
-                return f"its {name}: {overridden}"
+            reason = why_overridden(attention) or why_not_number(attention)
+            if reason is not None:
+                return f"its {name}: {reason}"
             if not attention.with_qkv:
                 return f"its {name} has no projections"
         for name in ("temporal_norm1", "norm1"):
             norm = getattr(module, name)
-            if type(norm) not in _PER_TOKEN_NORMS or len(getattr(norm, "normalized_shape", (1,))) != 1:
+            if not _maps_tokens(norm):
                 return f"its {name} is a {type(norm).__name__}, which may look at several tokens"
         return None
+
+    @staticmethod
+    def learned_if_frozen(module: Any) -> list[str]:
+        """Name the parameters that ``frozen=True`` would fold and that require a gradient."""
+        if module.attention_type != "divided_space_time":
+            return []
+        layers = {"temporal_attn.proj": module.temporal_attn.proj, "temporal_fc": module.temporal_fc}
+        return [
+            f"{layer_name}.{name}"
+            for layer_name, layer in layers.items()
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        ]
 
     def train(self, mode: bool = True) -> FusedBlock:
         """Set the mode, as every module does."""
         _folded.pop(self, None)
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedBlock:
+        _folded.pop(self, None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        _folded.pop(self, None)
+        super()._load_from_state_dict(*args)
+
     def _attend_divided(self, x: Tensor, batch: int, num_frames: int) -> Tensor:
         rows = x.shape[1] - 1
-        if x.shape[0] != batch or num_frames < 1 or rows < 1 or rows % num_frames or self._is_watched():
+        divides = x.shape[0] == batch and num_frames >= 1 and rows >= 1 and rows % num_frames == 0
+        projection = self._output_projection() if divides else None
+        if projection is None:
             return super()._attend_divided(x, batch, num_frames)
         cls_token, patches = x.split((1, rows), dim=1)
         x = torch.cat((cls_token, patches + self._attend_over_time(patches, num_frames)), dim=1)
-        return x + self._attend_over_space(x, num_frames)
+        return x + self._attend_over_space(x, num_frames, projection)
 
-    def _is_watched(self) -> bool:
-        """Whether a hook would see that a part is not called, or not as by the original; or a part is unknown."""
+    def _output_projection(self) -> Affine | None:
+        """Describe the projection of the attention over space; None where the original has to do the work."""
+        if not self.is_intact() or not _maps_tokens(self.temporal_norm1) or not _maps_tokens(self.norm1):
+            return None
+        if not is_plain(self.drop_path, _DROPS):
+            return None
+        projection = None
         for attention in (self.temporal_attn, self.attn):
-            parts = (attention, attention.qkv, attention.proj, attention.proj_drop)
-            if has_hooks(*parts) or dropout_is_watched(attention.attn_drop) or _is_unknown(attention.proj_drop):
-                return True
-        return has_hooks(self.temporal_norm1, self.norm1, self.drop_path) or _is_unknown(self.drop_path)
+            if (
+                not is_plain(attention, _ATTENTIONS)
+                or not _ops_can_attend(attention)
+                or not is_plain(attention.proj_drop, DROPOUT)
+                or affine(attention.qkv) is None
+            ):
+                return None
+            projection = affine(attention.proj)
+            if projection is None:
+                return None
+        return projection
 
     def _attend_over_time(self, patches: Tensor, num_frames: int) -> Tensor:
         """Map patches (B, N * T, C) to what attention over the frames adds to them."""
@@ -102,12 +155,12 @@ class FusedBlock(Twin, Block):
             backend=self.attention_backend,
         )
         if not _draws(self.drop_path) and not _draws(attention.proj_drop):
-            folded = _fold(self) if _may_fold(context) else None
+            folded = _fold(self, context)
             return self.temporal_fc(attention.proj(context)) if folded is None else functional.linear(context, *folded)
         sites = attention.proj(context).reshape(-1, num_frames, context.shape[-1])  # (B * N, T, C): dropped by sites
         return self.temporal_fc(self.drop_path(attention.proj_drop(sites)).reshape(patches.shape))
 
-    def _attend_over_space(self, x: Tensor, num_frames: int) -> Tensor:
+    def _attend_over_space(self, x: Tensor, num_frames: int, projection: Affine) -> Tensor:
         """Map tokens (B, 1 + N * T, C) to what attention over the patches of each frame adds to them."""
         attention = self.attn
         qkv = _project(attention, self.norm1(x))
@@ -117,8 +170,8 @@ class FusedBlock(Twin, Block):
             "dropout_p": rate_in_use(attention.attn_drop),
             "backend": self.attention_backend,
         }
-        if not _draws(self.drop_path) and not _draws(attention.proj_drop):
-            # The mean of the cls token's results comes before the projection, not after: the same, as that is linear.
+        if not (_draws(self.drop_path) or _draws(attention.proj_drop) or projection.draws):
+            # The mean of the cls token's results comes before the projection, not after: the same, as that is affine.
             return attention.proj(spatial_attention(qkv, num_frames, cls_token="mean", **options))
         patches, cls_tokens = spatial_attention(qkv, num_frames, cls_token="per_frame", **options)
         patches, cls_tokens = attention.proj(patches), attention.proj(cls_tokens)
@@ -133,6 +186,20 @@ class FusedBlock(Twin, Block):
         return torch.cat((cls_token, patches.flatten(1, 2)), dim=1)
 
 
+_ATTENTIONS = as_defined(Attention, FusedAttention)
+_DROPS = as_defined(nn.Identity, nn.Dropout, DropPath)
+
+
+def _ops_can_attend(attention: Attention) -> bool:
+    """Whether the dropout of the probabilities is what the ops compute, and no hook looks at what it returns."""
+    return FusedAttention.is_intact() and can_drop(attention.attn_drop) and is_number(attention.scale)
+
+
+def _maps_tokens(norm: nn.Module) -> bool:
+    """Whether a norm treats each token by itself."""
+    return is_plain(norm, PER_TOKEN_NORM) and len(getattr(norm, "normalized_shape", (1,))) == 1
+
+
 def _project(attention: Attention, x: Tensor) -> Tensor:
     """Map tokens (B, S, C) to their queries, keys and values (B, S, 3, h, d)."""
     return attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
@@ -143,10 +210,6 @@ def _draws(part: nn.Module) -> bool:
     if isinstance(part, DropPath):
         return part.training and part.drop_prob > 0.0
     return rate_in_use(part) > 0.0
-
-
-def _is_unknown(part: nn.Module) -> bool:
-    return type(part) not in (nn.Identity, nn.Dropout, DropPath)
 
 
 class _Folded(NamedTuple):
@@ -161,39 +224,56 @@ class _Folded(NamedTuple):
     bias: Tensor
 
 
-# Outside of the modules, so that neither copies nor pickles nor state dicts hold any.
+# Filled for models accelerated with frozen=True alone. Outside of the modules, so that neither copies nor pickles nor
+# state dicts hold any.
 _folded: WeakKeyDictionary[FusedBlock, _Folded] = WeakKeyDictionary()
 
-
-def _may_fold(context: Tensor) -> bool:
-    """Whether nothing but the numbers is asked for: no gradient, and no recording that outlives the parameters."""
-    return not (
-        torch.is_grad_enabled()
-        or type(context) is not Tensor
-        or context.device.type not in ("cpu", "cuda")
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or (context.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+# Multiplying two C x C matrices costs as much as C tokens save; smaller products run slower, so a margin pays.
+_FOLD_TOKENS = 2
 
 
-def _fold(block: FusedBlock) -> tuple[Tensor, Tensor] | None:
-    """Give weight and bias of ``temporal_fc`` after ``temporal_attn.proj``; None where they are no plain layers."""
+def _fold(block: FusedBlock, context: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Give weight and bias of ``temporal_fc`` after ``temporal_attn.proj``; None where two layers are better or known.
+
+    Args:
+        block: the block.
+        context: (B, N * T, C), what the two are about to be applied to.
+
+    Returns:
+        Weight (C, C) and bias (C,) of one layer that does the work of both, for this call, or None.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(context) is not Tensor:
+        return None
     first, second = block.temporal_attn.proj, block.temporal_fc
-    if any(type(layer) is not nn.Linear or has_hooks(layer) or why_overridden(layer) for layer in (first, second)):
+    if not is_plain(first, LINEAR) or not is_plain(second, LINEAR):
         return None
     parameters = (first.weight, first.bias, second.weight, second.bias)
     if any(type(x) is not nn.Parameter or x.is_inference() or x.dtype != first.weight.dtype for x in parameters):
         return None
+    if block.frozen and not any(x.requires_grad for x in parameters) and not _is_captured(context):
+        return _kept(block, parameters)
+    channels = context.shape[-1]
+    if torch.is_grad_enabled() or context.numel() < _FOLD_TOKENS * channels * channels:
+        return None
+    w1, b1, w2, b2 = parameters
+    return w2 @ w1, torch.addmv(b2, w2, b1)
+
+
+def _kept(block: FusedBlock, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Give the folded layer of a frozen block, made again where a parameter is another one or counts a change."""
     versions = tuple(x._version for x in parameters)
     known = _folded.get(block)
-    if known is not None and known.versions == versions and all(map(_same_place, parameters, known.parameters)):
-        return known.weight, known.bias
-    views = tuple(x.detach() for x in parameters)
-    w1, b1, w2, b2 = (x.double() for x in views)
-    folded = _Folded(views, versions, (w2 @ w1).to(views[0].dtype), (w2 @ b1 + b2).to(views[0].dtype))
-    _folded[block] = folded
-    return folded.weight, folded.bias
+    if known is None or known.versions != versions or not all(map(_same_place, parameters, known.parameters)):
+        views = tuple(x.detach() for x in parameters)
+        w1, b1, w2, b2 = (x.double() for x in views)
+        known = _Folded(views, versions, (w2 @ w1).to(views[0].dtype), (w2 @ b1 + b2).to(views[0].dtype))
+        _folded[block] = known
+    return known.weight, known.bias
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which owns all memory that is allocated meanwhile."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _same_place(x: Tensor, old: Tensor) -> bool:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vidattn.accelerate import Twin, why_overridden
-from vidattn.geometry import bias_rows, region_mask, resolve_windows
+from vidattn.geometry import bias_rows, resolve_windows
 from vidattn.models.video_swin import BasicLayer, SwinTransformerBlock3D, WindowAttention3D
 from vidattn.models.video_swin_windows import MASK_VALUE, compute_mask, fit_window
-from vidattn.nn.parts import dropout_is_watched, has_hooks, rate_in_use
+from vidattn.nn.parts import (
+    DROPOUT,
+    SOFTMAX,
+    affine,
+    as_defined,
+    can_drop,
+    is_number,
+    is_plain,
+    rate_in_use,
+    why_not_number,
+)
 from vidattn.ops import window3d_attention, window_attention
 
 _Triple = tuple[int, int, int]
@@ -42,6 +53,11 @@ class FusedWindowAttention3D(Twin, WindowAttention3D):
 
     ops = ("window_attention",)
 
+    @staticmethod
+    def refuse(module: Any) -> str | None:
+        """Say why a module cannot become this twin; None if it can."""
+        return why_not_number(module)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend inside each window.
 
@@ -54,7 +70,7 @@ class FusedWindowAttention3D(Twin, WindowAttention3D):
         """
         learned = mask is not None and (mask.requires_grad or not mask.is_floating_point())
         tokens = x.shape[1]
-        if learned or tokens > self.relative_position_index.shape[0] or _probabilities_are_watched(self):
+        if learned or tokens > self.relative_position_index.shape[0] or not _ops_can_attend(self):
             return super().forward(x, mask)
         qkv = self.qkv(x)
         index = self.relative_position_index[:tokens, :tokens]
@@ -69,11 +85,24 @@ class FusedWindowAttention3D(Twin, WindowAttention3D):
         )
         return self.proj_drop(self.proj(context))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a new position index is looked at again."""
+        if name == "relative_position_index":
+            _seen_index.pop(self, None)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        _seen_index.pop(self, None)
+        super()._load_from_state_dict(*args)
+
 
 class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
     """:class:`~vidattn.models.video_swin.SwinTransformerBlock3D` on :func:`vidattn.window3d_attention`.
 
-    The projections run on the unpadded, unrolled grid; nothing is rolled, padded or partitioned.
+    The projections run on the unpadded, unrolled grid; nothing is rolled, padded or partitioned. That takes the
+    place of calling ``attn``, so at every call the block looks whether anything hangs on it: a wrapper, an adapter, a
+    hook, a ``forward`` of the instance, another position index. Then ``attn`` is called with the windows that the
+    original hands it. A mask of the caller's own is also used there, as it is.
     """
 
     ops = ("window3d_attention", "window_attention")
@@ -82,18 +111,14 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
     def refuse(module: Any) -> str | None:
         """Say why a block cannot become this twin; None if it can."""
         attention = module.attn
-        if type(attention) not in (WindowAttention3D, FusedWindowAttention3D):
+        if type(attention) not in _ATTENTIONS:
             return f"its attn is a {type(attention).__name__}"
-        overridden = why_overridden(attention)
-        if overridden is not None:
-            return f"its attn: {overridden}"
         if tuple(attention.window_size) != tuple(module.window_size):
             return f"its window {module.window_size} is not that of its attn, {attention.window_size}"
-        index = attention.relative_position_index
-        window = attention.window_size
-        if not index.is_meta and not torch.equal(
-            index, bias_rows(window, resolve_windows(window, window), device=index.device)
-        ):
+        reason = why_overridden(attention) or why_not_number(attention)
+        if reason is not None:
+            return f"its attn: {reason}"
+        if not _has_standard_index(attention):
             return "its relative_position_index is not the standard one"
         return None
 
@@ -112,18 +137,18 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
         grid = x.shape[1:4]
         window, shift, padded = fit_window(grid, self.window_size, self.shift_size)
         shifted = shift[0] > 0 or shift[1] > 0 or shift[2] > 0
-        standard = not shifted or mask_matrix is None or _is_region_mask(mask_matrix, RegionMask(padded, window, shift))
-        if not standard or has_hooks(attention) or _probabilities_are_watched(attention):
-            # Partitioned by the original's code: any mask, and every hook, works there.
+        standard = not shifted or mask_matrix is None or _same_mask(mask_matrix, RegionMask(padded, window, shift))
+        projection = affine(attention.qkv) if standard and self.is_intact() and _can_be_bypassed(self) else None
+        if projection is None:
+            # Partitioned by the original's code: any mask, and whatever hangs on the attention, works there.
             mask = mask_matrix.build(x.device) if isinstance(mask_matrix, RegionMask) else mask_matrix
             return super().forward_part1(x, mask)
-        qkv = attention.qkv(self.norm1(x))
         context = window3d_attention(
-            qkv.unflatten(-1, (3, self.num_heads, -1)),
+            attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)),
             attention.relative_position_bias_table,
             window_size=self.window_size,
             shift_size=self.shift_size,
-            pad_qkv=_projected_zero(attention.qkv, qkv, self.dim),
+            pad_qkv=None if padded == tuple(grid) else projection.constant,
             mask_value=MASK_VALUE,
             wrap=mask_matrix is None,
             scale=attention.scale,
@@ -138,45 +163,84 @@ class FusedBasicLayer(Twin, BasicLayer):
 
     def make_mask(self, grid: Sequence[int], device: torch.device) -> Any:
         """Say which mask the blocks of the stage use; None when no block is shifted on this token grid."""
-        if not all(isinstance(block, FusedSwinTransformerBlock3D) for block in self.blocks):
+        if not self.is_intact() or not all(_takes_region_mask(block) for block in self.blocks):
             return super().make_mask(grid, device)
         window, shift, padded = fit_window(grid, self.window_size, self.shift_size)
         return RegionMask(padded, window, shift)
 
 
-def _probabilities_are_watched(attention: WindowAttention3D) -> bool:
-    """Whether softmax or dropout are no longer what the ops compute, or a hook looks at what they return."""
-    softmax = attention.softmax
-    return type(softmax) is not nn.Softmax or has_hooks(softmax) or dropout_is_watched(attention.attn_drop)
+_ATTENTIONS = as_defined(WindowAttention3D, FusedWindowAttention3D)
+_BLOCK_FORWARD = FusedSwinTransformerBlock3D.forward
+# Where wrappers that hand their arguments on keep what they wrap: activation checkpointing, FSDP, torch.compile.
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 
-def _projected_zero(projection: nn.Module, qkv: Tensor, channels: int) -> Tensor | None:
-    """Give what a padding token, a zero vector, becomes in the qkv projection (3C,); None for zeros."""
-    if type(projection) is nn.Linear and not has_hooks(projection):
-        return projection.bias
-    return projection(qkv.new_zeros(1, channels))[0]  # a projection of another kind: quantised, low-rank, ...
-
-
-# Masks that were compared with the standard one, while they live: (version at that time, standard mask, equal).
-_compared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _is_region_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:
-    """Whether a mask equals the standard one of a grid. A big mask is compared once, not at every call."""
-    if isinstance(mask, RegionMask):
-        return mask == standard
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.requires_grad or mask.is_inference():
-        return False  # nothing to be known or remembered about it: computed with the mask as it is
-    windows = resolve_windows(standard.padded, standard.window, standard.shift)
-    shape = (windows.num_windows, windows.num_tokens, windows.num_tokens)
-    if tuple(mask.shape) != shape or mask.is_meta:
-        return tuple(mask.shape) == shape
-    known = _compared.get(mask)
-    if known is not None and known[:2] == (mask._version, standard):
-        return known[2]
-    separated = region_mask(windows, mask.device)
-    equal = separated is not None and torch.equal(
-        mask, torch.zeros_like(mask, memory_format=torch.contiguous_format).masked_fill_(separated, MASK_VALUE)
+def _takes_region_mask(block: nn.Module) -> bool:
+    """Whether nobody between a stage and the block that is fused looks at the mask."""
+    while not isinstance(block, FusedSwinTransformerBlock3D):
+        inner = next((block._modules[name] for name in _WRAPPED if name in block._modules), None)
+        if inner is None:
+            return False
+        block = inner
+    hooks = (*block._forward_pre_hooks.values(), *block._forward_hooks.values())
+    return (
+        type(block).forward is _BLOCK_FORWARD
+        and "forward" not in block.__dict__
+        and all(hook.__module__.startswith("torch.distributed.") for hook in hooks)  # FSDP's
     )
-    _compared[mask] = (mask._version, standard, equal)
-    return equal
+
+
+def _ops_can_attend(attention: WindowAttention3D) -> bool:
+    """Whether scores, softmax and dropout are what the ops compute, and no hook looks at what they return."""
+    softmax = attention.softmax
+    return (
+        FusedWindowAttention3D.is_intact()
+        and is_plain(softmax, SOFTMAX)
+        and softmax.dim == -1
+        and can_drop(attention.attn_drop)
+        and is_number(attention.scale)
+    )
+
+
+def _can_be_bypassed(block: FusedSwinTransformerBlock3D) -> bool:
+    """Whether the block may do the work of its attention: nothing hangs on it, and its parts map token by token."""
+    attention = block.attn
+    return (
+        is_plain(attention, _ATTENTIONS)
+        and _ops_can_attend(attention)
+        and affine(attention.proj) is not None
+        and is_plain(attention.proj_drop, DROPOUT)
+        and attention.window_size == block.window_size
+        and _has_standard_index(attention)
+    )
+
+
+# What was found of the position index of a module: the tensor, its version then, and whether it is the standard one.
+_seen_index: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int, bool]] = weakref.WeakKeyDictionary()
+
+
+def _has_standard_index(attention: WindowAttention3D) -> bool:
+    """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
+    index = attention.relative_position_index
+    if torch.compiler.is_dynamo_compiling() or index.is_inference():
+        return _is_standard_index(index, attention.window_size)
+    seen = _seen_index.get(attention)
+    if type(index) is not Tensor or index.is_meta or is_functorch_wrapped_tensor(index):  # nothing to be read
+        return index.is_meta or (seen is not None and seen[2])
+    if seen is None or seen[0]() is not index or seen[1] != index._version:
+        seen = weakref.ref(index), index._version, _is_standard_index(index, attention.window_size)
+        _seen_index[attention] = seen
+    return seen[2]
+
+
+def _is_standard_index(index: Tensor, window_size: Sequence[int]) -> bool:
+    windows = resolve_windows(window_size, window_size)
+    rows = bias_rows(window_size, windows, device=index.device)
+    return torch.equal(index.to(rows.dtype), rows)
+
+
+_is_standard_index._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while compiling, not in the graph
+
+
+def _same_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:
+    return isinstance(mask, RegionMask) and mask == standard

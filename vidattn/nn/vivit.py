@@ -32,7 +32,7 @@ class FusedMultiHeadDotProductAttention(Twin, MultiHeadDotProductAttention):
         """Attend: (..., S, C) or (B, T, N, C), as ``attention`` says, to the same shape."""
         dropout_p = self.dropout_rate if self.training else 0.0
         joint = self.attention == "joint"
-        if dropout_p >= 1.0 or not (joint or x.ndim == 4):
+        if not self.is_intact() or dropout_p >= 1.0 or not (joint or x.ndim == 4):
             return super().forward(x)
         sequences = x.shape[:-2] if joint else x.shape[:1]
         tokens = math.prod(x.shape[len(sequences) : -1])

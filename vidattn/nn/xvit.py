@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vidattn.accelerate import Twin
 from vidattn.models.xvit_layers import AfterReconstruction, Attention, TemporalShift
-from vidattn.nn.parts import attend, dropout_is_watched, has_hooks, rate_in_use
+from vidattn.nn.parts import as_defined, attend, can_drop, is_number, is_plain, rate_in_use, why_not_number
 from vidattn.ops import space_time_mixing_attention
 
 
@@ -21,9 +23,14 @@ class FusedMixingAttention(Twin, Attention):
 
     ops = ("space_time_mixing_attention", "spatial_attention")
 
+    @staticmethod
+    def refuse(module: Any) -> str | None:
+        """Say why a module cannot become this twin; None if it can."""
+        return why_not_number(module)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B * T, N, C) to (B * T, N, C)."""
-        if not self._shifts_alike() or self.summary_frames or dropout_is_watched(self.attn_drop):
+        if not self._ops_can_attend():
             return super().forward(x)
         if self.insert_control_point:
             x = self.control_point(x)
@@ -43,6 +50,16 @@ class FusedMixingAttention(Twin, Attention):
             context = attend(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.attention_backend)
         return self.proj_drop(self.proj(context))
 
+    def _ops_can_attend(self) -> bool:
+        """Whether all parts are what the ops compute, and no hook looks at what one of them returns."""
+        return (
+            self.is_intact()
+            and not self.summary_frames
+            and can_drop(self.attn_drop)
+            and is_number(self.scale)
+            and self._shifts_alike()
+        )
+
     def _shifts_alike(self) -> bool:
         """Whether keys and values are shifted alike, or not at all, by modules that the op can stand in for."""
         if not self.insert_control_point:
@@ -51,12 +68,14 @@ class FusedMixingAttention(Twin, Attention):
         return keys is not None and keys == values
 
 
-def _what_it_does(place: nn.Module) -> tuple[int, ...] | None:
+_STILL = as_defined(AfterReconstruction, nn.Identity)
+_SHIFT = as_defined(TemporalShift)
+
+
+def _what_it_does(place: Any) -> tuple[int, ...] | None:
     """Describe a place for a shift: () leaves everything where it is, None may do anything."""
-    if has_hooks(place):
-        return None
-    if type(place) in (AfterReconstruction, nn.Identity):
+    if is_plain(place, _STILL):
         return ()
-    if type(place) is not TemporalShift or _what_it_does(place.net) != ():
+    if not is_plain(place, _SHIFT) or _what_it_does(place.net) != ():
         return None
     return place.n_segment, place.fold_div, place.per_head, place.window
