@@ -11,9 +11,8 @@ import torch
 from attention_cases import device_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from twin_cases import assert_same, results, spread
+from twin_cases import CalledOps, assert_same, results, spread
 
 import vidattn
 import vidattn.backends
@@ -77,18 +76,6 @@ def make_block(**options: Any) -> Block:
 
 def tokens(batch: int = 2, frames: int = 4, sites: int = 6, dim: int = 24) -> Tensor:
     return torch.randn(batch, 1 + frames * sites, dim)
-
-
-class CalledOps(TorchDispatchMode):
-    """Names of the operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 # Models

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,3 +37,15 @@ def assert_same(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance:
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert (one - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-3)
+
+
+class CalledOps(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))

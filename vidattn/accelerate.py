@@ -40,7 +40,9 @@ class Twin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        original = next((base for base in cls.__bases__ if base is not Twin), object)
+        if Twin not in cls.__bases__:  # made of a twin by FSDP, a parametrization, ...
+            return
+        original = next(base for base in cls.__bases__ if base is not Twin)
         names = [name for name, value in vars(cls).items() if callable(value) and name in vars(original)]
         cls._replaced = tuple((original, name, getattr(original, name)) for name in names)
 
@@ -120,18 +122,20 @@ class Acceleration:
         Warns:
             UserWarning: some modules could not be reverted.
         """
+        kept = []
         for name, module, twin, previous, settings in reversed(self._undo):
             reason = None if type(module) is twin else f"somebody made it a {type(module).__name__}"
             reason = reason or why_overridden(module)
             if reason is not None:
-                self.kept.append(SkippedModule(name, type(module), reason))
+                kept.append(SkippedModule(name, type(module), reason))
                 continue
             module.__class__ = previous
             _change_settings(module, settings)
         self._undo.clear()
-        if self.kept:
-            rows = "; ".join(f"{row.name or 'the model itself'}: {row.reason}" for row in self.kept)
-            warnings.warn(f"accelerate: revert: {len(self.kept)} modules stay as they are: {rows}", stacklevel=2)
+        self.kept += kept
+        if kept:
+            rows = "; ".join(f"{row.name or 'the model itself'}: {row.reason}" for row in kept)
+            warnings.warn(f"accelerate: revert: {len(kept)} modules stay as they are: {rows}", stacklevel=2)
 
     def __enter__(self) -> Acceleration:
         return self

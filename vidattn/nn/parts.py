@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from vidattn.backends import AttentionCall, choose_backend, current_backend
@@ -23,6 +24,7 @@ def as_defined(*kinds: type[nn.Module]) -> dict[type, Callable[..., Any]]:
 LINEAR = as_defined(nn.Linear)
 SOFTMAX = as_defined(nn.Softmax)
 DROPOUT = as_defined(nn.Dropout, nn.Identity)
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 PER_TOKEN_NORM = as_defined(nn.LayerNorm, nn.RMSNorm, nn.Identity)
 
 
@@ -51,12 +53,17 @@ class Affine(NamedTuple):
     """A layer that maps each token by itself, x to W x + b, however the tokens are arranged.
 
     Attributes:
-        constant: b, what a zero token becomes; None for zeros.
-        draws: whether it drops inputs at random now.
+        linear: the layer that has b.
+        draws: whether inputs are dropped at random now.
     """
 
-    constant: Tensor | None
+    linear: nn.Linear
     draws: bool
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What a zero token becomes, b; None for zeros."""
+        return self.linear.bias
 
 
 def affine(layer: Any) -> Affine | None:
@@ -69,23 +76,30 @@ def affine(layer: Any) -> Affine | None:
         What is known; None if it may be anything.
     """
     if is_plain(layer, LINEAR):
-        # A weight of another tensor class may be quantised with scales of its input's.
-        return Affine(layer.bias, False) if type(layer.weight) in (nn.Parameter, Tensor) else None
+        return Affine(layer, False) if _has_plain_weight(layer) else None
     kind = type(layer)
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
         return None
     adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
     dropouts = list(layer.lora_dropout.values())
+    base = layer.base_layer
     if (
         not is_plain(layer, {kind: kind.forward})
-        or not is_plain(layer.base_layer, LINEAR)
-        or type(layer.base_layer.weight) not in (nn.Parameter, Tensor)
+        or not (is_plain(base, LINEAR) and _has_plain_weight(base))
         or not all(is_plain(adapter, LINEAR) and adapter.bias is None for adapter in adapters)
         or not all(is_plain(dropout, DROPOUT) for dropout in dropouts)
         or layer.lora_variant  # DoRA and others
     ):
         return None
-    return Affine(layer.base_layer.bias, any(rate_in_use(dropout) > 0.0 for dropout in dropouts))
+    return Affine(base, any(rate_in_use(dropout) > 0.0 for dropout in dropouts))
+
+
+def _has_plain_weight(linear: nn.Linear) -> bool:
+    """Whether the weight is no tensor of another class, which may be quantised with scales of its input's."""
+    weight = linear._parameters.get("weight")
+    if weight is None:  # FSDP and DataParallel put a view there
+        weight = linear.__dict__.get("weight")
+    return type(weight) in _PLAIN_TENSORS
 
 
 def rate_in_use(dropout: nn.Module) -> float:

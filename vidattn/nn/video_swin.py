@@ -17,6 +17,7 @@ from vidattn.models.video_swin_windows import MASK_VALUE, compute_mask, fit_wind
 from vidattn.nn.parts import (
     DROPOUT,
     SOFTMAX,
+    Affine,
     affine,
     as_defined,
     can_drop,
@@ -138,7 +139,7 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
         window, shift, padded = fit_window(grid, self.window_size, self.shift_size)
         shifted = shift[0] > 0 or shift[1] > 0 or shift[2] > 0
         standard = not shifted or mask_matrix is None or _same_mask(mask_matrix, RegionMask(padded, window, shift))
-        projection = affine(attention.qkv) if standard and self.is_intact() and _can_be_bypassed(self) else None
+        projection = _input_projection(self) if standard else None
         if projection is None:
             # Partitioned by the original's code: any mask, and whatever hangs on the attention, works there.
             mask = mask_matrix.build(x.device) if isinstance(mask_matrix, RegionMask) else mask_matrix
@@ -190,38 +191,46 @@ def _takes_region_mask(block: nn.Module) -> bool:
     )
 
 
-def _ops_can_attend(attention: WindowAttention3D) -> bool:
+def _ops_can_attend(attention: Any) -> bool:
     """Whether scores, softmax and dropout are what the ops compute, and no hook looks at what they return."""
-    softmax = attention.softmax
+    parts = attention._modules  # a module's attributes take three times as long to find
     return (
         FusedWindowAttention3D.is_intact()
-        and is_plain(softmax, SOFTMAX)
-        and softmax.dim == -1
-        and can_drop(attention.attn_drop)
+        and is_plain(parts["softmax"], SOFTMAX)
+        and parts["softmax"].dim == -1
+        and can_drop(parts["attn_drop"])
         and is_number(attention.scale)
     )
 
 
-def _can_be_bypassed(block: FusedSwinTransformerBlock3D) -> bool:
-    """Whether the block may do the work of its attention: nothing hangs on it, and its parts map token by token."""
-    attention = block.attn
-    return (
-        is_plain(attention, _ATTENTIONS)
+def _input_projection(block: FusedSwinTransformerBlock3D) -> Affine | None:
+    """Describe the qkv projection; None where the block may not do the work of its attention.
+
+    It may where nothing hangs on the attention and its projections map token by token.
+    """
+    attention: Any = block._modules["attn"]
+    if not (
+        block.is_intact()
+        and is_plain(attention, _ATTENTIONS)
         and _ops_can_attend(attention)
-        and affine(attention.proj) is not None
-        and is_plain(attention.proj_drop, DROPOUT)
+        and is_plain(attention._modules["proj_drop"], DROPOUT)
         and attention.window_size == block.window_size
         and _has_standard_index(attention)
-    )
+        and affine(attention._modules["proj"]) is not None
+    ):
+        return None
+    return affine(attention._modules["qkv"])
 
 
 # What was found of the position index of a module: the tensor, its version then, and whether it is the standard one.
 _seen_index: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int, bool]] = weakref.WeakKeyDictionary()
 
 
-def _has_standard_index(attention: WindowAttention3D) -> bool:
+def _has_standard_index(attention: Any) -> bool:
     """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
-    index = attention.relative_position_index
+    index = attention._buffers.get("relative_position_index")
+    if index is None:
+        return False
     if torch.compiler.is_dynamo_compiling() or index.is_inference():
         return _is_standard_index(index, attention.window_size)
     seen = _seen_index.get(attention)
