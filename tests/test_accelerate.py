@@ -119,7 +119,18 @@ def test_context_manager_and_report() -> None:
 def test_nothing_to_swap() -> None:
     acceleration = vidattn.accelerate(nn.Sequential(nn.Linear(3, 3)), verify=torch.randn(2, 3))
     assert acceleration.swapped == [] and acceleration.skipped == [] and acceleration.max_difference == 0.0
-    assert "nothing to swap" in str(acceleration)
+    lines = str(acceleration).splitlines()
+    assert lines[0] == "accelerate(Sequential): nothing to swap"
+    assert lines[1].startswith("  classes that have a twin: vidattn.models.video_swin.BasicLayer, ")
+    assert lines[2:] == ["  no module of the model looks like attention"]
+
+
+def test_nothing_to_swap_names_what_looks_like_attention() -> None:
+    acceleration = vidattn.accelerate(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2))
+    assert str(acceleration).splitlines()[2:] == [
+        "  looks like attention, but has none: torch.nn.modules.activation.MultiheadAttention"
+        " (2, the first is layers.0.self_attn)"
+    ]
 
 
 def test_twice_is_once() -> None:

@@ -61,6 +61,9 @@ class Twin:
         """Name the parameters that ``frozen=True`` would make something of that is kept, and that are being learned."""
         return []
 
+    def drop_derived(self) -> None:
+        """Forget what was made of parameters and kept."""
+
 
 class SwappedModule(NamedTuple):
     """A module that was swapped: its name in the model, its class before and after."""
@@ -111,7 +114,7 @@ class Acceleration:
         self.skipped: list[SkippedModule] = []
         self.max_difference: float | None = None
         self.kept: list[SkippedModule] = []
-        self._undo: list[tuple[str, nn.Module, type, type, dict[str, Any]]] = []
+        self._undo: list[tuple[str, Any, type, type, dict[str, Any]]] = []
 
     def revert(self) -> None:
         """Give every swapped module its class (and, if it was accelerated before, its settings) back.
@@ -129,6 +132,7 @@ class Acceleration:
             if reason is not None:
                 kept.append(SkippedModule(name, type(module), reason))
                 continue
+            module.drop_derived()
             module.__class__ = previous
             _change_settings(module, settings)
         self._undo.clear()

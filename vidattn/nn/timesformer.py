@@ -100,17 +100,21 @@ class FusedBlock(Twin, Block):
             if parameter.requires_grad
         ]
 
+    def drop_derived(self) -> None:
+        """Forget the folded projection of a frozen block."""
+        _folded.pop(self, None)
+
     def train(self, mode: bool = True) -> FusedBlock:
         """Set the mode, as every module does."""
-        _folded.pop(self, None)
+        self.drop_derived()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> FusedBlock:
-        _folded.pop(self, None)
+        self.drop_derived()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        _folded.pop(self, None)
+        self.drop_derived()
         super()._load_from_state_dict(*args)
 
     def _attend_divided(self, x: Tensor, batch: int, num_frames: int) -> Tensor:
