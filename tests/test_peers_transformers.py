@@ -84,6 +84,7 @@ def vivit_peers(**options: Any) -> Peers:
         num_frames=config.num_frames,
         image_size=config.image_size,
         qkv_bias=config.qkv_bias,
+        layer_norm_eps=config.layer_norm_eps,
     )
     revert = partial(vivit_checkpoint.revert_state_dict, source="transformers", num_heads=4)
     return Peers(VivitForVideoClassification(config), ours, revert, "transformers")
@@ -97,6 +98,7 @@ CASES: dict[str, tuple[Callable[[], Peers], tuple[int, ...]]] = {
     "timesformer-no-bias": (partial(timesformer_peers, qkv_bias=False), (1, 5, 3, 32, 32)),
     "timesformer-one-frame": (partial(timesformer_peers, num_frames=1, image_size=40), (3, 1, 3, 40, 40)),
     "vivit": (vivit_peers, (2, 6, 3, 32, 32)),
+    "vivit-epsilon": (partial(vivit_peers, layer_norm_eps=0.1), (2, 6, 3, 32, 32)),
     "vivit-no-bias-tubelets-not-square": (
         partial(vivit_peers, qkv_bias=False, image_size=(24, 40), tubelet_size=(3, 8, 10)),
         (1, 6, 3, 24, 40),
