@@ -61,7 +61,7 @@ FILES = {
     "bzip2": (bz2.compress(b"x"), "a bzip2 archive"),
     "xz": (lzma.compress(b"x"), "an xz archive"),
     "tar": (tar_of("weights.pth", b"x"), "a tar archive"),
-    "zip": (zip_of(**{"weights.pth": b"x", "a.txt": b""}), r"a zip archive that is no checkpoint, it holds weights\.pth, a"),
+    "zip": (zip_of(**{"weights.pth": b"x", "a.txt": b""}), r"a zip archive that is no checkpoint, it holds weights\."),
     "script": (zip_of(**{"m/data.pkl": b"", "m/constants.pkl": b"", "m/code/m.py": b""}), "a TorchScript program"),
     "keras": (b"\x89HDF\r\n\x1a\n\0\0", "an HDF5 file"),
     "array": (b"\x93NUMPY\x01\0", "a single array of NumPy"),
@@ -211,7 +211,8 @@ VIVIT = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 24, "num
 VIVIT |= {"patches": (8, 8, 2), "num_frames": 6}
 VIVIT_CONFIG = {
     "model_type": "vivit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "tubelet_size": [2, 8, 8], "image_size": [16, 24], "num_frames": 6, "qkv_bias": True,
+    "hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "tubelet_size": [2, 8, 8], "image_size": [16, 24],
+    "num_frames": 6,
 }  # fmt: skip
 TIMESFORMER = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 16, "patch_size": 8}
 TIMESFORMER |= {"num_frames": 4}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn, strided
+from torch import Tensor, nn
 
 from vidattn.messages import describe
 from vidattn.models.checkpoint_files import read_checkpoint
@@ -297,11 +297,6 @@ def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
 
 
 def _check_tensor(name: str, theirs: Tensor, ours: Tensor) -> None:
-    if theirs.layout != strided or theirs.is_nested:
-        raise ValueError(
-            f"load_checkpoint: {name}: expected a dense tensor, got "
-            f"{'a nested one' if theirs.is_nested else f'layout {theirs.layout}'}"
-        )
     if theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex():
         raise ValueError(f"load_checkpoint: {name}: expected a dtype like {ours.dtype}, got {theirs.dtype}")
     if theirs.is_meta and not ours.is_meta:

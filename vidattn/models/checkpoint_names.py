@@ -65,9 +65,7 @@ def unwrap(content: Any) -> State:
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None and not _has_arrays(content):
             states = [
-                name
-                for name, value in content.items()
-                if isinstance(value, Mapping) and _has_arrays(value) and not _BESIDE.fullmatch(str(name))
+                name for name, value in content.items() if not _BESIDE.fullmatch(str(name)) and _holds_a_state(value)
             ]
             if len(states) > 1:
                 raise ValueError(
@@ -86,6 +84,9 @@ def unwrap(content: Any) -> State:
     for name, value in content.items():
         tensor = tensor_of(value) if _is_array(value) else None
         if isinstance(name, str) and tensor is not None:
+            if tensor.is_nested or tensor.layout != torch.strided:
+                form = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+                raise ValueError(f"load_checkpoint: {shorten(name)}: expected a dense tensor, got {form}")
             state[name] = tensor
         elif not (isinstance(name, str) and name.endswith("_extra_state")):
             odd.append(f"{shorten(str(name))} ({describe(value)})")
@@ -104,6 +105,12 @@ def _is_array(value: Any) -> bool:
 def _has_arrays(content: Mapping[Any, Any]) -> bool:
     """Tell a state dict from what is put around one: that may hold a number or two as well."""
     return any(_is_array(value) and value.ndim > 0 for value in content.values())
+
+
+def _holds_a_state(value: Any, depth: int = 3) -> bool:
+    if not isinstance(value, Mapping) or "param_groups" in value:  # the state of an optimizer
+        return False
+    return _has_arrays(value) or (depth > 0 and any(_holds_a_state(inner, depth - 1) for inner in value.values()))
 
 
 def _without_wrappers(state: State) -> State:
