@@ -367,7 +367,9 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise CommandError(f"{what}: {error}") from error
+        # The argument of the command is named in place of that of the function.
+        text = re.sub(r"^(?:load_checkpoint|create_model|get_input_spec): (?:path_or_state: |name: )?", "", str(error))
+        raise CommandError(f"{what}: {text}") from error
 
 
 def need(*modules: str) -> None:
