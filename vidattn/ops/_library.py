@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vidattn.backends import TRITON_INTERPRETED, AttentionCall, register_kernel, register_op
+from vidattn.ops._transforms import gradients, register_transforms
 
 __all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_function"]
 
@@ -102,24 +103,62 @@ def register_attention(
         flops: takes the shapes and options of the op, and counts floating point operations of the forward pass.
         num_tensors: number of tensor arguments of the op, which come first.
         num_outputs: number of outputs of the op.
-        num_gradients: number of gradients that the backward op is given.
+        num_gradients: number of gradients that the backward op is given, those of the first outputs.
         save: takes the context, the op's tensors and its outputs, and keeps what the backward pass needs: never an
             (N, N) tensor, a mask, a rolled or padded copy.
     """
+
+    num_inputs = num_gradients + num_tensors
+    first_option = num_inputs + num_outputs
+    num_options = len(getattr(torch.ops.vidattn, name).default._schema.arguments) - num_tensors - 1
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[num_tensors:]
         save(ctx, inputs[:num_tensors], output)
 
-    def no_second_derivative(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(f"the op {name} has no second derivative; the functions of vidattn.reference have")
+    def plain(*args: Any) -> Any:
+        return forward(*args[:-1], "reference")
 
-    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vidattn::{name}", fake, lib=LIBRARY)
-    torch.library.register_fake(f"vidattn::{name}_backward", fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(f"vidattn::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"vidattn::{name}_backward", no_second_derivative, lib=LIBRARY)
+    def plain_backward(*args: Any) -> list[Tensor | None]:
+        grads, inputs, rest = args[:num_gradients], args[num_gradients:num_inputs], args[first_option:]
+        options, needs = rest[:num_options], rest[num_options:-1]
+        return gradients(lambda *x: forward(*x, *options, "reference"), inputs, grads, (True, True, True, *needs))
+
+    # The outputs of the forward pass are functions of its inputs: their share is in the derivatives for those.
+    def setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.rest = (None,) * num_outputs + inputs[first_option:]
+        ctx.save_for_backward(*inputs[:num_inputs])
+        ctx.set_materialize_grads(False)
+
+    def second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:num_inputs]
+        found = gradients(lambda *x: plain_backward(*x, *ctx.rest), ctx.saved_tensors, grads, needed)
+        return (*found, *(None,) * len(ctx.rest))
+
+    for op, implementation, shapes in ((name, forward, fake), (f"{name}_backward", backward, fake_backward)):
+        LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vidattn::{op}", shapes, lib=LIBRARY)
+    register_transforms(
+        LIBRARY,
+        name,
+        plain=plain,
+        setup_context=setup_context,
+        backward=autograd,
+        fake=fake,
+        batched=range(3),
+        folds=lambda args: args[num_tensors - 1] is None,
+    )
+    register_transforms(
+        LIBRARY,
+        f"{name}_backward",
+        plain=plain_backward,
+        setup_context=setup_second,
+        backward=second,
+        fake=fake_backward,
+        batched=(*range(num_gradients + 3), *range(num_inputs, first_option)),
+        # A gradient of something that the whole batch shares is a sum over it.
+        folds=lambda args: args[num_inputs - 1] is None and not any(args[first_option + num_options : -1]),
+    )
 
     def forward_flops(*args: Any, **_: Any) -> int:
         return flops(args[:num_tensors], args[num_tensors:])

@@ -17,6 +17,7 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.reference import divided as reference
 from vidattn.reference.attention import accumulator_dtype
 
@@ -288,14 +289,14 @@ def _arguments(
 def _call(name: str, inputs: _Inputs, options: _Options, backend: str | None) -> tuple[Tensor, Tensor]:
     chosen = choose_backend(describe_call(name, inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    out, cls, _ = torch.ops.vidattn.divided_attention(*inputs, seed, *options, chosen)
+    out, cls, _ = call_op("divided_attention", *inputs, seed, *options, chosen)
     return out, cls
 
 
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
+_OPTIONS = "int num_frames, str token_order, int temporal_heads, str? cls_token, Scalar scale, Scalar dropout_p"
 # cls is the context of the cls token in each frame (B, T, h * d), empty without one. It is an output of "per_frame";
 # with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
 LIBRARY.define(
@@ -471,8 +472,8 @@ def _autograd(
     if grad_out is None:
         return (None,) * 11
     *options, backend = ctx.options
-    grads = torch.ops.vidattn.divided_attention_backward(
-        grad_out, grad_cls if options[3] == "per_frame" else None, *ctx.saved_tensors, *options, backend
+    grads = call_op(
+        "divided_attention_backward", grad_out, grad_cls if options[3] == "per_frame" else None, *ctx.saved_tensors, *options, backend
     )
     return (*grads, *(None,) * 8)
 

@@ -18,6 +18,7 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op, register_transforms
 from vidattn.reference import mixing as reference
 from vidattn.reference.attention import accumulator_dtype
 
@@ -77,7 +78,7 @@ def space_time_mixing_attention(
     )
     chosen = choose_backend(describe_call("space_time_mixing_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.space_time_mixing_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("space_time_mixing_attention", *inputs, seed, *options, chosen)[0]
 
 
 def temporal_shift(
@@ -118,7 +119,7 @@ def temporal_shift(
     """
     inputs, options = _shift_arguments(x, num_frames, channel_shifts, dim=dim)
     chosen = choose_backend(describe_call("temporal_shift", x), backend)
-    return torch.ops.vidattn.temporal_shift(*inputs, *options, chosen)
+    return call_op("temporal_shift", *inputs, *options, chosen)
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schemas ----
@@ -225,7 +226,7 @@ def _triples(channel_shifts: Sequence[int]) -> list[tuple[int, int, int]]:
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, int[] channel_shifts, float scale, float dropout_p"
+_OPTIONS = "int num_frames, int[] channel_shifts, Scalar scale, Scalar dropout_p"
 # lse is empty where no backward needs it.
 LIBRARY.define(
     f"space_time_mixing_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS
@@ -241,12 +242,13 @@ LIBRARY.define(
 )
 # Implemented by the extension per device. q, k, v, dq, dk, dv: (B * T, N, h, d); out, dout: (B * T, N, h * d);
 # lse: (B * T, N, h) in the accumulator's dtype.
+_NATIVE_OPTIONS = "int num_frames, int[] channel_shifts, float scale, float dropout_p"
 NATIVE_FORWARD = "_space_time_mixing_attention_forward"
 LIBRARY.define(
-    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_NATIVE_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
 )
 LIBRARY.define(
-    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS},"
+    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_NATIVE_OPTIONS},"
     " Tensor? out, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
 )
 # x, out: (frames, outer, channels, inner), contiguous, of any dtype.
@@ -362,7 +364,7 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
 def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 9
-    grads = torch.ops.vidattn.space_time_mixing_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = call_op("space_time_mixing_attention_backward", grad_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None,) * 6)
 
 
@@ -383,10 +385,18 @@ def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
     return 4 * frames * heads * tokens**2 * head_dim
 
 
+def _plain_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str) -> Tensor:
+    return reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim)
+
+
+def _fake_shift(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str) -> Tensor:
     out = torch.empty_like(x)  # keeps the memory format of a dense tensor
     if backend == "reference":
-        return out.copy_(reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim))
+        return out.copy_(_plain_shift(x, num_frames, channel_shifts, dim, backend))
     if out.numel() == 0:
         return out
     if x.is_contiguous():
@@ -418,7 +428,7 @@ def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _shift_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     num_frames, channel_shifts, dim, backend = ctx.options
     back = [-value if place % 3 == 2 else value for place, value in enumerate(channel_shifts)]
-    return torch.ops.vidattn.temporal_shift(grad, num_frames, back, dim, backend), None, None, None, None
+    return call_op("temporal_shift", grad, num_frames, back, dim, backend), None, None, None, None
 
 
 register_function("space_time_mixing_attention", arguments=_mixing_arguments, native=NATIVE_FORWARD)
@@ -435,5 +445,13 @@ register_attention(
 )
 register_function("temporal_shift", arguments=_shift_arguments, native=NATIVE_SHIFT, attends=False)
 LIBRARY.impl("temporal_shift", _shift, "CompositeExplicitAutograd")
-torch.library.register_fake("vidattn::temporal_shift", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
-torch.library.register_autograd("vidattn::temporal_shift", _shift_autograd, setup_context=_save_shift, lib=LIBRARY)
+torch.library.register_fake("vidattn::temporal_shift", _fake_shift, lib=LIBRARY)
+register_transforms(
+    LIBRARY,
+    "temporal_shift",
+    plain=_plain_shift,
+    setup_context=_save_shift,
+    backward=_shift_autograd,
+    fake=_fake_shift,
+    batched=(0,),
+)

@@ -16,6 +16,7 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
 
@@ -67,7 +68,7 @@ def window_attention(
     inputs, options = _arguments(qkv, bias, mask, scale=scale, dropout_p=dropout_p)
     chosen = choose_backend(describe_call("window_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -120,12 +121,12 @@ def _arguments(
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? seed"
 LIBRARY.define(
-    f"window_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
+    f"window_attention({_INPUTS}, Scalar scale, Scalar dropout_p, str backend) -> (Tensor out, Tensor lse)",
     tags=TAGS,
 )
 LIBRARY.define(
-    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale,"
-    " float dropout_p, bool needs_bias, str backend)"
+    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, Scalar scale,"
+    " Scalar dropout_p, bool needs_bias, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     tags=TAGS,
 )
@@ -223,8 +224,8 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tens
     if grad_out is None:
         return (None,) * 9
     *options, backend = ctx.options
-    grads = torch.ops.vidattn.window_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, ctx.needs_input_grad[3], backend
+    grads = call_op(
+        "window_attention_backward", grad_out, *ctx.saved_tensors, *options, ctx.needs_input_grad[3], backend
     )
     return (*grads, *(None,) * 5)
 

@@ -21,6 +21,7 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.reference.window3d import window3d_attention_backward
 
 __all__ = ["window3d_attention"]
@@ -101,7 +102,7 @@ def window3d_attention(
     )
     chosen = choose_backend(describe_call("window3d_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window3d_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window3d_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -153,10 +154,6 @@ def _arguments(
         pad_qkv = pad_qkv.to(q.dtype)  # rounded as the projection would have rounded it
     if bias_index not in geo.BIAS_INDEX_MODES:
         raise ValueError(f"{name}: bias_index: expected one of {geo.BIAS_INDEX_MODES}, got {bias_index!r}")
-    if isinstance(mask_value, float) and mask_value == -math.inf:
-        mask = mask_value
-    else:
-        mask = arguments.finite_number(name, "mask_value", mask_value)
     axes = (wrap,) * 3 if isinstance(wrap, bool) else wrap
     if not isinstance(axes, (tuple, list)) or len(axes) != 3 or not all(isinstance(axis, bool) for axis in axes):
         raise TypeError(f"{name}: wrap: expected a bool or three, got {wrap!r}")
@@ -165,7 +162,7 @@ def _arguments(
         shift,
         axes,
         bias_index,
-        mask,
+        arguments.finite_number(name, "mask_value", mask_value, minus_infinity=True),
         arguments.check_scale(name, scale, head_dim),
         arguments.check_dropout(name, dropout_p),
         # A table that is being trained changes with every step.
@@ -177,7 +174,7 @@ def _arguments(
 
 # keep_bias: what a kernel makes of the bias table may be kept for later calls, as long as the table does not change.
 _OPTIONS = (
-    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p,"
+    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, Scalar mask_value, Scalar scale, Scalar dropout_p,"
     " bool keep_bias"
 )
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? seed"
@@ -356,8 +353,8 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tens
         return (None,) * 15
     *options, backend = ctx.options
     needs_bias, needs_pad = ctx.needs_input_grad[3:5]
-    grads = torch.ops.vidattn.window3d_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
+    grads = call_op(
+        "window3d_attention_backward", grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
     )
     return (*grads, *(None,) * 10)
 
