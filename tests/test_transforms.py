@@ -99,7 +99,7 @@ def test_transforms_of_every_op(case: Any, transform: str) -> None:
 
 @pytest.mark.parametrize("which", ["first", "others", "all"])
 def test_vmap_of_every_op(case: Any, which: str) -> None:
-    """The mapped dimension is joined with the batch, or each call is made by itself; the result says nothing of that."""
+    """The mapped dimension is joined with the batch, or each call is made by itself; results do not tell."""
     function, plain, inputs = case
     mapped = [which == "all" or (place == 0) == (which == "first") for place in _places(inputs)]
     if not any(mapped):

@@ -28,7 +28,6 @@ _INT64 = 2**63
 _LARGEST = sys.float_info.max
 _INFINITY = float("inf")
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,9 +103,10 @@ def integer(function: str, name: str, value: Any) -> int:
         return int(value)  # there, sizes are tensors
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
-    if not -_INT64 <= value < _INT64:
-        raise ValueError(f"{function}: {name}: expected an integer of 64 bits, got {value}")
-    return int(value)
+    number = int(value)
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"{function}: {name}: expected an integer of 64 bits, got {number}")
+    return number
 
 
 def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool = False) -> float:
@@ -127,7 +127,9 @@ def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool 
     """
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
-    if not -_LARGEST <= value <= _LARGEST and not (minus_infinity and value == -_INFINITY):
+    least = -_INFINITY if minus_infinity else -_LARGEST
+    # Compared, because a compiler may not know it yet; false for NaN too.
+    if not least <= value <= _LARGEST:  # type: ignore[operator]
         expected = "a finite number or -inf" if minus_infinity else "a finite number"
         raise ValueError(f"{function}: {name}: expected {expected}, got {value}")
     return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]

@@ -2,12 +2,12 @@
 
 Kernels compute values and first derivatives. Everything else goes through the reference, whatever the backend:
 
-* forward mode (``torch.func.jvp``, ``jacfwd``, dual tensors) and recordings (``torch.jit.trace``, ONNX) take plain PyTorch
-  in the place of the op;
-* the transforms of ``torch.func`` that go backward, and ``vmap``, keep the op: a ``torch.autograd.Function`` tells them how;
+* forward mode (``torch.func.jvp``, ``jacfwd``, dual tensors) and recordings (``torch.jit.trace``, ONNX) take plain
+  PyTorch in the place of the op;
+* the other transforms of ``torch.func`` keep the op, with a ``torch.autograd.Function`` that tells them how;
 * second derivatives differentiate the gradient of the plain PyTorch, so the first pass saves nothing for them.
 
-They need memory for all scores, as any attention in plain PyTorch does.
+Plain PyTorch needs memory for all scores.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ class _Op(NamedTuple):
     Attributes:
         plain: takes the op's arguments and computes it in differentiable PyTorch.
         function: the op with its derivative, for the transforms of ``torch.func``.
+        numbers: places of its floating point arguments.
     """
 
     plain: Callable[..., Any]
     function: type[torch.autograd.Function]
+    numbers: tuple[int, ...]
 
+
+# Of the variant of an op that call_with_numbers calls.
+WITH_NUMBERS = "_with_numbers"
 
 _ops: dict[str, _Op] = {}
 
@@ -54,12 +59,43 @@ def call_op(name: str, *args: Any) -> Any:
     transformed = torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0 or (transformed and torch.compiler.is_compiling()):
         return _ops[name].plain(*args)
+    if transformed:
+        return _ops[name].function.apply(*args)
     if torch.jit.is_tracing():
         with quiet_tracing():
             return _ops[name].plain(*args)
-    if transformed:
-        return _ops[name].function.apply(*args)
+    if torch.compiler.is_compiling() and (known := _symbolic_numbers(name, args)) is not None:
+        return call_with_numbers(name, *args, known)
     return getattr(torch.ops.vidattn, name)(*args)
+
+
+def call_with_numbers(name: str, *args: Any) -> Any:
+    """Call an op whose floating point arguments are in a tensor, which comes last.
+
+    A compiled program has a constant in the place of each number that goes to an op, and is compiled again for each
+    value: after ten of them ``torch.compile`` gives up. Tensors it lets pass.
+
+    Args:
+        name: name of the op.
+        *args: all its arguments and the tensor.
+
+    Returns:
+        What the op returns.
+    """
+    places = _ops[name].numbers
+    known = (0.0 if place in places else arg for place, arg in enumerate(args))
+    return getattr(torch.ops.vidattn, name + WITH_NUMBERS)(*known)
+
+
+def _symbolic_numbers(name: str, args: Sequence[Any]) -> Tensor | None:
+    """Give an op's floating point arguments as a tensor if the compiler has not fixed all of them."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by whatever compiles
+
+    numbers = [args[place] for place in _ops[name].numbers]
+    if all(has_static_value(number) for number in numbers):
+        return None
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([one * number for number in numbers])
 
 
 @contextmanager
@@ -71,7 +107,7 @@ def quiet_tracing() -> Iterator[None]:
 
 
 def gradients(
-    plain: Callable[..., Sequence[Tensor]],
+    plain: Callable[..., Any],
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
@@ -96,9 +132,9 @@ def gradients(
         arguments = list(tensors)
         for place, value in zip(places, values, strict=True):
             arguments[place] = value
-        return tuple(result for result, grad in zip(plain(*arguments), grads) if grad is not None)  # noqa: B905
+        return tuple(result for result, grad in zip(plain(*arguments), grads) if grad is not None)
 
-    _, pull_back = torch.func.vjp(counted, *(tensors[place] for place in places))
+    _, pull_back, *_ = torch.func.vjp(counted, *(tensors[place] for place in places))
     found = dict(zip(places, pull_back(given), strict=True))
     return [found.get(place) for place in range(len(needed))]
 
@@ -107,22 +143,24 @@ def register_transforms(
     library: torch.library.Library,
     name: str,
     *,
+    implementation: Callable[..., Any],
     plain: Callable[..., Any],
+    fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
-    fake: Callable[..., Any],
     batched: Sequence[int],
     folds: Callable[[Sequence[Any]], bool] = lambda args: True,
 ) -> None:
-    """Register the derivative of an op, and tell the transforms about it.
+    """Register an op, its fake and its derivative, and tell the transforms about it.
 
     Args:
         library: what its schema was defined with.
         name: name of the op.
+        implementation: of the op, on every device.
         plain: takes the op's arguments and computes it in differentiable PyTorch.
-        setup_context: as ``torch.library.register_autograd`` takes it.
-        backward: the same.
         fake: allocates the op's outputs.
+        setup_context: as ``torch.library.register_autograd`` takes it; ``ctx.numbers`` is set.
+        backward: the same.
         batched: places of the arguments whose first dimension is the batch, as it is that of all outputs.
         folds: takes the op's arguments, and says whether a call of a bigger batch gives what calls for its parts give.
     """
@@ -159,8 +197,49 @@ def register_transforms(
             "generate_vmap_rule": True,
         },
     )
-    _ops[name] = _Op(plain, function)
-    known = make_autograd_impl(op, Info(backward, setup_context))
+    numbers = tuple(place for place, arg in enumerate(op._schema.arguments) if str(arg.type) == "float")
+    _ops[name] = _Op(plain, function, numbers)
+    _register(library, name, implementation, plain, fake, setup_context, backward)
+    torch.library.register_vmap(f"vidattn::{name}", vmap, lib=library)
+    # ONNX has standard operators alone. Fake tensors would take a decomposition too if there were no meta function.
+    register_decomposition(op)(plain)
+    register_decomposition(op, type="meta")(fake)
+    if not numbers:
+        return
+
+    def filled(args: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+        found = dict(zip(numbers, known, strict=True))
+        return [found.get(place, arg) for place, arg in enumerate(args)]
+
+    def setup_with_numbers(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.numbers = inputs[-1]
+        setup_context(ctx, tuple(filled(inputs[:-1], inputs[-1].unbind())), output)
+
+    schema = str(op._schema).replace(name, name + WITH_NUMBERS, 1).replace(") ->", ", Tensor numbers) ->", 1)
+    library.define(schema.removeprefix("vidattn::"), tags=op.tags)
+    _register(
+        library,
+        name + WITH_NUMBERS,
+        lambda *args: implementation(*filled(args[:-1], args[-1].tolist())),
+        lambda *args: plain(*filled(args[:-1], args[-1].unbind())),
+        lambda *args: fake(*args[:-1]),
+        setup_with_numbers,
+        backward,
+    )
+
+
+def _register(
+    library: torch.library.Library,
+    name: str,
+    implementation: Callable[..., Any],
+    plain: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vidattn::{name}", fake, lib=library)
+    known = make_autograd_impl(getattr(torch.ops.vidattn, name).default, Info(backward, setup_context))
 
     # What autograd sees of a call that came by no public function.
     def autograd(keyset: Any, *args: Any) -> Any:
@@ -169,10 +248,6 @@ def register_transforms(
         return known(keyset, *args)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"vidattn::{name}", vmap, lib=library)
-    # ONNX has standard operators alone. Fake tensors would take a decomposition too if there were no meta function.
-    register_decomposition(op)(plain)
-    register_decomposition(op, type="meta")(fake)
 
 
 def _first(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -296,7 +296,7 @@ def _call(name: str, inputs: _Inputs, options: _Options, backend: str | None) ->
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, str token_order, int temporal_heads, str? cls_token, Scalar scale, Scalar dropout_p"
+_OPTIONS = "SymInt num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
 # cls is the context of the cls token in each frame (B, T, h * d), empty without one. It is an output of "per_frame";
 # with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
 LIBRARY.define(
@@ -466,18 +466,6 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(cls_token == "per_frame")
 
 
-def _autograd(
-    ctx: Any, grad_out: Tensor | None, grad_cls: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 11
-    *options, backend = ctx.options
-    grads = call_op(
-        "divided_attention_backward", grad_out, grad_cls if options[3] == "per_frame" else None, *ctx.saved_tensors, *options, backend
-    )
-    return (*grads, *(None,) * 8)
-
-
 def _fake(
     q: Tensor,
     k: Tensor | None,
@@ -520,7 +508,6 @@ register_attention(
     backward=_backward,
     fake=_fake,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=4,
     num_outputs=3,

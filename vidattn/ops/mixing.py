@@ -203,7 +203,7 @@ def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: 
     expected = f"{name}: channel_shifts: expected ranges (first, last, frame offset)"
     if not isinstance(channel_shifts, (tuple, list)):
         raise TypeError(f"{expected}, got {channel_shifts!r}")
-    ranges = []
+    ranges: list[tuple[int, int, int]] = []
     for entry in channel_shifts:
         if not isinstance(entry, (tuple, list)) or len(entry) != 3:
             raise TypeError(f"{expected}, got {entry!r}")
@@ -211,8 +211,8 @@ def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: 
         if not 0 <= first <= last <= channels:
             raise ValueError(f"{expected} with 0 <= first <= last <= {channels} channels, got {tuple(entry)}")
         if first < last:
-            ranges.append((first, last, offset))
-    ranges.sort()
+            place = sum([before[0] < first for before in ranges])  # torch.compile cannot sort numbers it has not fixed
+            ranges.insert(place, (first, last, offset))
     for before, after in itertools.pairwise(ranges):
         if before[1] > after[0]:
             raise ValueError(f"{expected} that do not overlap, got {before} and {after}")
@@ -226,7 +226,7 @@ def _triples(channel_shifts: Sequence[int]) -> list[tuple[int, int, int]]:
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, int[] channel_shifts, Scalar scale, Scalar dropout_p"
+_OPTIONS = "SymInt num_frames, int[] channel_shifts, float scale, float dropout_p"
 # lse is empty where no backward needs it.
 LIBRARY.define(
     f"space_time_mixing_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS
@@ -238,17 +238,16 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    "temporal_shift(Tensor x, int num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
+    "temporal_shift(Tensor x, SymInt num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
 )
 # Implemented by the extension per device. q, k, v, dq, dk, dv: (B * T, N, h, d); out, dout: (B * T, N, h * d);
 # lse: (B * T, N, h) in the accumulator's dtype.
-_NATIVE_OPTIONS = "int num_frames, int[] channel_shifts, float scale, float dropout_p"
 NATIVE_FORWARD = "_space_time_mixing_attention_forward"
 LIBRARY.define(
-    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_NATIVE_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
+    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
 )
 LIBRARY.define(
-    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_NATIVE_OPTIONS},"
+    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS},"
     " Tensor? out, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
 )
 # x, out: (frames, outer, channels, inner), contiguous, of any dtype.
@@ -361,13 +360,6 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 9
-    grads = call_op("space_time_mixing_attention_backward", grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * 6)
-
-
 def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return _new_outputs(q.select(-3, 0) if k is None else q, rest[-1])
 
@@ -438,20 +430,18 @@ register_attention(
     backward=_backward,
     fake=_fake,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=4,
     save=_save,
 )
 register_function("temporal_shift", arguments=_shift_arguments, native=NATIVE_SHIFT, attends=False)
-LIBRARY.impl("temporal_shift", _shift, "CompositeExplicitAutograd")
-torch.library.register_fake("vidattn::temporal_shift", _fake_shift, lib=LIBRARY)
 register_transforms(
     LIBRARY,
     "temporal_shift",
+    implementation=_shift,
     plain=_plain_shift,
+    fake=_fake_shift,
     setup_context=_save_shift,
     backward=_shift_autograd,
-    fake=_fake_shift,
     batched=(0,),
 )

@@ -121,12 +121,12 @@ def _arguments(
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? seed"
 LIBRARY.define(
-    f"window_attention({_INPUTS}, Scalar scale, Scalar dropout_p, str backend) -> (Tensor out, Tensor lse)",
+    f"window_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
     tags=TAGS,
 )
 LIBRARY.define(
-    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, Scalar scale,"
-    " Scalar dropout_p, bool needs_bias, str backend)"
+    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale,"
+    " float dropout_p, bool needs_bias, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     tags=TAGS,
 )
@@ -220,16 +220,6 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias, needs_bias))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 9
-    *options, backend = ctx.options
-    grads = call_op(
-        "window_attention_backward", grad_out, *ctx.saved_tensors, *options, ctx.needs_input_grad[3], backend
-    )
-    return (*grads, *(None,) * 5)
-
-
 def _as_grids(*tensors: Tensor) -> list[Tensor]:
     """View windows (G, N, ...) as grids (G, 1, 1, N, ...)."""
     return [x.unsqueeze(1).unsqueeze(1) for x in tensors]
@@ -256,7 +246,6 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
 )

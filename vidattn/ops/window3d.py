@@ -174,7 +174,7 @@ def _arguments(
 
 # keep_bias: what a kernel makes of the bias table may be kept for later calls, as long as the table does not change.
 _OPTIONS = (
-    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, Scalar mask_value, Scalar scale, Scalar dropout_p,"
+    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p,"
     " bool keep_bias"
 )
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? seed"
@@ -348,17 +348,6 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias_table, needs_bias), tensors.as_input(grad_pad, pad_qkv, needs_pad))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 15
-    *options, backend = ctx.options
-    needs_bias, needs_pad = ctx.needs_input_grad[3:5]
-    grads = call_op(
-        "window3d_attention_backward", grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
-    )
-    return (*grads, *(None,) * 10)
-
-
 def _bias_window(
     table: Tensor | None, window_size: Sequence[int], windows: geo.WindowGeometry, bias_index: str
 ) -> list[int]:
@@ -396,7 +385,6 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
 )
