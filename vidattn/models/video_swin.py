@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vidattn.models.layers import DropPath, Mlp
+from vidattn.tracing import traced_for_one_size
 from vidattn.models.video_swin_windows import (
     compute_mask,
     fit_window,
@@ -500,6 +501,7 @@ class SwinTransformer3D(nn.Module):
             elif isinstance(module, WindowAttention3D):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
+    @traced_for_one_size
     def forward(self, x: Tensor) -> Tensor:
         """Map a video (B, in_chans, T, H, W) of any length and resolution to features (B, C, D, h, w)."""
         x = self.pos_drop(self.patch_embed(x))

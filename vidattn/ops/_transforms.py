@@ -12,9 +12,7 @@ Plain PyTorch needs memory for all scores.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from torch._decomp import register_decomposition
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-__all__ = ["call_op", "gradients", "quiet_tracing", "register_transforms"]
+__all__ = ["call_op", "gradients", "register_transforms"]
 
 
 class _Op(NamedTuple):
@@ -57,13 +55,10 @@ def call_op(name: str, *args: Any) -> Any:
         What the op returns.
     """
     transformed = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 or (transformed and torch.compiler.is_compiling()):
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing() or (transformed and torch.compiler.is_compiling()):
         return _ops[name].plain(*args)
     if transformed:
         return _ops[name].function.apply(*args)
-    if torch.jit.is_tracing():
-        with quiet_tracing():
-            return _ops[name].plain(*args)
     if torch.compiler.is_compiling() and (known := _symbolic_numbers(name, args)) is not None:
         return call_with_numbers(name, *args, known)
     return getattr(torch.ops.vidattn, name)(*args)
@@ -96,14 +91,6 @@ def _symbolic_numbers(name: str, args: Sequence[Any]) -> Tensor | None:
         return None
     one = torch.ones((), dtype=torch.float64)
     return torch.stack([one * number for number in numbers])
-
-
-@contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Keep ``torch.jit.trace`` from warning that it records a decision on sizes as it was made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        yield
 
 
 def gradients(

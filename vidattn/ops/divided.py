@@ -20,6 +20,7 @@ from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attentio
 from vidattn.ops._transforms import call_op
 from vidattn.reference import divided as reference
 from vidattn.reference.attention import accumulator_dtype
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["factorized_dot_product_attention", "spatial_attention", "temporal_attention"]
 
@@ -27,6 +28,7 @@ TOKEN_ORDERS = ("thw", "hwt")
 CLS_TOKENS = (None, "mean", "per_frame")
 
 
+@traced_for_one_size
 def temporal_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -73,6 +75,7 @@ def temporal_attention(
     return _call("temporal_attention", inputs, options, backend)[0]
 
 
+@traced_for_one_size
 def spatial_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -128,6 +131,7 @@ def spatial_attention(
     return (out, cls) if cls_token == "per_frame" else out
 
 
+@traced_for_one_size
 def factorized_dot_product_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,

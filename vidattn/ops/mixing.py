@@ -21,10 +21,12 @@ from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attentio
 from vidattn.ops._transforms import call_op, register_transforms
 from vidattn.reference import mixing as reference
 from vidattn.reference.attention import accumulator_dtype
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["space_time_mixing_attention", "temporal_shift"]
 
 
+@traced_for_one_size
 def space_time_mixing_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -81,6 +83,7 @@ def space_time_mixing_attention(
     return call_op("space_time_mixing_attention", *inputs, seed, *options, chosen)[0]
 
 
+@traced_for_one_size
 def temporal_shift(
     x: Tensor,
     num_frames: int,

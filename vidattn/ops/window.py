@@ -19,10 +19,12 @@ from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attentio
 from vidattn.ops._transforms import call_op
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window_attention"]
 
 
+@traced_for_one_size
 def window_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,

@@ -23,10 +23,12 @@ from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
 from vidattn.ops._transforms import call_op
 from vidattn.reference.window3d import window3d_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window3d_attention"]
 
 
+@traced_for_one_size
 def window3d_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias_table: Tensor | None = None,
