@@ -24,7 +24,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vidattn.models.layers import DropPath, Mlp
-from vidattn.tracing import traced_for_one_size
 from vidattn.models.video_swin_windows import (
     compute_mask,
     fit_window,
@@ -34,6 +33,7 @@ from vidattn.models.video_swin_windows import (
     window_partition,
     window_reverse,
 )
+from vidattn.tracing import traced_for_one_size
 
 if TYPE_CHECKING:
     from os import PathLike
