@@ -1,4 +1,4 @@
-"""What ``torch.jit.trace`` has to be told."""
+"""What tracers and compilers have to be told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["traced_for_one_size"]
+__all__ = ["is_symbolic", "traced_for_one_size"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,3 +30,16 @@ def traced_for_one_size(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return quietly
+
+
+def is_symbolic(*numbers: float) -> bool:
+    """Whether ``torch.compile`` has left one of the numbers open, for a program that serves many values.
+
+    It fixes those that go to an op of ours or to a generator of random numbers, and then makes a program for each
+    value; past eight it gives up. Products of a tensor and such a number it keeps open.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by whatever compiles
+
+    return not all(has_static_value(number) for number in numbers)

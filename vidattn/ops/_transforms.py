@@ -21,6 +21,8 @@ from torch._decomp import register_decomposition
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
+from vidattn.tracing import is_symbolic
+
 __all__ = ["call_op", "gradients", "register_transforms"]
 
 
@@ -59,16 +61,16 @@ def call_op(name: str, *args: Any) -> Any:
         return _ops[name].plain(*args)
     if transformed:
         return _ops[name].function.apply(*args)
-    if torch.compiler.is_compiling() and (known := _symbolic_numbers(name, args)) is not None:
-        return call_with_numbers(name, *args, known)
+    if torch.compiler.is_compiling():
+        numbers = [args[place] for place in _ops[name].numbers]
+        if is_symbolic(*numbers):
+            one = torch.ones((), dtype=torch.float64)
+            return call_with_numbers(name, *args, torch.stack([one * number for number in numbers]))
     return getattr(torch.ops.vidattn, name)(*args)
 
 
 def call_with_numbers(name: str, *args: Any) -> Any:
-    """Call an op whose floating point arguments are in a tensor, which comes last.
-
-    A compiled program has a constant in the place of each number that goes to an op, and is compiled again for each
-    value: after ten of them ``torch.compile`` gives up. Tensors it lets pass.
+    """Call an op whose floating point arguments are in a tensor, which comes last: see :func:`is_symbolic`.
 
     Args:
         name: name of the op.
@@ -80,17 +82,6 @@ def call_with_numbers(name: str, *args: Any) -> Any:
     places = _ops[name].numbers
     known = (0.0 if place in places else arg for place, arg in enumerate(args))
     return getattr(torch.ops.vidattn, name + WITH_NUMBERS)(*known)
-
-
-def _symbolic_numbers(name: str, args: Sequence[Any]) -> Tensor | None:
-    """Give an op's floating point arguments as a tensor if the compiler has not fixed all of them."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by whatever compiles
-
-    numbers = [args[place] for place in _ops[name].numbers]
-    if all(has_static_value(number) for number in numbers):
-        return None
-    one = torch.ones((), dtype=torch.float64)
-    return torch.stack([one * number for number in numbers])
 
 
 def gradients(
