@@ -16,12 +16,15 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window_attention"]
 
 
+@traced_for_one_size
 def window_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
@@ -67,7 +70,7 @@ def window_attention(
     inputs, options = _arguments(qkv, bias, mask, scale=scale, dropout_p=dropout_p)
     chosen = choose_backend(describe_call("window_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -220,16 +223,6 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias, needs_bias))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 9
-    *options, backend = ctx.options
-    grads = torch.ops.vidattn.window_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, ctx.needs_input_grad[3], backend
-    )
-    return (*grads, *(None,) * 5)
-
-
 def _as_grids(*tensors: Tensor) -> list[Tensor]:
     """View windows (G, N, ...) as grids (G, 1, 1, N, ...)."""
     return [x.unsqueeze(1).unsqueeze(1) for x in tensors]
@@ -256,7 +249,6 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
 )

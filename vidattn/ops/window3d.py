@@ -22,11 +22,14 @@ from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.reference.window3d import window3d_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window3d_attention"]
 
 
+@traced_for_one_size
 def window3d_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias_table: Tensor | None = None,
@@ -102,7 +105,7 @@ def window3d_attention(
     )
     chosen = choose_backend(describe_call("window3d_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window3d_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window3d_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -154,10 +157,6 @@ def _arguments(
         arguments.check_companion(name, "pad_qkv", pad_qkv, q, (3, heads, head_dim), "(3, h, d)")
         pad_qkv = pad_qkv.to(q.dtype)  # rounded as the projection would have rounded it
     arguments.check_choice(name, "bias_index", bias_index, geo.BIAS_INDEX_MODES)
-    if isinstance(mask_value, float) and mask_value == -math.inf:
-        mask = mask_value
-    else:
-        mask = arguments.finite_number(name, "mask_value", mask_value)
     axes = (wrap,) * 3 if isinstance(wrap, bool) else wrap
     if not isinstance(axes, (tuple, list)) or len(axes) != 3 or not all(isinstance(axis, bool) for axis in axes):
         raise TypeError(f"{name}: wrap: expected a bool or three, got {describe(wrap)}")
@@ -166,7 +165,7 @@ def _arguments(
         shift,
         axes,
         bias_index,
-        mask,
+        arguments.finite_number(name, "mask_value", mask_value, minus_infinity=True),
         arguments.check_scale(name, scale, head_dim),
         arguments.check_dropout(name, dropout_p),
         # A table that is being trained changes with every step.
@@ -352,17 +351,6 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias_table, needs_bias), tensors.as_input(grad_pad, pad_qkv, needs_pad))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 15
-    *options, backend = ctx.options
-    needs_bias, needs_pad = ctx.needs_input_grad[3:5]
-    grads = torch.ops.vidattn.window3d_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
-    )
-    return (*grads, *(None,) * 10)
-
-
 def _bias_window(
     table: Tensor | None, window_size: Sequence[int], windows: geo.WindowGeometry, bias_index: str
 ) -> list[int]:
@@ -400,7 +388,6 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
 )

@@ -245,9 +245,9 @@ class _Groups:
 
     def __init__(self, q: Tensor, num_frames: int, token_order: str, has_cls: bool) -> None:
         self.batch, self.num_frames = q.shape[0], num_frames
-        self.num_sites = (q.shape[1] - has_cls) // num_frames
+        self.has_cls = int(has_cls)
+        self.num_sites = (q.shape[1] - self.has_cls) // num_frames
         self.time_fastest = token_order == "hwt"
-        self.has_cls = has_cls
 
     def sequences(self, x: Tensor, over_time: bool) -> Tensor:
         """Pick sequences (G, n, ...) from tokens (B, S, ...), the cls token once in each frame."""

@@ -261,25 +261,25 @@ def _windows_of(
 def _to_windows(x: Tensor, windows: geo.WindowGeometry, pad_value: Tensor | None = None) -> Tensor:
     """Pad, roll and partition a grid (B, D, H, W, ...) into windows (B * nW, N, ...)."""
     batch, tail = x.shape[0], x.shape[4:]
+    x = x.flatten(4)  # what other libraries run has 8 dimensions at most
     depth, height, width = (p - g for p, g in zip(windows.padded, windows.grid, strict=True))
     if depth or height or width:
-        x = F.pad(x, (0, 0) * len(tail) + (0, width, 0, height, 0, depth))
+        x = F.pad(x, (0, 0, 0, width, 0, height, 0, depth))
         if pad_value is not None:
-            real = _real_tokens(windows, x.device).reshape(*windows.padded, *(1 for _ in tail))
-            x = torch.where(real, x, pad_value)
+            x = torch.where(_real_tokens(windows, x.device)[..., None], x, pad_value.flatten())
     x = x.roll([-s for s in windows.shift], (1, 2, 3))
     (nd, nh, nw), (wd, wh, ww) = windows.counts, windows.window
-    x = x.reshape(batch, nd, wd, nh, wh, nw, ww, *tail).permute(0, 1, 3, 5, 2, 4, 6, *range(7, 7 + len(tail)))
+    x = x.reshape(batch, nd, wd, nh, wh, nw, ww, x.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
     return x.reshape(batch * windows.num_windows, windows.num_tokens, *tail)
 
 
 def _from_windows(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
     """Merge windows (B * nW, N, ...) back and undo the roll: the padded grid (B, Dp, Hp, Wp, ...)."""
-    tail = x.shape[2:]
-    batch = x.shape[0] // windows.num_windows
-    x = x.reshape(batch, *windows.counts, *windows.window, *tail).permute(0, 1, 4, 2, 5, 3, 6, *range(7, 7 + len(tail)))
-    x = x.reshape(batch, *windows.padded, *tail)  # from (B, nd, wd, nh, wh, nw, ww, ...)
-    return x.roll(windows.shift, (1, 2, 3))
+    batch, tail = x.shape[0] // windows.num_windows, x.shape[2:]
+    x = x.flatten(2)
+    x = x.reshape(batch, *windows.counts, *windows.window, x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(batch, *windows.padded, x.shape[-1])  # from (B, nd, wd, nh, wh, nw, ww, C)
+    return x.roll(windows.shift, (1, 2, 3)).unflatten(-1, tail)
 
 
 def _crop(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
