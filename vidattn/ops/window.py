@@ -190,7 +190,7 @@ def _backward(
     qkv = tensors.separate(q, k, v)
     if backend == "reference" and out.numel() > 0:
         *found, grad_bias = window_attention_backward(
-            grad_out, qkv, bias, mask, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
+            grad_out, qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed
         )
         grads = tensors.pack(k, found)
     else:

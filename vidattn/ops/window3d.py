@@ -310,8 +310,6 @@ def _backward(
             qkv,
             bias_table,
             pad_qkv,
-            out,
-            lse,
             window_size=window_size,
             shift_size=shift_size,
             bias_index=bias_index,
