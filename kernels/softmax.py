@@ -12,7 +12,8 @@ __all__ = [
     "dropout_factors",
     "dropout_factors_at",
     "finish_rows",
-    "probabilities",
+    "normalise_rows",
+    "score_gradients",
     "softmax_rows",
     "softmax_step",
     "start_rows",
@@ -72,6 +73,46 @@ def softmax_rows(scores, unit=1.0):
     offset = tl.where(row_max == float("-inf"), 0.0, row_max) * (unit * LOG2E)
     weights = tl.exp2(scores * (unit * LOG2E) - offset[:, None])
     return weights, row_max, tl.sum(weights, 1)
+
+
+@triton.jit
+def normalise_rows(weights, row_sum, grad_weights):
+    """P, and delta = sum(P dP), of rows that are seen whole, from their weights exp(s - m) and sums."""
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    delta = tl.sum(weights * grad_weights, 1) / row_sum
+    return weights * (1.0 / row_sum)[:, None], delta
+
+
+@triton.jit
+def score_gradients(
+    scores,
+    lse,
+    delta,
+    dout_rows,
+    v_rows,
+    factors,
+    WHOLE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    unit=1.0,
+):
+    """P as it multiplied v, dropout applied, and dS = P (dP - delta).
+
+    ``WHOLE`` says that the rows are seen whole: P and delta are then taken from them, not from what was kept.
+    """
+    if WHOLE:
+        weights, _, row_sum = softmax_rows(scores, unit)
+    else:
+        weights = probabilities(scores, lse, unit)
+    grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        grad_weights *= factors
+    if WHOLE:
+        weights, delta = normalise_rows(weights, row_sum, grad_weights)
+    dropped = weights
+    if HAS_DROPOUT:
+        dropped = weights * factors
+    return dropped, weights * (grad_weights - delta[:, None])
 
 
 @triton.jit
