@@ -81,13 +81,13 @@ def _backward_sequences(
     weights, _, row_sum, factors = attend_packed(
         q_rows, k_rows, sequences, slots, groups, head, dropout, unit, LENGTH, CLS, BLOCK, HAS_DROPOUT, PRECISION
     )
+    weights = normalise_rows(weights, row_sum)
     grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
-    if HAS_DROPOUT:
-        grad_weights *= factors
-    weights, delta = normalise_rows(weights, row_sum, grad_weights)
     dropped = weights
     if HAS_DROPOUT:
         dropped = weights * factors
+        grad_weights *= factors
+    delta = tl.sum(weights * grad_weights, 1)
     grad_scores = (weights * (grad_weights - delta[:, None])).to(q_rows.dtype)
 
     stored, offsets = rows if CLS else tokens, clips * grad_batch + row_offsets(tokens, grad_token)

@@ -13,13 +13,13 @@ A row whose scores are all -inf gives context 0 and L = -inf.
 Backward, with dO the gradient of the context::
 
     dv = R^T dO          dR = dO v^T          dP = dR * keep / (1 - p)
-    dS = P * (dP - delta)                     delta_i = sum_j P_ij dP_ij / sum_j P_ij
+    dS = P * (dP - delta)                     delta_i = sum_j P_ij dP_ij
     dq = scale * dS k    dk = scale * dS^T q
 
-The sum of P is 1, and sum_j P_ij dP_ij is sum_e dO_ie O_ie. But what is left of dP - delta where one key has nearly all
-the weight is small beside both, so rounding counts: delta is taken from the same dP, with the same weights. A context
-that was rounded in between, or weights that are rebuilt from a rounded L and do not sum to 1, leave noise in its place.
-A pass that never has a whole row at hand has no choice.
+delta_i is sum_e dO_ie O_ie as well, but only without rounding. Where one key has nearly all the weight, what is left of
+dP - delta is small beside both: so delta is summed over the same dP, and P, normalised by its own sum, sums to 1. A
+context that was rounded in between, or a P that is rebuilt from a rounded L, leaves noise in its place; a pass that
+never has a whole row at hand has no choice.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ def attend_backward(
         if dropout_p > 0:
             factors = _keep_factors(probabilities, dropout_p, seed, first_head)
             dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        total = probabilities.sum(-1, keepdim=True)
-        delta = (probabilities * grad_probabilities).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+        delta = (probabilities * grad_probabilities).sum(-1, keepdim=True)
         grad_scores = probabilities * (grad_probabilities - delta)
         grad_v = dropped.transpose(-2, -1) @ grad_heads
         grad_q = scale * (grad_scores @ _by_head(k))
