@@ -128,7 +128,7 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale,"
+    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, float scale,"
     " float dropout_p, bool needs_bias, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     tags=TAGS,
@@ -160,9 +160,9 @@ def _forward(
     launch_forward, _ = launch_functions(backend)
     launch_forward(
         *_as_grids(*qkv),
-        tensors.accumulated(bias, lse, backend),
+        tensors.accumulated(bias, q, backend),
         [],
-        tensors.accumulated(mask, lse, backend),
+        tensors.accumulated(mask, q, backend),
         None,
         seed,
         [1, 1, out.shape[1]],
@@ -184,33 +184,33 @@ def _backward(
     bias: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     dropout_p: float,
     needs_bias: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     qkv = tensors.separate(q, k, v)
-    if backend == "reference" and out.numel() > 0:
+    if backend == "reference" and grad_out.numel() > 0:
         *found, grad_bias = window_attention_backward(
-            grad_out, qkv, bias, mask, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
+            grad_out, qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed
         )
         grads = tensors.pack(k, found)
     else:
         grads, views = tensors.new_gradients(q, k, v)
-        grad_bias = tensors.new_sum(bias, lse, needs_bias)
-        if out.numel() > 0:
+        grad_bias = tensors.new_sum(bias, q, needs_bias)
+        if grad_out.numel() > 0:
             _, launch_backward = launch_functions(backend)
             launch_backward(
                 *_as_grids(tensors.last_dim_dense(grad_out), *qkv),
-                tensors.accumulated(bias, lse, backend),
+                tensors.accumulated(bias, q, backend),
                 [],
-                tensors.accumulated(mask, lse, backend),
+                tensors.accumulated(mask, q, backend),
                 None,
                 seed,
-                *_as_grids(out, lse),
-                [1, 1, out.shape[1]],
+                *((None, None) if out is None or lse is None else _as_grids(out, lse)),
+                [1, 1, q.shape[1]],
                 [0, 0, 0],
                 [0, 0, 0],
                 scale,
@@ -221,6 +221,14 @@ def _backward(
                 None,
             )
     return (*grads, tensors.as_input(grad_bias, bias, needs_bias))
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep the op's tensors, and its outputs only where the backward pass rebuilds rows from a log-sum-exp."""
+    kept = tensors.keeps_lse(output[0].shape[1], ctx.options[-1])
+    ctx.save_for_backward(*inputs, *(output if kept else (None, None)))
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
 
 
 def _as_grids(*tensors: Tensor) -> list[Tensor]:
@@ -251,4 +259,5 @@ register_attention(
     fake_backward=_fake_backward,
     flops=_flops,
     num_tensors=6,
+    save=_save,
 )

@@ -208,9 +208,6 @@ def divided_attention_backward(
     for over_time, heads in _shares(q, temporal_heads):
         q_part, k_part, v_part = (groups.sequences(x[..., heads, :], over_time) for x in (q, k, v))
         grad = groups.sequences_of(grad_out.unflatten(-1, q.shape[-2:])[..., heads, :].flatten(-2), grad_cls, over_time)
-        context, lse = attend(
-            q_part, k_part, v_part, scale=scale, dropout_p=dropout_p, seed=seed, first_head=heads.start
-        )
         *grads, _ = attend_backward(
             grad,
             q_part,
@@ -218,8 +215,6 @@ def divided_attention_backward(
             v_part,
             None,
             None,
-            context,
-            lse,
             scale=scale,
             dropout_p=dropout_p,
             seed=seed,
