@@ -104,41 +104,36 @@ void Attention<P, In>::backward_rows(G& group, int64_t first, int64_t count) {
 }
 
 // For R rows in work from r on: with scores s and gradients g of the weights at hand, P = softmax(s) and
-// dS = P (g - sum(P g)). The weights are normalised before they are summed: where one is nearly 1, what is left of the
-// difference is less than what a division afterwards rounds. Words that pair two rows (R is 2, or the second is zeros)
-// take the rows' places: in the score panel the pairs of P and of dS, in the other dS itself as words along the keys.
-// The exponentials are full ones also where words are rounded: the gradient of a bias is not.
+// dS = P (g - sum(P g)). Words that pair two rows (R is 2, or the second is zeros) take the rows' places: in the score
+// panel the pairs of P and of dS, in the other dS itself as words along the keys. The exponentials are full ones also
+// where words are rounded: the gradient of a bias is not.
 template <class P, class In>
 template <int R, class G>
 void Attention<P, In>::softmax_gradient(G& group, int64_t first, int64_t r, const Vec<T>* top) {
   const bool drop = dropout_.p > 0;
-  T delta[R];
+  T inverse[R], delta[R];
   for (int i = 0; i < R; ++i) {
     T m = largest<T>(top[r + i]);
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     T* const keep = keep_ + i * tiles_ * kWidth;
     if (drop) dropout_.factors(0, tiles_ * kWidth, group.query(first + r + i), group.head(), group.index(), keep);
-    const Vec<T> sums = exponentials<typename ExpOf<T>::type>(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
-      T* weight = panel(scores_, tile, r + i);
-#pragma GCC unroll 2
-      for (int n = 0; n < decltype(vectors)::value; ++n) store(weight + n * kLanes<T>, p[n]);
-    });
-    const T total = sum<T>(sums), inverse = total == 0 ? T(0) : 1 / total;
     Vec<T> products[2] = {};
-    for_each_tile([&](int64_t tile, auto vectors, auto) {
+    const Vec<T> sums = exponentials<typename ExpOf<T>::type>(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T *weight = panel(scores_, tile, r + i), *gradient = panel(dscores_, tile, r + i);
 #pragma GCC unroll 2
       for (int n = 0; n < decltype(vectors)::value; ++n) {
-        Vec<T> p = load(weight + n * kLanes<T>) * inverse, g = load(gradient + n * kLanes<T>);
+        Vec<T> g = load(gradient + n * kLanes<T>);
         if (drop) {
           g *= load(keep + tile * kWidth + n * kLanes<T>);
           store(gradient + n * kLanes<T>, g);
         }
-        store(weight + n * kLanes<T>, p);
-        products[n] += p * g;
+        store(weight + n * kLanes<T>, p[n]);
+        products[n] += p[n] * g;
       }
     });
-    delta[i] = sum<T>(products[0] + products[1]);
+    const T total = sum<T>(sums);
+    inverse[i] = total == 0 ? T(0) : 1 / total;
+    delta[i] = sum<T>(products[0] + products[1]) * inverse[i];
   }
   for_each_tile([&](int64_t tile, auto vectors, auto) {
     constexpr int NV = decltype(vectors)::value;
@@ -149,7 +144,7 @@ void Attention<P, In>::softmax_gradient(G& group, int64_t first, int64_t r, cons
 #pragma GCC unroll 2
       for (int n = 0; n < NV; ++n) {
         const int64_t at = i * kWidth + n * kLanes<T>, key = tile * kWidth + n * kLanes<T>;
-        p[i][n] = load(weights + at);
+        p[i][n] = load(weights + at) * inverse[i];
         ds[i][n] = p[i][n] * (load(gradients + at) - delta[i]);
         if (drop) p[i][n] *= load(keep_ + i * tiles_ * kWidth + key);
         group.add_score_gradients(r + i, key, n_ - key, ds[i][n]);
