@@ -223,7 +223,7 @@ X = torch.zeros(6, 5, 16)
 @pytest.mark.parametrize(
     ("error", "message", "x", "options"),
     [
-        (TypeError, r"x: expected a tensor \(B \* T, ...\), got list", [1.0], {}),
+        (TypeError, r"x: expected a tensor \(B \* T, ...\), got \[1\.0\]", [1.0], {}),
         (ValueError, r"x: expected shape .* got \(6,\)", X[:, 0, 0], {}),
         (TypeError, "x: expected a dense tensor", X.to_sparse(), {}),
         (ValueError, r"x: expected B \* num_frames = B \* 4 frames, got 6", X, {"num_frames": 4}),

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vidattn.installation import build_command, pure_by_choice
+from vidattn.messages import describe, shorten
 
 __all__ = ["current_backend", "list_backends", "set_backend", "use_backend", "warmup", "why_not"]
 
@@ -140,6 +141,7 @@ def set_backend(name: str) -> None:
         name: a name from :func:`list_backends`, or "auto" (per call, the first backend that can run it).
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
 
     Example:
@@ -159,6 +161,7 @@ def use_backend(name: str) -> Iterator[None]:
         name: a name from :func:`list_backends`, or "auto".
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
 
     Example:
@@ -199,9 +202,10 @@ def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None
         >>> why_not("window3d_attention", backend="reference")
         []
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _describe_call:
-        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {name}")
+    name = op if isinstance(op, str) else getattr(op, "__name__", None)
+    if not isinstance(name, str) or name not in _describe_call:
+        got = shorten(name) if isinstance(name, str) else describe(op)
+        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {got}")
     chosen = current_backend() if backend is None else _check_name(backend, "why_not: backend")
     call = _describe_call[name](*args, **kwargs) if args or kwargs else None
     if chosen != "auto":
@@ -283,10 +287,15 @@ def warmup(model: torch.nn.Module, batch: Any) -> None:
         model: any module.
         batch: what it takes: a tensor, a tuple of positional or a dict of keyword arguments.
 
+    Raises:
+        TypeError: the model is none.
+
     Example:
         >>> import torch
         >>> warmup(torch.nn.Linear(4, 2).eval(), torch.randn(1, 4))
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"warmup: model: expected a torch.nn.Module, got {describe(model)}")
     if not model.training:
         with torch.no_grad():
             call_model(model, batch)
@@ -319,8 +328,10 @@ def tensor_leaves(output: Any) -> list[Tensor]:
 
 
 def _check_name(name: str, source: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {describe(name)}")
     if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {describe(name)}")
     return name
 
 

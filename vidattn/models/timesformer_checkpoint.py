@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vidattn.models.checkpoint import Conversion, State, not_recognised, register_converter
+from vidattn.models.checkpoint import Conversion, State, describe_layers, not_recognised, register_converter
 from vidattn.models.registry import matching_models
 from vidattn.models.timesformer import TimeSformer, VisionTransformer
 
@@ -224,6 +224,8 @@ def _sniff(state: State) -> tuple[str, State]:
     for source in SOURCES:
         renamed = convert_state_dict(state, source)
         names = {name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name for name in renamed}
+        if "temp_embed" in names:  # an X-ViT has all of these names too
+            break
         if names >= {_PATCH, "cls_token", "pos_embed", "blocks.0.attn.qkv.weight"}:
             return source, {name.removeprefix(_PREFIX): tensor for name, tensor in renamed.items()}
     raise not_recognised(state, "a TimeSformer (official or huggingface) or an image ViT")
@@ -275,5 +277,21 @@ def _convert(model: nn.Module, state: State) -> Conversion:
     return conversion
 
 
-register_converter(TimeSformer, _convert)
-register_converter(VisionTransformer, _convert)
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """Say what a configuration of Hugging Face would."""
+    network = model.model if isinstance(model, TimeSformer) else model
+    assert isinstance(network, VisionTransformer)
+    found: dict[str, Any] = {
+        "model_type": "timesformer",
+        "attention_type": network.attention_type,
+        "patch_size": network.patch_embed.patch_size,
+        "image_size": network.patch_embed.img_size,
+        **describe_layers(network.blocks, network.norm),
+    }
+    if network.attention_type != "space_only":
+        found["num_frames"] = network.time_embed.shape[1]
+    return found
+
+
+register_converter(TimeSformer, _convert, _configuration)
+register_converter(VisionTransformer, _convert, _configuration)

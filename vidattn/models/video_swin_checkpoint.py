@@ -297,7 +297,7 @@ def _convert(model: nn.Module, state: State) -> Conversion:
         conversion.ignored += [name for name in state if name.startswith(_HEAD)]
     known: dict[Triple, Tensor] = {}
     for name, tensor in state.items():
-        if name in conversion.ignored or name.endswith((_INDEX, "attn_mask")) or name.startswith("data_preprocessor."):
+        if name in conversion.ignored or name.endswith((_INDEX, "attn_mask")):
             continue
         if name.endswith(_TABLE) and tensor.ndim == 2:
             index = state.get(name.replace(_TABLE, _INDEX))

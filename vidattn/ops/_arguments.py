@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vidattn.messages import describe as _describe
 from vidattn.ops._tensors import last_dim_dense
 
 __all__ = [
     "DTYPES",
+    "check_choice",
     "check_companion",
+    "check_dense",
     "check_dropout",
     "check_scale",
     "draw_seed",
@@ -40,6 +43,7 @@ def split_qkv(
         The tensors the op takes.
     """
     if isinstance(qkv, Tensor):
+        check_dense(function, "qkv", qkv)
         ndim = packed.count(",") + 1
         if qkv.dim() != ndim or qkv.shape[-3] != 3:
             raise ValueError(f"{function}: qkv: expected shape {packed}, got {tuple(qkv.shape)}")
@@ -49,6 +53,8 @@ def split_qkv(
         raise TypeError(
             f"{function}: qkv: expected a tensor {packed} or three tensors {separate}, got {_describe(qkv)}"
         )
+    for name, x in zip("qkv", qkv, strict=True):
+        check_dense(function, name, x)
     q, k, v = qkv
     if q.dim() != separate.count(",") + 1 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in qkv)
@@ -66,12 +72,30 @@ def check_companion(function: str, name: str, value: Tensor, like: Tensor, shape
     """Check a tensor that goes with q, k and v: its type, shape and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name}: expected a tensor {layout} or None, got {_describe(value)}")
+    check_dense(function, name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{function}: {name}: expected shape {layout} = {tuple(shape)}, got {tuple(value.shape)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{function}: {name}: expected a floating dtype, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
+
+
+def check_dense(function: str, name: str, value: object) -> None:
+    """Refuse a tensor whose elements do not lie at strides, before its shape is looked at; what is no tensor passes."""
+    if not isinstance(value, Tensor):
+        return
+    if value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised"
+        raise TypeError(f"{function}: {name}: expected a dense tensor, got a {kind} tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name}: expected a dense tensor, got layout {value.layout}")
+
+
+def check_choice(function: str, name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """Refuse what is none of the words that an option may be."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{function}: {name}: expected one of {tuple(choices)}, got {_describe(value)}")
 
 
 def check_scale(function: str, scale: float | None, head_dim: int) -> float:
@@ -115,8 +139,6 @@ def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
 def _check_values(function: str, name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{function}: {name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{function}: {name}: expected a dense tensor, got layout {x.layout}")
     if x.shape[-1] < 1:
         raise ValueError(f"{function}: {name}: expected a head dimension of at least 1, got shape {tuple(x.shape)}")
 
@@ -127,9 +149,3 @@ def _autocast(x: Tensor) -> Tensor:
     if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return x
     return x.to(torch.get_autocast_dtype(device_type))
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}: " + ", ".join(_describe(item) for item in value)
-    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -219,8 +219,7 @@ def _spatial_arguments(
     dropout_p: float = 0.0,
 ) -> tuple[_Inputs, _Options]:
     name = "spatial_attention"
-    if cls_token not in CLS_TOKENS:
-        raise ValueError(f"{name}: cls_token: expected one of {CLS_TOKENS}, got {cls_token!r}")
+    arguments.check_choice(name, "cls_token", cls_token, CLS_TOKENS)
     return _arguments(name, qkv, num_frames, token_order, lambda heads: 0, cls_token, scale, dropout_p)
 
 
@@ -273,8 +272,7 @@ def _arguments(
         raise ValueError(
             f"{name}: qkv: expected a cls token and num_frames * N = 1 + {frames} * N tokens with N >= 1, got {tokens}"
         )
-    if token_order not in TOKEN_ORDERS:
-        raise ValueError(f"{name}: token_order: expected one of {TOKEN_ORDERS}, got {token_order!r}")
+    arguments.check_choice(name, "token_order", token_order, TOKEN_ORDERS)
     return _Inputs(q, k, v), _Options(
         frames,
         token_order,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidattn.backends import choose_backend
+from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
@@ -173,9 +174,8 @@ def _shift_arguments(
 ) -> tuple[tuple[Tensor], _ShiftOptions]:
     name = "temporal_shift"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x: expected a tensor (B * T, ...), got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: x: expected a dense tensor, got layout {x.layout}")
+        raise TypeError(f"{name}: x: expected a tensor (B * T, ...), got {describe(x)}")
+    arguments.check_dense(name, "x", x)
     if x.dim() < 2:
         raise ValueError(f"{name}: x: expected shape (B * T, ...) with a dimension of channels, got {tuple(x.shape)}")
     axis = arguments.integer(name, "dim", dim)
@@ -201,16 +201,18 @@ def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: 
     """Return the ranges that move something, in ascending order, flat."""
     expected = f"{name}: channel_shifts: expected ranges (first, last, frame offset)"
     if not isinstance(channel_shifts, (tuple, list)):
-        raise TypeError(f"{expected}, got {channel_shifts!r}")
+        raise TypeError(f"{expected}, got {describe(channel_shifts)}")
     ranges = []
     for entry in channel_shifts:
         if not isinstance(entry, (tuple, list)) or len(entry) != 3:
-            raise TypeError(f"{expected}, got {entry!r}")
+            raise TypeError(f"{expected}, got {describe(entry)}")
         first, last, offset = (arguments.integer(name, "channel_shifts", value) for value in entry)
         if not 0 <= first <= last <= channels:
-            raise ValueError(f"{expected} with 0 <= first <= last <= {channels} channels, got {tuple(entry)}")
-        if first < last:
-            ranges.append((first, last, offset))
+            raise ValueError(f"{expected} with 0 <= first <= last <= {channels} channels, got {describe(tuple(entry))}")
+        if abs(offset) >= 2**63:  # and so that its negative, which the gradient needs, is a number of 64 bits too
+            raise ValueError(f"{expected} with an offset below 2**63 in size, got {describe(tuple(entry))}")
+        if first < last:  # no clip has 2**40 frames, and a kernel can add this to one
+            ranges.append((first, last, max(-(2**40), min(offset, 2**40))))
     ranges.sort()
     for before, after in itertools.pairwise(ranges):
         if before[1] > after[0]:

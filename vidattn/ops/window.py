@@ -101,6 +101,7 @@ def _arguments(
     if bias is not None:
         arguments.check_companion(name, "bias", bias, q, (heads, tokens, tokens), "(h, N, N)")
     if mask is not None:
+        arguments.check_dense(name, "mask", mask)
         kinds = mask.shape[0] if isinstance(mask, Tensor) and mask.dim() == 3 else 1
         arguments.check_companion(name, "mask", mask, q, (kinds, tokens, tokens), "(nW, N, N)")
         if kinds == 0 or groups % kinds != 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vidattn import geometry as geo
 from vidattn import reference
 from vidattn.backends import choose_backend
+from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
@@ -147,19 +148,19 @@ def _arguments(
         rows = geo.num_bias_rows(window)
         arguments.check_companion(name, "bias_table", bias_table, q, (rows, heads), "((2Wd-1)(2Wh-1)(2Ww-1), h)")
     if pad_qkv is not None:
+        arguments.check_dense(name, "pad_qkv", pad_qkv)
         if isinstance(pad_qkv, Tensor) and pad_qkv.dim() == 1 and pad_qkv.shape[0] == 3 * heads * head_dim:
             pad_qkv = pad_qkv.reshape(3, heads, head_dim)
         arguments.check_companion(name, "pad_qkv", pad_qkv, q, (3, heads, head_dim), "(3, h, d)")
         pad_qkv = pad_qkv.to(q.dtype)  # rounded as the projection would have rounded it
-    if bias_index not in geo.BIAS_INDEX_MODES:
-        raise ValueError(f"{name}: bias_index: expected one of {geo.BIAS_INDEX_MODES}, got {bias_index!r}")
+    arguments.check_choice(name, "bias_index", bias_index, geo.BIAS_INDEX_MODES)
     if isinstance(mask_value, float) and mask_value == -math.inf:
         mask = mask_value
     else:
         mask = arguments.finite_number(name, "mask_value", mask_value)
     axes = (wrap,) * 3 if isinstance(wrap, bool) else wrap
     if not isinstance(axes, (tuple, list)) or len(axes) != 3 or not all(isinstance(axis, bool) for axis in axes):
-        raise TypeError(f"{name}: wrap: expected a bool or three, got {wrap!r}")
+        raise TypeError(f"{name}: wrap: expected a bool or three, got {describe(wrap)}")
     return _Inputs(q, k, v, bias_table, pad_qkv), _Options(
         window,
         shift,
