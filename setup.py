@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 
@@ -93,9 +94,22 @@ def wants_extension() -> bool:
     return False
 
 
+class BuildPure(build_py):
+    """Leaves a note in a copy without extension whether that was wanted (see vidattn/installation.py)."""
+
+    def run(self):
+        super().run()
+        note = Path(self.build_lib) / "vidattn" / "pure_by_choice.txt"
+        if self.editable_mode:
+            return
+        note.unlink(missing_ok=True)  # of an earlier build
+        if os.environ.get("VIDATTN_BUILD_EXT") == "0":
+            note.write_text("Installed with VIDATTN_BUILD_EXT=0: the reference runs, and no warning says so.\n")
+
+
 def setup_arguments():
     if not wants_extension():
-        return {}
+        return {"cmdclass": {"build_py": BuildPure}}
     return {
         "ext_modules": [extension()],
         "cmdclass": {"build_ext": build_command()},

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import vidattn
-from vidattn import backends
+from vidattn import backends, installation
 from vidattn.backends import AttentionCall, choose_backend
 
 QKV = torch.randn(1, 2, 4, 4, 3, 2, 8)
@@ -24,8 +24,9 @@ ON_CUDA = CALL._replace(device_type="cuda")
 
 
 @pytest.fixture(autouse=True)
-def automatic() -> None:
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test from "auto", whatever the environment asks of the others."""
+    monkeypatch.delenv("VIDATTN_BUILD_EXT", raising=False)
     vidattn.set_backend("auto")
 
 
@@ -151,13 +152,48 @@ def test_unknown_names(choose: Any) -> None:
 @pytest.mark.usefixtures("fallback_not_warned_about")
 def test_a_cuda_call_that_ends_on_the_reference_warns_once() -> None:
     narrow_enough_for_nobody = ON_CUDA._replace(head_dim=10_000, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="no kernel runs this call on cuda, so it takes the reference"):
+    with pytest.warns(UserWarning, match="no kernel runs this call on cuda, so it takes the reference.* got 10000"):
         assert choose_backend(narrow_enough_for_nobody) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_backend(narrow_enough_for_nobody) == "reference"
-        assert choose_backend(CALL._replace(device_type="meta")) in ("cpu", "cuda", "triton", "reference")
-        assert choose_backend(CALL._replace(head_dim=10_000)) == "reference"  # a CPU without kernels is no surprise
+
+
+@pytest.mark.usefixtures("fallback_not_warned_about")
+def test_a_cpu_call_that_ends_on_the_reference_warns_once_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._kernel_missing, ("window3d_attention", "cpu"), lambda: "it is not built")
+    monkeypatch.setattr(backends, "pure_by_choice", lambda: False)
+    with warnings.catch_warnings():  # who names a backend, or only asks, is told nothing
+        warnings.simplefilter("error")
+        assert choose_backend(CALL, "reference") == backends.find_backend(CALL) == "reference"
+        with vidattn.use_backend("reference"):
+            assert choose_backend(CALL) == "reference"
+        assert choose_backend(CALL._replace(device_type="meta", head_dim=10_000)) == "reference"
+    with pytest.warns(UserWarning, match="needs much memory .cpu: it is not built. This builds them: ") as caught:
+        vidattn.window3d_attention(QKV, window_size=2)
+    assert installation.build_command() in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vidattn.window3d_attention(QKV, window_size=2)
+
+
+@pytest.mark.usefixtures("fallback_not_warned_about")
+def test_no_warning_where_nobody_wanted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._kernel_missing, ("window3d_attention", "cpu"), lambda: "it is not built")
+    monkeypatch.setenv("VIDATTN_BUILD_EXT", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_backend(CALL) == "reference"
+    assert "This builds" not in backends.why_reference(CALL)
+
+
+@pytest.mark.usefixtures("fallback_not_warned_about")
+def test_a_call_that_no_kernel_takes_is_told_why_and_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._kernel_missing, ("window3d_attention", "cpu"), lambda: None)
+    monkeypatch.setattr(backends, "pure_by_choice", lambda: False)
+    with pytest.warns(UserWarning, match="up to 128, got 130") as caught:
+        choose_backend(CALL._replace(head_dim=130))
+    assert "This builds" not in str(caught[0].message)
 
 
 def test_the_environment_chooses() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import vidattn
+from vidattn import installation
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,11 +133,14 @@ def test_kernels_folder_does_not_shadow_the_package_of_that_name():
     assert child.stdout.strip() == "None"  # a namespace, which any installed package goes before
 
 
-def build_wheel(tree: Path, target: Path) -> list[str]:
+def build_wheel(tree: Path, target: Path, **environment: str) -> list[str]:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    environment = os.environ | {"VIDATTN_BUILD_EXT": "0"}
     child = subprocess.run(
-        [*command, "--wheel-dir", str(target), str(tree)], env=environment, capture_output=True, text=True, check=False
+        [*command, "--wheel-dir", str(target), str(tree)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     (wheel,) = target.glob("*.whl")
@@ -147,12 +153,50 @@ def test_wheel_of_pure_python_holds_the_package(tmp_path):
     left_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
     (tree / "kernels" / "probe.py").write_text('"""Stands for a Triton kernel."""\n')
-    names = build_wheel(tree, tmp_path / "wheel")
+    names = build_wheel(tree, tmp_path / "wheel", VIDATTN_BUILD_EXT="0")
     expected = {path.relative_to(tree).as_posix() for path in (tree / "vidattn").rglob("*.py")}
     expected |= {"vidattn/py.typed", "vidattn/labels/kinetics400.txt", "vidattn/kernels/probe.py"}
-    assert expected <= set(names)
+    note = f"vidattn/{installation.PURE_BY_CHOICE}"
+    assert expected | {note} <= set(names)
+    # One that has no kernels because there is no compiler does not pass for one that nobody wanted any in.
+    by_chance = build_wheel(tree, tmp_path / "by chance", VIDATTN_BUILD_EXT="", CXX="no-such-compiler")
+    assert set(names) - set(by_chance) == {note}
     inside = {name for name in names if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in inside} == {"vidattn"}
     assert not [name for name in inside if not name.endswith((".py", ".typed", ".txt"))]
     info = f"vidattn-{vidattn.__version__}.dist-info"
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", f"{info}/entry_points.txt"} <= set(names)
+
+
+def test_the_command_that_builds_names_what_was_installed(tmp_path, monkeypatch):
+    python = shlex.quote(sys.executable)
+    tools = f'{python} -m pip install "setuptools>=77" ninja'
+    assert installation.is_checkout()
+    assert installation.build_command() == (
+        f"cd {shlex.quote(str(ROOT))} && {tools} && VIDATTN_BUILD_EXT=1 {python} setup.py build_ext --inplace"
+    )
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "vidattn")
+    (tmp_path / "vidattn").mkdir()
+    monkeypatch.delenv("VIDATTN_BUILD_EXT", raising=False)
+    assert not installation.is_checkout() and not installation.pure_by_choice()
+    (tmp_path / "vidattn" / installation.PURE_BY_CHOICE).touch()
+    assert installation.pure_by_choice()
+
+    class Installed:
+        text: str | None
+
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return self.text
+
+    monkeypatch.setattr(installation.importlib.metadata, "distribution", lambda name: Installed())
+    vcs = {"url": "https://host/v.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    for text, source in (
+        (None, "."),
+        (json.dumps({"url": "file:///a%20b/clone", "dir_info": {}}), "file:///a%20b/clone"),
+        (json.dumps(vcs), "git+https://host/v.git@abc"),
+    ):
+        Installed.text = text
+        command = installation.build_command()
+        assert command.startswith(f"{tools} && VIDATTN_BUILD_EXT=1 {python} -m pip install ")
+        assert command.endswith(f" --force-reinstall {source}")

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vidattn.backends import call_model, current_backend, list_backends, tensor_leaves, why_not
+from vidattn.backends import (
+    AttentionCall,
+    call_model,
+    current_backend,
+    find_backend,
+    list_backends,
+    tensor_leaves,
+    why_not,
+    why_reference,
+)
 
 __all__ = ["Acceleration", "SkippedModule", "SwappedModule", "Twin", "accelerate", "register_twin"]
 
@@ -149,15 +158,59 @@ class Acceleration:
     ) -> None:
         self.revert()
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """What will compute the attention of each swapped module that computes any, for its device and dtype now.
+
+        The name of a backend, several with "and" between them, or why none can.
+        """
+        found = {row.name: [backend for backend, _ in self._calls(row)] for row in self.swapped}
+        return {name: " and ".join(dict.fromkeys(backends)) for name, backends in found.items() if backends}
+
+    def _calls(self, row: SwappedModule) -> Iterator[tuple[str, AttentionCall]]:
+        """Yield the calls that a swapped module may make, each behind the backend that would run it."""
+        try:
+            module: Any = self.model.get_submodule(row.name)
+        except AttributeError:  # somebody has moved it since
+            return
+        weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+        if weight is None or not issubclass(type(module), row.twin):
+            return
+        for op in row.twin.ops:  # type: ignore[attr-defined]
+            call = AttentionCall(op, weight.device.type, weight.dtype, _head_dim(module))
+            if weight.is_meta:
+                yield "chosen when it has a device", call
+                continue
+            try:
+                yield find_backend(call, getattr(module, "attention_backend", None)), call
+            except ValueError as error:
+                yield f"none: {error}", call
+
+    def why_no_kernel(self) -> str | None:
+        """Say why modules take the reference, on which the model is no faster than it was; None if none does."""
+        for row in self.swapped:
+            for backend, call in self._calls(row):
+                if backend == "reference":
+                    named = getattr(self.model.get_submodule(row.name), "attention_backend", None) or current_backend()
+                    return "it was named" if named != "auto" else why_reference(call)
+        return None
+
     def __str__(self) -> str:
         model = type(self.model).__name__
         if not self.swapped and not self.skipped:
             return "\n".join([f"accelerate({model}): nothing to swap", *_what_is_known(self.model)])
         lines = [f"accelerate({model}): {len(self.swapped)} swapped, {len(self.skipped)} skipped"]
         width = max(len(name) for name in [row.name for row in self.swapped] + [row.name for row in self.skipped])
-        lines += [f"  {row.name:{width}}  {row.original.__name__} -> {row.twin.__name__}" for row in self.swapped]
+        backends = {name: f", backend {backend}" for name, backend in self.backends.items()}
+        lines += [
+            f"  {row.name:{width}}  {row.original.__name__} -> {row.twin.__name__}{backends.get(row.name, '')}"
+            for row in self.swapped
+        ]
         lines += [f"  {row.name:{width}}  {row.kind.__name__} skipped: {row.reason}" for row in self.skipped]
         lines += [f"  {row.name:{width}}  {row.kind.__name__} not reverted: {row.reason}" for row in self.kept]
+        reason = self.why_no_kernel()
+        if reason is not None:
+            lines.append(f"  the reference computes the same, but no faster than the model did before: {reason}")
         if self.max_difference is not None:
             lines.append(f"  verified: largest difference of the outputs {self.max_difference:.2e}")
         return "\n".join(lines)
@@ -286,6 +339,15 @@ def _plan(
         else:
             result.skipped.append(SkippedModule(name, kind, reason))
     return plan
+
+
+def _head_dim(module: nn.Module) -> int:
+    """Tell the channels of a head from the first projection in a module that has heads; 1 where there is none."""
+    for part in module.modules():
+        heads, weight = getattr(part, "num_heads", None), getattr(getattr(part, "qkv", None), "weight", None)
+        if isinstance(heads, int) and isinstance(weight, Tensor) and weight.ndim == 2:
+            return weight.shape[0] // (3 * heads)
+    return 1
 
 
 # How attention modules of most libraries call their projections.

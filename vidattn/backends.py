@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from vidattn.installation import build_command, pure_by_choice
 from vidattn.messages import describe, shorten
 
 __all__ = ["current_backend", "list_backends", "set_backend", "use_backend", "warmup", "why_not"]
@@ -224,7 +225,7 @@ def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None
 
 
 def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
-    """Pick the backend of a call.
+    """Pick the backend of a call that is about to run; "auto" warns once where only the reference is left.
 
     Args:
         call: what is to be run.
@@ -236,6 +237,14 @@ def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
     Raises:
         ValueError: the name is unknown, or the named backend cannot run the call.
     """
+    chosen = find_backend(call, backend)
+    if chosen == "reference" and not torch.compiler.is_compiling() and (backend or _selected) == "auto":
+        _warn_about_fallback(call)
+    return chosen
+
+
+def find_backend(call: AttentionCall, backend: str | None = None) -> str:
+    """Tell which backend a call would take; like :func:`choose_backend`, without its warning."""
     name = _check_name(_selected, _selected_by) if backend is None else _check_name(backend, f"{call.op}: backend")
     if name != "auto":
         reasons = _reasons(call.op, name, call)
@@ -248,9 +257,29 @@ def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
             continue
         if not _reasons(call.op, candidate, call):
             return candidate
-    if call.device_type == "cuda" and not torch.compiler.is_compiling():
-        _warn_about_fallback(call)
     return "reference"
+
+
+def why_reference(call: AttentionCall) -> str:
+    """Say why "auto" leaves a call to the reference, and which command builds the kernels that are missing.
+
+    Args:
+        call: a call for which :func:`find_backend` gives "reference".
+
+    Returns:
+        The reasons of the backends for its device; without a command where nobody wanted kernels.
+    """
+    reasons = [
+        f"{name}: {reason}"
+        for name, backend in _BACKENDS.items()
+        if backend.device_types is not None and call.device_type in backend.device_types
+        for reason in _reasons(call.op, name, call)
+    ]
+    text = "; ".join(reasons) or f"no backend has kernels for {call.device_type}"
+    missing = _kernel_missing.get((call.op, "cpu"), lambda: None)()
+    if call.device_type == "cpu" and missing is not None and not pure_by_choice():
+        text += f". This builds them: {build_command()}"
+    return text
 
 
 def warmup(model: torch.nn.Module, batch: Any) -> None:
@@ -343,10 +372,16 @@ def _reasons(op: str, name: str, call: AttentionCall | None) -> list[str]:
 
 def _warn_about_fallback(call: AttentionCall) -> None:
     global _warned_about_fallback
-    if not _warned_about_fallback:
-        _warned_about_fallback = True
-        warnings.warn(
-            f"{call.op}: no kernel runs this call on {call.device_type}, so it takes the reference, which is slow and"
-            f" needs much memory; vidattn.why_not({call.op!r}, ...) says why (this warning is shown once)",
-            stacklevel=4,
-        )
+    if (
+        _warned_about_fallback
+        or call.device_type not in ("cpu", "cuda")
+        or (call.device_type == "cpu" and pure_by_choice())
+    ):
+        return
+    _warned_about_fallback = True
+    warnings.warn(
+        f"{call.op}: no kernel runs this call on {call.device_type}, so it takes the reference, which is slow and needs"
+        f" much memory ({why_reference(call)}). Who wants the reference names it: VIDATTN_BACKEND=reference,"
+        " vidattn.use_backend. This warning is shown once",
+        stacklevel=4,
+    )

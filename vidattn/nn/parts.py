@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from vidattn.backends import AttentionCall, choose_backend, current_backend
+from vidattn.backends import AttentionCall, current_backend, find_backend
 from vidattn.ops import spatial_attention
 
 # Longer sequences are what PyTorch's attention on GPUs is made for: the products take nearly all of the time there.
@@ -156,4 +156,4 @@ def attend(
 
 def _has_cpu_kernel(x: Tensor) -> bool:
     call = AttentionCall("spatial_attention", x.device.type, x.dtype, x.shape[-1])
-    return x.device.type == "cpu" and choose_backend(call, "auto") == "cpu"
+    return x.device.type == "cpu" and find_backend(call, "auto") == "cpu"
