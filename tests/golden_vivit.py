@@ -71,8 +71,12 @@ def _function(config: dict[str, Any], inputs: dict[str, Tensor], state: dict[str
     )
 
 
-def _reverter(source: str, num_heads: int) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    return lambda gradients: revert_state_dict(gradients, source, num_heads=num_heads)
+def _reverter(source: str, *heads: int | None) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    num_heads, temporal_num_heads = (*heads, None)[:2]
+    assert num_heads is not None
+    return lambda gradients: revert_state_dict(
+        gradients, source, num_heads=num_heads, temporal_num_heads=temporal_num_heads
+    )
 
 
 def _block(attention: str) -> Callable[..., GoldenRun]:
@@ -100,14 +104,13 @@ def _block(attention: str) -> Callable[..., GoldenRun]:
 def _scenic_model(config: dict[str, Any], inputs: dict[str, Tensor], state: dict[str, Tensor]) -> GoldenRun:
     _, frames, height, width, _ = inputs["x"].shape
     encoders = {name: config.pop(name, None) for name in ("spatial_transformer", "temporal_transformer")}
-    heads = config.get("num_heads")
+    heads: tuple[int | None, ...] = (config.get("num_heads"),)
     model_class: Any = vivit.ViViT
     if encoders["spatial_transformer"]:
         model_class = vivit.SpaceTimeViViT
         for encoder, options in encoders.items():
             config.update({f"{encoder.split('_')[0]}_{name}": value for name, value in options.items()})
-        heads = config["spatial_num_heads"]
-        assert heads == config["temporal_num_heads"]
+        heads = config["spatial_num_heads"], config["temporal_num_heads"]
     model = model_class(**config, num_frames=frames, image_size=(height, width))
     report = load_checkpoint(model, state)
     assert report.converted_from == "scenic"
@@ -116,14 +119,13 @@ def _scenic_model(config: dict[str, Any], inputs: dict[str, Tensor], state: dict
         inputs,
         lambda model, inputs: {"logits": model(inputs["x"].movedim(-1, 1))},
         main="logits",
-        source_gradients=_reverter("scenic", heads),
+        source_gradients=_reverter("scenic", *heads),
     )
 
 
 def _transformers_model(config: dict[str, Any], inputs: dict[str, Tensor], state: dict[str, Tensor]) -> GoldenRun:
     ft, fh, fw = config["tubelet_size"]
     heads = config["num_attention_heads"]
-    assert config["layer_norm_eps"] == 1e-6
     model = vivit.ViViT(
         config["intermediate_size"],
         config["num_hidden_layers"],
@@ -136,6 +138,8 @@ def _transformers_model(config: dict[str, Any], inputs: dict[str, Tensor], state
         image_size=config["image_size"],
         in_channels=config["num_channels"],
         qkv_bias=config["qkv_bias"],
+        gelu="erf" if config.get("hidden_act") == "gelu" else "tanh",
+        layer_norm_eps=config.get("layer_norm_eps", 1e-6),
     )
     report = load_checkpoint(model, state)
     hub = any(".encoder.layer." in name for name in state)

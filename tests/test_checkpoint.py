@@ -351,14 +351,14 @@ def test_more_blocks_than_the_model_has() -> None:
         (["features.1.0.attn.relative_position_bias_table"], "another model with window attention"),
         (["blocks.0.attn.qkv.weight", "cls_token"], "a plain vision transformer"),
         (["layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
-        (["encoder.weight"], "has other names (encoder.weight)"),
+        (["encoder.weight"], "with other names (encoder.weight)"),
     ],
 )
 def test_other_architectures_are_named(names: list[str], architecture: str) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(ValueError, match="must be of a Video Swin.*" + re.escape(architecture)):
+        with pytest.raises(ValueError, match="expected a checkpoint of a Video Swin.*" + re.escape(architecture)):
             load_checkpoint(model, {name: torch.zeros(2, 2) for name in names}, strict=strict)
     assert_same_weights(model, before)
 
@@ -410,7 +410,7 @@ def test_dtypes_follow_the_model() -> None:
     assert torch.equal(weight, source.cls_head.fc_cls.weight.half().float())
     quantised = {**half, "cls_head.fc_cls.weight": torch.ones(5, 16, dtype=torch.int8)}
     with pytest.raises(
-        ValueError, match=r"cls_head\.fc_cls\.weight must be of a dtype like torch\.float32.*torch\.int8"
+        ValueError, match=r"cls_head\.fc_cls\.weight: expected a dtype like torch\.float32, got torch\.int8"
     ):
         load_checkpoint(model, quantised)
 
@@ -429,9 +429,9 @@ def test_loading_keeps_parameters_and_frozen_stages() -> None:
 
 
 def test_only_bundled_models_and_paths_or_mappings_are_taken() -> None:
-    with pytest.raises(TypeError, match=r"model must be one of Recognizer3D, .*SwinTransformer3D, .*got Linear"):
+    with pytest.raises(TypeError, match=r"model: expected one of Recognizer3D, .*SwinTransformer3D, .*got Linear"):
         load_checkpoint(nn.Linear(2, 2), {})
-    with pytest.raises(TypeError, match="path_or_state must be a path or a state dict, got int"):
+    with pytest.raises(TypeError, match="path_or_state: expected a path or a state dict, got 3"):
         load_checkpoint(tiny(), 3)
 
 
@@ -467,43 +467,15 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert marker.exists()
 
 
-def test_damaged_files(tmp_path: Path) -> None:
-    torch.save(tiny().state_dict(), tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
-    save_file(tiny().state_dict(), tmp_path / "whole.safetensors")
-    tensors = (tmp_path / "whole.safetensors").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(256, (5000,), generator=generator, dtype=torch.uint8).numpy().tobytes()
-    damaged = {
-        "empty.pth": b"",
-        "text.pth": b"<html>404 not found</html>\n",
-        "noise.pth": noise,
-        "half.pth": whole[: len(whole) // 2],
-        "half.safetensors": tensors[: len(tensors) // 2],
-        "header.safetensors": tensors[:8] + b"{" + noise,
-    }
-    for name, content in damaged.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"cannot be read as a PyTorch or safetensors file, it may be damaged"
-        ) as caught:
-            load_checkpoint(tiny(), tmp_path / name)
-        assert "\n" not in str(caught.value), name
-    with pytest.raises(FileNotFoundError, match=r"checkpoint not found: .*missing"):
-        load_checkpoint(tiny(), tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match="checkpoint not found"):
-        load_checkpoint(tiny(), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (3, "must hold a state dict, found int"),
-        ({}, "must hold a state dict, found nothing"),
-        ({"epoch": 3, "lr": 0.1}, "must hold a state dict, found epoch, lr"),
-        ({"state_dict": {}}, "must hold a state dict, found nothing"),
-        ({"a": torch.zeros(1), "b": "text"}, "map names to tensors, but these are something else: b"),
-        ({3: torch.zeros(1)}, "map names to tensors, but these are something else: 3"),
+        (3, "expected a state dict, got 3"),
+        ({}, "expected a state dict, got a mapping of nothing"),
+        ({"epoch": 3, "lr": 0.1}, "expected a state dict, got a mapping of epoch, lr"),
+        ({"state_dict": {}}, "expected a state dict, got a mapping of nothing"),
+        ({"a": torch.zeros(1), "b": "text"}, "expected a mapping of names to tensors, got something else: b"),
+        ({3: torch.zeros(1)}, "expected a mapping of names to tensors, got something else: 3"),
     ],
 )
 def test_files_without_a_state_dict(content: object, message: str, tmp_path: Path) -> None:

@@ -202,6 +202,28 @@ def test_classify_says_when_the_clip_is_longer_than_the_video(clip: Path, capsys
 
 
 @pytest.mark.usefixtures("tiny")
+def test_classify_warns_of_a_damaged_tail_in_one_line(clip: Path, capsys):
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size * 3 // 4])
+    assert classify(clip, "--model", "video_swin_t") == 0
+    shown = capsys.readouterr()
+    assert re.search(
+        rf"^warning: {re.escape(str(clip))} is damaged and ends after frame 1\d, at .*\n(?!warning)", shown.err
+    )
+    assert "video.py" not in shown.err and ": 1" in shown.out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classify_takes_a_folder_of_weights(clip: Path, tmp_path: Path, capsys):
+    model = vidattn.models.create_model("video_swin_t", num_classes=400)
+    (tmp_path / "weights").mkdir()
+    torch.save(model.state_dict(), tmp_path / "weights" / "pytorch_model.bin")
+    assert classify(clip, "--model", "video_swin_t", "--checkpoint", tmp_path / "weights") == 0
+    assert "layout 'official'" in capsys.readouterr().out
+    assert classify(clip, "--model", "video_swin_t", "--checkpoint", clip.parent / "clip.mkv") == 2
+    assert "error: --checkpoint: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
 def test_classify_reports_lack_of_memory(clip: Path, capsys, monkeypatch):
     def fail(*arguments, **keywords):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")

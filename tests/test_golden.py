@@ -6,6 +6,7 @@ run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,43 @@ def test_a_missing_or_an_extra_gradient_fails(block_case: GoldenCase) -> None:
         compare_case(block_case, outputs, {key: value for key, value in gradients.items() if key != name})
     with pytest.raises(AssertionError, match="original has none"):
         compare_case(block_case, outputs, {**gradients, "state.other": torch.zeros(1)})
+
+
+def test_encoders_with_different_numbers_of_heads(tmp_path: Path) -> None:
+    """A case like those of the paper's code, with 5 heads over space and 2 over time."""
+    from safetensors.torch import save_file
+
+    from vidattn.models.vivit import SpaceTimeViViT
+    from vidattn.models.vivit_checkpoint import revert_state_dict
+
+    torch.manual_seed(0)
+    model = SpaceTimeViViT(24, 1, 5, 24, 1, 2, 3, (8, 8, 2), 20, num_frames=4, image_size=16, classifier="token").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    video, cotangent = (torch.randn(shape).double() for shape in ((1, 4, 16, 16, 3), (1, 3)))  # float32 holds them
+    logits = model.double()(video.requires_grad_().movedim(-1, 1))
+    logits.backward(cotangent)
+
+    def scenic(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        tree = revert_state_dict(tensors, "scenic", num_heads=5, temporal_num_heads=2)
+        return {prefix + name: tensor.detach().float().contiguous().clone() for name, tensor in tree.items()}
+
+    tensors = {"input.x": video.detach(), "input.cotangent": cotangent, "output.logits": logits.detach()}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors |= {"grad.input.x": video.grad.float(), **scenic(model.state_dict(), "state.")}
+    tensors |= scenic({name: parameter.grad for name, parameter in model.named_parameters()}, "grad.state.")
+    config = {
+        "patches": [8, 8, 2], "hidden_size": 20, "num_classes": 3, "classifier": "token", "run": {},
+        "spatial_transformer": {"num_heads": 5, "mlp_dim": 24, "num_layers": 1},
+        "temporal_transformer": {"num_heads": 2, "mlp_dim": 24, "num_layers": 1},
+    }  # fmt: skip
+    (tmp_path / "vivit").mkdir()
+    peer = "scenic/projects/vivit/model.py SpaceTimeViViT"
+    metadata = {"arch": "vivit", "level": "model", "peer": f"of {peer}", "config": json.dumps(config)}
+    save_file(tensors, tmp_path / "vivit" / "heads.safetensors", metadata)
+    (case,) = find_cases(str(tmp_path))
+    run = case.family().build(case)
+    compare_case(case, *run_case(case, run, torch.float64, _device()))
 
 
 def test_an_unknown_case_fails(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ their names and in their layout.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -84,6 +86,7 @@ def vivit_peers(**options: Any) -> Peers:
         num_frames=config.num_frames,
         image_size=config.image_size,
         qkv_bias=config.qkv_bias,
+        layer_norm_eps=config.layer_norm_eps,
     )
     revert = partial(vivit_checkpoint.revert_state_dict, source="transformers", num_heads=4)
     return Peers(VivitForVideoClassification(config), ours, revert, "transformers")
@@ -97,6 +100,7 @@ CASES: dict[str, tuple[Callable[[], Peers], tuple[int, ...]]] = {
     "timesformer-no-bias": (partial(timesformer_peers, qkv_bias=False), (1, 5, 3, 32, 32)),
     "timesformer-one-frame": (partial(timesformer_peers, num_frames=1, image_size=40), (3, 1, 3, 40, 40)),
     "vivit": (vivit_peers, (2, 6, 3, 32, 32)),
+    "vivit-epsilon": (partial(vivit_peers, layer_norm_eps=0.1), (2, 6, 3, 32, 32)),
     "vivit-no-bias-tubelets-not-square": (
         partial(vivit_peers, qkv_bias=False, image_size=(24, 40), tubelet_size=(3, 8, 10)),
         (1, 6, 3, 24, 40),
@@ -160,3 +164,21 @@ def test_weights_logits_and_gradients(case: str, backend: str | None) -> None:
         assert found.keys() == exact.keys()
         for name, tensor in found.items():
             compare(name, tensor, exact, tolerances[dtype])
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "50KB"])
+@pytest.mark.parametrize("case", ["timesformer-divided_space_time", "vivit", "vivit-epsilon"])
+def test_folders_as_transformers_saves_them(case: str, shard_size: str, tmp_path: Path) -> None:
+    peers = CASES[case][0]()
+    spread(peers.theirs.eval())
+    peers.theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (shard_size == "1GB")
+    report = load_checkpoint(peers.ours.eval(), tmp_path)
+    assert not report.missing and not report.unexpected
+    found = peers.in_their_layout(peers.ours.state_dict())
+    assert all(torch.equal(found[name], tensor) for name, tensor in peers.theirs.state_dict().items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in (("num_attention_heads", 8), ("layer_norm_eps", 1e-3), ("hidden_act", "relu")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(ValueError, match=rf"expected a config\.json that agrees .* got {name}="):
+            load_checkpoint(peers.ours, tmp_path)

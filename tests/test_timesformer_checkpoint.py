@@ -313,15 +313,15 @@ def test_a_model_on_the_meta_device_starts_from_an_image_model() -> None:
         (["vivit.embeddings.cls_token"], "a ViViT of Hugging Face"),
         (["backbone.layers.0.blocks.0.attn.relative_position_bias_table"], "another model with window attention"),
         (["blocks.0.attn.qkv.weight", "cls_token"], "a plain vision transformer"),  # without a patch embedding
-        (["embeddings.patch_embeddings.projection.weight", "layernorm.bias"], "has other names"),
-        (["encoder.weight"], "has other names (encoder.weight)"),
+        (["embeddings.patch_embeddings.projection.weight", "layernorm.bias"], "with other names"),
+        (["encoder.weight"], "with other names (encoder.weight)"),
     ],
 )
 def test_other_architectures_are_named(names: list[str], architecture: str) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(ValueError, match="must be of a TimeSformer.*" + re.escape(architecture)):
+        with pytest.raises(ValueError, match="expected a checkpoint of a TimeSformer.*" + re.escape(architecture)):
             load_checkpoint(model, {name: torch.zeros(2, 2) for name in names}, strict=strict)
     assert_same_weights(model, before)
 

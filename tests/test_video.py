@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from video_files import numbered_frames, write_video
 from vidattn.labels import default_labels, load_labels
 from vidattn.video import (
     ClipTooShortError,
+    DamagedVideoWarning,
     VideoError,
     count_frames,
     crop_boxes,
@@ -237,9 +240,162 @@ def test_frames_are_counted_not_believed(tmp_path: Path):
     frames = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(20)]
     path = write_video(tmp_path / "clip.mkv", frames)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    count = count_frames(path)
+    with pytest.warns(
+        DamagedVideoWarning, match=r"ends after frame \d+, at 0\.\d\d s \(by its header it lasts 0\.80 s\)"
+    ):
+        count = count_frames(path)
     assert 5 <= count < 15
     assert len(read_frames(path, range(count))) == count
+
+
+# Codec, container, its options: what is damaged is what lies behind the first three fifths of the pictures.
+FORMATS = {
+    "mkv": ("ffv1", "bgr0", {}),
+    "mp4": ("libx264", "yuv420p", {}),
+    "faststart.mp4": ("libx264", "yuv420p", {"movflags": "faststart"}),
+    "threads.mp4": ("ffv1", "yuv420p", {}),
+    "mov": ("mjpeg", "yuvj420p", {}),
+    "webm": ("libvpx-vp9", "yuv420p", {}),
+}
+
+
+def noisy_video(path: Path) -> Path:
+    """40 frames that no codec makes small."""
+    rng = np.random.default_rng(0)
+    codec, pixel_format, options = FORMATS[path.name.partition(".")[2]]
+    frames = (rng.integers(0, 255, (16, 16, 3), np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(40))
+    return write_video(path, frames, codec=codec, pixel_format=pixel_format, options=options)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    start = data.find(b"mdat") if b"mdat" in data else 0
+    end = data.index(b"moov") if data.find(b"moov") > start > 0 else len(data)
+    cut = start + (end - start) * 3 // 5
+    if kind == "cut":
+        del data[cut:]
+    else:
+        data[cut : end - 8] = bytes(end - 8 - cut) if kind == "zeros" else np.random.default_rng(1).bytes(end - 8 - cut)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["cut", "zeros", "noise"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_damaged_tail_leaves_what_decodes(tmp_path: Path, name: str, kind: str):
+    path = noisy_video(tmp_path / f"clip.{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_frames(path) == 40
+        whole = read_frames(path, range(40))
+    damage(path, kind)
+    if kind == "cut" and name in ("mp4", "threads.mp4", "mov"):  # the index of the file is at its end
+        with pytest.raises(VideoError, match="is not a video that can be decoded"):
+            count_frames(path)
+        return
+    with pytest.warns(DamagedVideoWarning, match=r"clip.* is damaged and ends after frame (\d+), at ") as caught:
+        count = count_frames(path)
+    assert 15 <= count <= 30
+    assert f"after frame {count - 1}, at {count / 25:.2f} s (" in str(caught[0].message)
+    frames = read_frames(path, range(count))
+    assert torch.equal(frames[:-1], whole[: count - 1])  # and the last as far as it goes
+    with (
+        pytest.warns(DamagedVideoWarning),
+        pytest.raises(VideoError, match=r"got the end of the video: .* is damaged and"),
+    ):
+        read_frames(path, [0, count])
+
+
+def test_clips_of_a_damaged_video(tmp_path: Path):
+    path = noisy_video(tmp_path / "clip.mp4")
+    damage(path, "zeros")
+    with pytest.warns(DamagedVideoWarning):
+        views = load_views(path, spec())
+    assert views.video_frames < 30 and views.stack().shape == (1, 3, 4, 20, 20)
+    with pytest.warns(DamagedVideoWarning), pytest.raises(ClipTooShortError, match="got a video of 2"):
+        load_views(path, spec(), num_frames=16)
+    spaced = spec(sampling="spaced", frame_stride=3)
+    with pytest.warns(DamagedVideoWarning):
+        load_views(path, spaced)
+    # Of a whole video the last frame would be repeated.
+    with (
+        pytest.warns(DamagedVideoWarning),
+        pytest.raises(VideoError, match=r"is damaged .*: a clip of 16 frames, 3 apart, is not in"),
+    ):
+        load_views(path, spaced, num_frames=16)
+
+
+def test_a_video_that_is_damaged_from_its_first_frame(tmp_path: Path):
+    path = noisy_video(tmp_path / "clip.mp4")
+    data = bytearray(path.read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 8
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="is not a video that can be decoded"):
+        count_frames(path)
+
+
+# --- which stream ---------------------------------------------------------------------------------
+
+
+def write_streams(path: Path, *sizes: int, cover: int | None = None, default: int | None = None) -> Path:
+    """Video streams of so many frames as their number, of a grey level each; ``cover`` is a picture of an album."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size in sizes:
+            stream = container.add_stream("mjpeg" if size == cover else "libx264", rate=25)
+            stream.height = stream.width = size
+            stream.pix_fmt = "yuvj420p" if size == cover else "yuv420p"
+            if size == cover:
+                stream.disposition = av.stream.Disposition.attached_pic
+            elif default is not None:
+                stream.disposition = av.stream.Disposition.default if len(streams) == default else 0
+            streams.append(stream)
+        for place, (size, stream) in enumerate(zip(sizes, streams, strict=True)):
+            picture = np.full((size, size, 3), 60 * (place + 1), np.uint8)
+            for _ in range(1 if size == cover else 5):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("sizes", "options", "chosen"),
+    [
+        ((32, 64), {}, 1),
+        ((64, 32), {}, 0),
+        ((32, 64, 48), {"default": 0}, 1),  # a preview in front is not what a model should see
+        ((48, 48, 48), {"default": 2}, 2),
+        ((48, 48), {}, 0),
+        ((128, 32, 64), {"cover": 128}, 2),
+        ((32, 128), {"cover": 128}, 0),
+    ],
+)
+def test_the_main_stream(tmp_path: Path, suffix: str, sizes: tuple[int, ...], options: dict[str, int], chosen: int):
+    if suffix == "mkv" and "cover" in options:
+        return  # Matroska has covers as attachments, which are no streams
+    path = write_streams(tmp_path / f"clip.{suffix}", *sizes, **options)
+    frames = read_frames(path, range(count_frames(path)))
+    assert frames.shape == (5, 3, sizes[chosen], sizes[chosen])
+    assert abs(frames.float().mean().item() - 60 * (chosen + 1)) < 4
+
+
+def test_a_cover_picture_is_no_video(tmp_path: Path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.height = cover.width = 64
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        sound = container.add_stream("aac", rate=44100)
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 44100
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    with pytest.raises(VideoError, match="is not a video: it has no video stream but a cover picture"):
+        count_frames(path)
 
 
 def test_progress_is_reported(tmp_path: Path):

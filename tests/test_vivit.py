@@ -482,3 +482,22 @@ def test_manifests_are_those_of_the_registered_models() -> None:
             size // patch
             for size, patch in zip(config["input_shape"][1:4], (config["patches"][2], *config["patches"][:2]))
         )
+
+
+# Epsilon, and encoders with heads of their own
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_norm_takes_the_epsilon(name: str) -> None:
+    for overrides, expected in (({}, 1e-6), ({"layer_norm_eps": 1e-12}, 1e-12)):
+        norms = [module for module in tiny(name, **overrides).modules() if isinstance(module, nn.LayerNorm)]
+        assert len(norms) >= 5 and all(norm.eps == expected for norm in norms)
+
+
+def test_the_temporal_encoder_may_have_its_own_heads_and_width() -> None:
+    model = tiny(ENCODER, num_heads=4, temporal_num_heads=2, temporal_mlp_dim=40)
+    blocks = (*model.spatial_transformer.blocks, *model.temporal_transformer.blocks)
+    assert [block.attn.num_heads for block in blocks] == [4] * 2 + [2] * 4
+    assert [block.mlp.fc1.out_features for block in blocks] == [24] * 2 + [40] * 4
+    alike = tiny(ENCODER, num_heads=4)
+    assert {block.attn.num_heads for block in alike.temporal_transformer.blocks} == {4}

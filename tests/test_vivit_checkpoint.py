@@ -118,6 +118,27 @@ def test_heads_of_the_temporal_encoder_may_differ() -> None:
         assert torch.equal(tensor, state[key]), key
 
 
+def test_heads_of_a_flax_tree_must_be_those_of_the_model() -> None:
+    """No shape of a model tells them."""
+    source = tiny(ENCODER, seed=1, num_heads=4, temporal_num_heads=2)
+    state = revert_state_dict(source.state_dict(), "scenic", num_heads=4, temporal_num_heads=2)
+    model = tiny(ENCODER, num_heads=4, temporal_num_heads=2)
+    load_checkpoint(model, state)
+    with torch.no_grad():
+        assert torch.equal(model(clip()), source(clip()))
+    with pytest.raises(
+        ValueError, match="expected 4 attention heads in temporal_transformer, as the model has, got 2 in"
+    ):
+        load_checkpoint(tiny(ENCODER, num_heads=4), state)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"expected 2 attention heads in spatial_transformer, .* got 4 in Spatial"):
+            load_checkpoint(tiny(ENCODER), state, strict=strict)
+    with pytest.raises(
+        ValueError, match=r"expected 8 attention heads in spatial_transformer, .* got 2 in Transformer/"
+    ):
+        load_checkpoint(tiny(ENCODER, num_heads=8, **SQUARE), image_state())
+
+
 def test_layouts_have_names() -> None:
     for call in (convert_state_dict, lambda *args: revert_state_dict(*args, num_heads=1)):
         with pytest.raises(ValueError, match="source must be one of vidattn, scenic, transformers, transformers-hub"):
@@ -166,12 +187,12 @@ def test_what_does_not_fit_is_explained() -> None:
     with pytest.raises(ValueError, match="strict=False keeps the model's own classifier"):
         load_checkpoint(tiny(num_classes=6), scenic(tiny()))
     assert load_checkpoint(tiny(num_classes=6), scenic(tiny()), strict=False).missing == ("head.weight", "head.bias")
-    with pytest.raises(ValueError, match=r"must be of a ViViT .*; this one has other names"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint of a ViViT .*, got one with other names"):
         load_checkpoint(tiny(), {"weight": torch.zeros(1)})
     video_swin = create_model("video_swin_t", embed_dim=8, depths=(1,), num_heads=(1,))
-    with pytest.raises(ValueError, match="this one looks like a vision transformer of flax"):
+    with pytest.raises(ValueError, match="got one that looks like a vision transformer of flax"):
         load_checkpoint(video_swin, scenic(tiny()))
-    with pytest.raises(ValueError, match="this one looks like another model with window attention"):
+    with pytest.raises(ValueError, match="got one that looks like another model with window attention"):
         load_checkpoint(tiny(), video_swin.state_dict())
 
 

@@ -295,14 +295,16 @@ def test_models_on_the_meta_device(tmp_path: Path) -> None:
         (["vivit.embeddings.cls_token"], "a ViViT of Hugging Face"),
         (["backbone.layers.0.blocks.0.attn.relative_position_bias_table"], "another model with window attention"),
         (["blocks.0.attn.qkv.weight", "cls_token"], "a plain vision transformer"),  # without a patch embedding
-        (["encoder.weight"], "has other names (encoder.weight)"),
+        (["encoder.weight"], "with other names (encoder.weight)"),
     ],
 )
 def test_other_architectures_are_named(names: list[str], architecture: str) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(ValueError, match="must be of an X-ViT or an image ViT.*" + re.escape(architecture)):
+        with pytest.raises(
+            ValueError, match="expected a checkpoint of an X-ViT or an image ViT.*" + re.escape(architecture)
+        ):
             load_checkpoint(model, {name: torch.zeros(2, 2) for name in names}, strict=strict)
     assert_same_weights(model, before)
 
@@ -317,9 +319,9 @@ def test_other_architectures_are_named(names: list[str], architecture: str) -> N
 def test_a_timesformer_is_not_taken_for_an_image_model(name: str, overrides: dict[str, int]) -> None:
     other = create_model(name, **overrides)
     for state in (other.state_dict(), other.model.state_dict()):
-        with pytest.raises(ValueError, match="must be of an X-ViT or an image ViT"):
+        with pytest.raises(ValueError, match="expected a checkpoint of an X-ViT or an image ViT"):
             load_checkpoint(tiny(), state, strict=False)
-    with pytest.raises(ValueError, match="this one looks like an X-ViT"):
+    with pytest.raises(ValueError, match="one that looks like an X-ViT"):
         load_checkpoint(other, tiny().state_dict(), strict=False)
 
 

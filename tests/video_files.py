@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import av
@@ -18,9 +18,10 @@ def write_video(
     codec: str = "ffv1",
     pixel_format: str = "bgr0",
     rotation: int | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes uint8 RGB frames (height, width, 3); the default codec (in .mkv) is lossless."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=dict(options or {})) as container:
         stream = None
         for frame in frames:
             if stream is None:

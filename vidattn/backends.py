@@ -11,7 +11,9 @@ this file names a family.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from vidattn.messages import describe, shorten
 
 __all__ = ["current_backend", "list_backends", "set_backend", "use_backend", "warmup", "why_not"]
 
@@ -138,6 +142,7 @@ def set_backend(name: str) -> None:
         name: a name from :func:`list_backends`, or "auto" (per call, the first backend that can run it).
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
 
     Example:
@@ -157,6 +162,7 @@ def use_backend(name: str) -> Iterator[None]:
         name: a name from :func:`list_backends`, or "auto".
 
     Raises:
+        TypeError: the name is no string.
         ValueError: the name is unknown.
 
     Example:
@@ -197,10 +203,13 @@ def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None
         >>> why_not("window3d_attention", backend="reference")
         []
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _describe_call:
-        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {name}")
+    name = op if isinstance(op, str) else getattr(op, "__name__", None)
+    if not isinstance(name, str) or name not in _describe_call:
+        got = shorten(name) if isinstance(name, str) else describe(op)
+        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {got}")
     chosen = current_backend() if backend is None else _check_name(backend, "why_not: backend")
+    if args or kwargs:
+        _check_call(op, name, args, kwargs)
     call = _describe_call[name](*args, **kwargs) if args or kwargs else None
     if chosen != "auto":
         return _reasons(name, chosen, call)
@@ -253,10 +262,15 @@ def warmup(model: torch.nn.Module, batch: Any) -> None:
         model: any module.
         batch: what it takes: a tensor, a tuple of positional or a dict of keyword arguments.
 
+    Raises:
+        TypeError: the model is none.
+
     Example:
         >>> import torch
         >>> warmup(torch.nn.Linear(4, 2).eval(), torch.randn(1, 4))
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"warmup: model: expected a torch.nn.Module, got {describe(model)}")
     if not model.training:
         with torch.no_grad():
             call_model(model, batch)
@@ -288,9 +302,20 @@ def tensor_leaves(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def _check_call(op: str | Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    function = op if callable(op) else getattr(sys.modules.get("vidattn.ops"), name, None)
+    if function is not None:
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"why_not: *args: expected the arguments of {name}, got others: {error}") from error
+
+
 def _check_name(name: str, source: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {describe(name)}")
     if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source}: expected one of auto, {', '.join(_BACKENDS)}, got {describe(name)}")
     return name
 
 

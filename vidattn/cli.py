@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("clip", metavar="CLIP", type=Path, help="video file")
     add("--model", required=True, metavar="NAME", help=f"one of {', '.join(vidattn.models.list_models())}")
-    add("--checkpoint", metavar="FILE", type=Path, help="weights; without them the model is random")
+    add("--checkpoint", metavar="FILE", type=Path, help="weights, a file or a folder; without them the model is random")
     add("--frames", metavar="N", type=positive, help="frames of a clip (default: as the model was tested)")
     add("--stride", metavar="N", type=positive, help="distance of the frames (default: as the model was tested)")
     add(
@@ -194,7 +195,7 @@ def _classify(options: argparse.Namespace, rest: Sequence[str]) -> int:
     with explained("--model"):
         spec = vidattn.models.get_input_spec(options.model)
     for name, file in (("CLIP", options.clip), ("--checkpoint", options.checkpoint), ("--labels", options.labels)):
-        if file is not None and not file.is_file():
+        if file is not None and not (file.exists() if name == "--checkpoint" else file.is_file()):
             raise CommandError(f"{name}: no such file: {file}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device: this torch sees no CUDA device; use --device cpu")
@@ -248,7 +249,7 @@ def read_views(options: argparse.Namespace, spec: Any) -> VideoViews:
             f"--views, --stride: {options.model} sees one clip, spread over the whole video; "
             f"use --views 1x{crops} and no --stride"
         )
-    with progress() as advance, explained("CLIP"):
+    with progress() as advance, explained("CLIP"), _warnings_in_one_line():
         try:
             return load_views(
                 options.clip,
@@ -349,12 +350,26 @@ def progress(plain: bool = False) -> Iterator[Callable[[str, int, int | None], N
 
 
 @contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Shows each of the library's warnings once, without the line of code that it comes from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(warning.message) for warning in caught):
+                print(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turns the library's errors about bad input into one line that says which argument of the command is meant."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise CommandError(f"{what}: {error}") from error
+        # The argument of the command is named in place of that of the function.
+        text = re.sub(r"^(?:load_checkpoint|create_model|get_input_spec): (?:path_or_state: |name: )?", "", str(error))
+        raise CommandError(f"{what}: {text}") from error
 
 
 def need(*modules: str) -> None:

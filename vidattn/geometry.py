@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vidattn.messages import describe
+
 __all__ = [
     "BIAS_INDEX_MODES",
     "WindowGeometry",
@@ -146,8 +148,8 @@ def region_bits(
     wrapped = torch.zeros(geometry.num_tokens, dtype=torch.int64, device=device)
     for axis, masked in enumerate(geometry.masked_axes):
         if masked:
-            last |= (windows[axis] == geometry.counts[axis] - 1).long() << axis
-            wrapped |= (tokens[axis] >= geometry.window[axis] - geometry.shift[axis]).long() << axis
+            last = last | (windows[axis] == geometry.counts[axis] - 1).long() << axis
+            wrapped = wrapped | (tokens[axis] >= geometry.window[axis] - geometry.shift[axis]).long() << axis
     return last, wrapped
 
 
@@ -322,15 +324,29 @@ def explain_windows(
 
 def three_ints(function: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int, int]:
     """Return ``value`` as three ints of at least ``minimum``; one int is repeated."""
-    items = (value,) * 3 if isinstance(value, int) else value
-    if not isinstance(items, (tuple, list)) or any(isinstance(item, (bool, float, str)) for item in items):
-        raise TypeError(f"{function}: {name}: expected an int or three ints (depth, height, width), got {value!r}")
+    items = [_as_int(item) for item in value] if isinstance(value, (tuple, list)) else [_as_int(value)] * 3
+    if None in items:
+        raise TypeError(
+            f"{function}: {name}: expected an int or three ints (depth, height, width), got {describe(value)}"
+        )
     if len(items) != 3:
-        raise ValueError(f"{function}: {name}: expected three ints (depth, height, width), got {value!r}")
-    if min(items) < minimum:
-        raise ValueError(f"{function}: {name}: expected values of at least {minimum}, got {value!r}")
-    first, second, third = (item if isinstance(item, (int, torch.SymInt)) else operator.index(item) for item in items)
-    return first, second, third  # type: ignore[return-value]  # symbolic sizes pass as ints
+        raise ValueError(f"{function}: {name}: expected three ints (depth, height, width), got {describe(value)}")
+    first, second, third = items
+    if min(first, second, third) < minimum:  # type: ignore[type-var, operator]
+        raise ValueError(f"{function}: {name}: expected values of at least {minimum}, got {describe(value)}")
+    if max(first, second, third) >= 2**63:  # type: ignore[type-var, operator]
+        raise ValueError(f"{function}: {name}: expected values below 2**63, got {describe(value)}")
+    return first, second, third  # type: ignore[return-value]
+
+
+def _as_int(value: object) -> int | None:
+    """Return an integer of any library (symbolic ones pass as ints), None for what is none."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
 
 def window_sizes(

@@ -11,10 +11,13 @@ Decoding needs PyAV and NumPy (``pip install "vidattn[cli]"``); sampling and cro
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +30,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vidattn.models import InputSpec
 
+_DEFAULT, _COVER = 0x1, 0x400  # FFmpeg's dispositions of a stream
+
 Progress = Callable[[str, int, "int | None"], None]
 """Called as ``progress(stage, done, total)`` with stage "counting" (total None) or "decoding", once a frame."""
 
 
 class VideoError(ValueError):
     """The file cannot be used as a video, for the reason in the message."""
+
+
+class DamagedVideoWarning(UserWarning):
+    """The video ends before it should, after the frame in the message: the rest of the file cannot be decoded.
+
+    The decoder may have made up a part of that last frame.
+    """
 
 
 class ClipTooShortError(VideoError):
@@ -251,7 +263,9 @@ def load_views(
     """Reads the views of a video file that a model wants to see, by the test protocol of its paper.
 
     Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a
-    second pass that keeps the resized frames of the clips only. Rotation metadata is honoured.
+    second pass that keeps the resized frames of the clips only. Rotation metadata is honoured. Of several video streams
+    the one of the largest picture is read, cover pictures aside. A file with a damaged tail is read up to there, with a
+    :class:`DamagedVideoWarning`.
 
     Args:
         path: the video file.
@@ -267,7 +281,8 @@ def load_views(
 
     Raises:
         FileNotFoundError: there is no such file.
-        VideoError: it is not a video, or it cannot be decoded; ClipTooShortError if it has too few frames.
+        VideoError: it is not a video, or it cannot be decoded; ClipTooShortError if it has too few frames. A model that
+            repeats the last frame of a short video does not do so for one that is short because it is damaged.
         ValueError: an argument is out of range.
         ImportError: PyAV is not installed.
 
@@ -288,12 +303,15 @@ def load_views(
             f"whole video, got num_clips={num_clips}, frame_stride={frame_stride}"
         )
 
-    available = count_frames(path, progress=progress)
+    available, damage = _count(path, progress)
     stride = frame_stride or spec.frame_stride or 1
     if uniform:
         clips = [uniform_indices(available, num_frames)]
     elif spec.sampling == "spaced":
-        clips = spaced_indices(available, num_frames, stride, num_clips, frame_rate(path))
+        rate = frame_rate(path)
+        if damage is not None and num_frames * stride * rate / 30.0 > available:
+            raise VideoError(f"{damage}: a clip of {num_frames} frames, {stride} apart, is not in it")
+        clips = spaced_indices(available, num_frames, stride, num_clips, rate)
     else:
         clips = dense_indices(available, num_frames, stride, num_clips)
 
@@ -314,7 +332,7 @@ def load_views(
 
 
 def count_frames(path: str | os.PathLike[str], *, progress: Progress | None = None) -> int:
-    """Counts the frames of a video file by decoding it.
+    """Counts the frames of a video file by decoding it, as far as it can be decoded.
 
     Args:
         path: the video file.
@@ -332,14 +350,20 @@ def count_frames(path: str | os.PathLike[str], *, progress: Progress | None = No
         >>> count_frames("clip.mp4")  # doctest: +SKIP
         280
     """
+    return _count(path, progress)[0]
+
+
+def _count(path: str | os.PathLike[str], progress: Progress | None) -> tuple[int, str | None]:
+    """Counts frames, and tells what is wrong with a video that ends before it should."""
     count = 0
-    for _ in _decode(path):
+    decoding = _Decoding(path)
+    for _ in decoding:
         count += 1
         if progress is not None:
             progress("counting", count, None)
     if not count:
         raise VideoError(f"{path}: no frame of it can be decoded")
-    return count
+    return count, decoding.damage
 
 
 def frame_rate(path: str | os.PathLike[str]) -> float:
@@ -399,7 +423,8 @@ def read_frames(
     wanted = set(numbers)
     total = numbers[-1] + 1
     frames: list[Tensor] = []
-    for number, frame in enumerate(_decode(path)):
+    decoding = _Decoding(path)
+    for number, frame in enumerate(decoding):
         if number in wanted:
             image = _resize(_upright_rgb(frame), short_side)
             if frames and image.shape != frames[0].shape:
@@ -411,7 +436,8 @@ def read_frames(
             progress("decoding", number + 1, total)
         if number + 1 == total:
             return torch.stack(frames)
-    raise VideoError(f"{path}: expected a frame {numbers[-1]}, got the end of the video")
+    reason = "" if decoding.damage is None else f": {decoding.damage}"
+    raise VideoError(f"{path}: expected a frame {numbers[-1]}, got the end of the video{reason}")
 
 
 @contextmanager
@@ -425,20 +451,110 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.best("video")
             # FFmpeg has a demuxer that renders plain text as a terminal would: a text file is no video.
-            if stream is None or container.format.name == "tty":
-                raise VideoError(f"{path} is not a video: it has no video stream")
-            yield container, stream
+            streams = [] if container.format.name == "tty" else list(container.streams.video)
+            films = [
+                stream for stream in streams if not _disposition(stream) & _COVER and stream.codec_context is not None
+            ]
+            if not films:
+                only = "no video stream but a cover picture" if streams else "no video stream"
+                raise VideoError(f"{path} is not a video: it has {only}")
+            # The first of the largest; a default, where a file says which, before others of its size.
+            yield container, max(films, key=lambda film: (film.width * film.height, _disposition(film) & _DEFAULT))
     except av.error.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be decoded ({error.strerror})") from error
 
 
-def _decode(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Yields the decoded frames of the main video stream, one at a time."""
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
+def _disposition(stream: Any) -> int:
+    return int(getattr(stream, "disposition", 0))  # which old versions of PyAV do not tell
+
+
+class _Decoding:
+    """The decoded frames of the main video stream, one at a time, as far as they can be decoded.
+
+    Attributes:
+        damage: after the last frame, what ended the video before it should; None where nothing did.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        self.damage: str | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        count, last = 0, None
+        # Threads have frames behind a damaged one in flight. From there on frames are decoded one by one, so that each
+        # is counted and none of them comes from behind the damage.
+        for threads in ("AUTO", "NONE"):
+            failure = None
+            with _opened(self.path) as (container, stream):
+                stream.thread_type = threads
+                declared = _declared_end(container, stream)
+                frames = _frames(container, stream, flush=threads == "NONE")
+                for number in itertools.count():
+                    try:
+                        frame = next(frames, None)
+                    except _ffmpeg_error() as error:
+                        failure = error
+                        break
+                    if frame is None:
+                        break
+                    if number == count:
+                        count, last = count + 1, _end(frame, stream)
+                        yield frame
+            if failure is None:
+                break
+        if failure is not None:
+            reason = failure.strerror
+            if count == 0:
+                raise VideoError(f"{self.path} is not a video that can be decoded ({reason})") from failure
+        elif last is not None and declared is not None and declared[0] - last > declared[1]:
+            reason = f"by its header it lasts {declared[0]:.2f} s"
+        else:
+            return
+        time = "" if last is None else f", at {last:.2f} s"
+        self.damage = f"{self.path} is damaged and ends after frame {count - 1}{time} ({reason})"
+        warnings.warn(self.damage, DamagedVideoWarning, stacklevel=3)
+
+
+def _frames(container: Any, stream: Any, flush: bool) -> Iterator[Any]:
+    """Yields frames; with ``flush``, before an error is raised, also those that the decoder still has."""
+    try:
         yield from container.decode(stream)
+    except _ffmpeg_error():
+        if flush:
+            with suppress(_ffmpeg_error()):
+                yield from stream.decode(None)
+        raise
+
+
+def _ffmpeg_error() -> Any:
+    import av
+
+    return av.error.FFmpegError
+
+
+def _end(frame: Any, stream: Any) -> float | None:
+    """Returns when a frame is over, in seconds of its stream."""
+    if frame.pts is None:
+        return None
+    shown = frame.duration * stream.time_base if frame.duration else 1 / (stream.average_rate or 30)
+    return float(frame.pts * stream.time_base + shown)
+
+
+def _declared_end(container: Any, stream: Any) -> tuple[float, float] | None:
+    """Returns when a stream should end by what its file says, and how far that may be off, in seconds."""
+    start = float((stream.start_time or 0) * stream.time_base)
+    duration = None
+    said = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    if stream.duration:
+        duration = float(stream.duration * stream.time_base)
+    elif said:  # by Matroska, from the start of the file
+        duration = 3600 * int(said[1]) + 60 * int(said[2]) + float(said[3]) - start
+    elif container.duration and len(container.streams) == 1:
+        duration = container.duration / 1e6
+    if not duration:
+        return None
+    return start + duration, max(1.5 / float(stream.average_rate or 30), 0.02 * duration)
 
 
 def _upright_rgb(frame: Any) -> Tensor:

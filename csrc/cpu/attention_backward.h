@@ -73,7 +73,8 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
 
 // For R rows in work from r on: with scores s and gradients g of the weights at hand, P = softmax(s) and
 // dS = P (g - sum(P g)). Words that pair two rows (R is 2, or the second is zeros) take the rows' places: in the score
-// panel the pairs of P and of dS, in the other dS itself as words along the keys.
+// panel the pairs of P and of dS, in the other dS itself as words along the keys. The exponentials are full ones also
+// where words are rounded: the gradient of a bias is not.
 template <class P>
 template <int R>
 void Attention<P>::softmax_gradient(const Group<P>& group, int64_t r, const Vec<T>* top) {
@@ -85,7 +86,7 @@ void Attention<P>::softmax_gradient(const Group<P>& group, int64_t r, const Vec<
     T* const keep = keep_ + i * tiles_ * kWidth;
     if (drop) dropout_.factors(0, tiles_ * kWidth, queries_[r + i].position, group.head, group.index, keep);
     Vec<T> products[2] = {};
-    const Vec<T> sums = exponentials(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
+    const Vec<T> sums = exponentials<typename ExpOf<T>::type>(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T *weight = panel(scores_, tile, r + i), *gradient = panel(dscores_, tile, r + i);
 #pragma GCC unroll 2
       for (int n = 0; n < decltype(vectors)::value; ++n) {

@@ -10,8 +10,8 @@ namespace vidattn {
 namespace VIDATTN_ISA {
 
 // How numbers are multiplied: the type of a value in a row, of an accumulator, of a packed word, and how many values a
-// word holds along the summed axis. load_words takes a vector of words from a row of values of which n are left; column_words packs the
-// rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
+// word holds along the summed axis. load_words takes a vector of words from a row of values of which n are left;
+// column_words packs the rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
 template <class T>
 struct Plain {
   using Value = T;

@@ -1,30 +1,23 @@
 """Checkpoints: read the files of several projects into the bundled models, and say what happened.
 
 A family registers one converter, which recognises the layouts of its files and renames and reshapes their tensors.
-Reading, the wrappers that training scripts put around a state dict, the comparison with the model and the report are
-the same for all.
+Reading (``checkpoint_files``), what training scripts put around a state dict (``checkpoint_names``), the comparison
+with the model and the report are the same for all.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vidattn.models.flax_trees import flatten_flax_tree, is_msgpack, is_npz, read_msgpack, read_npz
+from vidattn.messages import describe
+from vidattn.models.checkpoint_files import read_checkpoint
+from vidattn.models.checkpoint_names import NotRecognisedError, State, convert, join_names, unwrap
 
-State = dict[str, Tensor]
-
-_WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict", "state_dict_ema")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_SHOWN = 6
 # What the keys of other people's checkpoints look like: the first fragment found names the architecture.
 _ARCHITECTURES = (
     ("temporal_attn.", "TimeSformer"),
@@ -50,7 +43,8 @@ class LoadReport:
         missing: Names of the model's tensors that the file has nothing for; they are as they were.
         unexpected: Names in the file that the model has no place for.
         resized: Position tables that were interpolated to another window or size, with both.
-        ignored: Names in the file that this conversion leaves out on purpose, such as the classifier of an image model.
+        ignored: Names in the file that are left out on purpose: what this conversion has no use for, such as the
+            classifier of an image model, and what training scripts keep beside a model (``n_averaged``, losses).
     """
 
     converted_from: str
@@ -65,7 +59,7 @@ class LoadReport:
         for kind in ("missing", "unexpected", "resized", "ignored"):
             names = getattr(self, kind)
             if names:
-                lines.append(f"  {kind} ({len(names)}): {_shorten(names)}")
+                lines.append(f"  {kind} ({len(names)}): {join_names(names)}")
         return "\n".join(lines)
 
 
@@ -82,6 +76,7 @@ class Conversion:
         optional: Prefix, or prefixes, of the model's names that files of this layout never hold ("" for none).
         head: Prefix, or prefixes, of the classifier's names, whose shape may differ when not strict ("" for none).
         describe: Says what model a state dict, of the file or of the model itself, belongs to.
+        outside: Names of the file that lack the prefix of its other names.
     """
 
     state: State
@@ -92,26 +87,44 @@ class Conversion:
     optional: str | tuple[str, ...] = ""
     head: str | tuple[str, ...] = ""
     describe: Callable[[Mapping[str, Tensor]], str] | None = None
+    outside: list[str] = field(default_factory=list)
 
 
 Converter = Callable[[nn.Module, State], Conversion]
-_converters: dict[type[nn.Module], Converter] = {}
+Configuration = Callable[[nn.Module], Mapping[str, Any]]
+_converters: dict[type[nn.Module], tuple[Converter, Configuration | None]] = {}
+# Of a configuration, what resizing tables may change.
+_RESIZABLE = ("num_frames", "image_size")
 
 
-def register_converter(model_class: type[nn.Module], converter: Converter) -> None:
-    """Tell :func:`load_checkpoint` how files become state dicts of ``model_class`` (and of its subclasses)."""
-    _converters[model_class] = converter
+def register_converter(
+    model_class: type[nn.Module], converter: Converter, configuration: Configuration | None = None
+) -> None:
+    """Tell :func:`load_checkpoint` how files become state dicts of ``model_class`` (and of its subclasses).
+
+    Args:
+        model_class: Class of the models.
+        converter: Takes a model and a state dict, and gives the latter by the names of the model.
+        configuration: Says of a model what a ``config.json`` of Hugging Face would, ``model_type`` first of all: what
+            the state dict does not tell. A list is a choice of values that mean the same.
+    """
+    _converters[model_class] = converter, configuration
 
 
-def not_recognised(state: Mapping[str, Any], expected: str) -> ValueError:
+def not_recognised(state: Mapping[str, Any], expected: str) -> NotRecognisedError:
     """Build the error for a state dict of another architecture, naming what it seems to be."""
     keys = sorted(state)
-    for fragment, architecture in _ARCHITECTURES:
-        if any(fragment in key for key in keys):
-            return ValueError(
-                f"checkpoint must be of {expected}; this one looks like {architecture} ({_shorten(keys)})"
-            )
-    return ValueError(f"checkpoint must be of {expected}; this one has other names ({_shorten(keys)})")
+    looks = next(
+        (
+            f"that looks like {architecture}"
+            for fragment, architecture in _ARCHITECTURES
+            if any(fragment in key for key in keys)
+        ),
+        "with other names",
+    )
+    return NotRecognisedError(
+        f"load_checkpoint: path_or_state: expected a checkpoint of {expected}, got one {looks} ({join_names(keys)})"
+    )
 
 
 def load_checkpoint(
@@ -119,19 +132,22 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights of a checkpoint, of whatever project, into a bundled model.
 
-    Files are PyTorch's (tensors only: nothing in them is executed), safetensors, NumPy's .npz, or flax's msgpack where
-    flax is installed; parameter trees of flax, nested or flattened, are read from each. Wrappers (``state_dict``,
-    ``model``, ``module.``, ``backbone.``) are removed. The model is changed only if everything fits; one that was
-    built under ``torch.device("meta")`` takes over the file's tensors.
+    Files are PyTorch's (tensors and arrays only: nothing in them is executed), safetensors, NumPy's .npz, or flax's
+    msgpack where flax is installed; parameter trees of flax, nested or flattened, are read from each. An index of
+    shards and a folder of Hugging Face are read as well; the folder's ``config.json`` must then agree with the model in
+    what tensors do not tell (heads, epsilon, tubelets, frames). What training scripts put around a state dict
+    (``state_dict``, ``model``) and around names (``module.``, ``net.``, ``_orig_mod.``, in any order) is removed. The
+    model is changed only if everything fits; one that was built under ``torch.device("meta")`` takes over the file's
+    tensors.
 
     Args:
         model: A model of :func:`create_model`, or its backbone.
-        path_or_state: A file, or what was read from one.
+        path_or_state: A file or folder, or what was read from one.
         strict: Raise unless every tensor of the model is filled and every tensor of the file is used. Position-bias
             tables of another window are then an error too. Otherwise those are interpolated, a classifier with
             another number of classes is left as it is, and names that do not match are only reported; any other shape
             that differs still raises. What a conversion leaves out by its nature (the classifier of an image model)
-            is never an error.
+            and what is clearly none of the model's weights (counters, losses) is never an error, and reported.
 
     Returns:
         What was loaded, missing, unexpected, resized and ignored.
@@ -147,98 +163,73 @@ def load_checkpoint(
         >>> print(load_checkpoint(model, {"state_dict": model.state_dict()}))
         loaded 39 tensors from a checkpoint of layout 'official'
     """
-    converter = next((_converters[base] for base in type(model).__mro__ if base in _converters), None)
-    if converter is None:
+    registered = next((_converters[base] for base in type(model).__mro__ if base in _converters), None)
+    if registered is None:
         known = ", ".join(sorted(known_class.__name__ for known_class in _converters))
-        raise TypeError(f"model must be one of {known}, got {type(model).__name__}")
+        raise TypeError(f"load_checkpoint: model: expected one of {known}, got {type(model).__name__}")
+    converter, configuration = registered
+    config = None
     if isinstance(path_or_state, Mapping):
         content: Any = path_or_state
-    elif isinstance(path_or_state, str | os.PathLike):
-        content = _read(os.fspath(path_or_state))
+    elif isinstance(path_or_state, (str, os.PathLike)):
+        content, config = read_checkpoint(os.fspath(path_or_state))
     else:
-        raise TypeError(f"path_or_state must be a path or a state dict, got {type(path_or_state).__name__}")
-    return _fill(model, converter(model, _unwrap(content)), strict)
+        raise TypeError(
+            f"load_checkpoint: path_or_state: expected a path or a state dict, got {describe(path_or_state)}"
+        )
+    conversion, beside, outside = convert(unwrap(content), lambda state: converter(model, state))
+    conversion.ignored += beside
+    conversion.outside += outside
+    if config is not None and configuration is not None:
+        _check_config(model, config, configuration(model), strict)
+    return _fill(model, conversion, strict)
 
 
-def _shorten(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
+def describe_layers(blocks: nn.Module, norm: nn.Module) -> dict[str, Any]:
+    """Say of the blocks of a transformer, and of its last norm, what configurations of Hugging Face do.
+
+    Args:
+        blocks: Blocks with an ``attn`` or ``attn_space`` of ``num_heads`` and an ``mlp`` with an ``act``.
+        norm: The last norm.
+
+    Returns:
+        Heads, epsilon and activation by the names of a configuration, as far as there are any.
+    """
+    found: dict[str, Any] = {}
+    for module in blocks.modules():
+        if hasattr(module, "num_heads"):
+            found["num_attention_heads"] = module.num_heads
+        act = getattr(module, "act", None)
+        if isinstance(act, nn.GELU):
+            tanh = ["gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_accurate"]
+            found["hidden_act"] = tanh if act.approximate == "tanh" else ["gelu", "gelu_python"]
+    if isinstance(norm, nn.LayerNorm):
+        found["layer_norm_eps"] = norm.eps
+    return found
 
 
-def _read(path: str) -> Any:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"checkpoint not found: {path}")
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # A safetensors file starts with the length of its JSON header, in eight bytes.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path):
-        return _read_safetensors(path)
-    for recognised, reader in ((is_npz, read_npz), (is_msgpack, read_msgpack)):
-        if recognised(path):
-            try:
-                return reader(path)
-            except (ImportError, MemoryError):
-                raise
-            except Exception as error:
-                raise _unreadable(path, error) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused is None:
-            raise _unreadable(path, error) from error
+def _check_config(model: nn.Module, config: Mapping[str, Any], ours: Mapping[str, Any], strict: bool) -> None:
+    """Refuse weights of a configuration that means something else than the model."""
+    if config.get("model_type") != ours["model_type"]:
+        return  # the names of the tensors tell that
+    differing = [
+        f"{name}={describe(config[name])} (the model: {value[0] if isinstance(value, list) else value!r})"
+        for name, value in ours.items()
+        if name in config and not _agrees(config[name], value) and (strict or name not in _RESIZABLE)
+    ]
+    if differing:
         raise ValueError(
-            f"{path} holds Python objects besides tensors ({refused[1]}), which could run code and are not loaded: "
-            "where you trust the file, save its state dict alone (torch.save(checkpoint['state_dict'], new_path))"
-        ) from error
+            f"load_checkpoint: path_or_state: expected a config.json that agrees with this {type(model).__name__}, got "
+            f"{', '.join(differing)}"
+        )
 
 
-def _read_safetensors(path: str) -> State:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: Exception) -> ValueError:
-    # The text of an unpickling error is a page about trusting files, which is not the matter here.
-    text = "" if isinstance(error, pickle.UnpicklingError) else str(error).strip()
-    reason = f": {text.splitlines()[0]}" if text else ""
-    return ValueError(
-        f"{path} cannot be read as a PyTorch or safetensors file, it may be damaged ({type(error).__name__}{reason})"
-    )
-
-
-def _unwrap(content: Any) -> State:
-    """Strip what training scripts put around a state dict, and around its names."""
-    tree = flatten_flax_tree(content)
-    if tree is not None:
-        content = tree
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        found = _shorten(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"checkpoint must hold a state dict, found {found or 'nothing'}")
-    odd = [str(name) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(f"checkpoint must map names to tensors, but these are something else: {_shorten(odd)}")
-    state = dict(content)
-    while True:
-        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
-        if prefix is None:
-            return state
-        state = {name[len(prefix) :]: value for name, value in state.items()}
+def _agrees(theirs: Any, ours: Any) -> bool:
+    if isinstance(ours, list):
+        return theirs in ours
+    if isinstance(ours, tuple):
+        return ours == (tuple(theirs) if isinstance(theirs, list) else (theirs,) * len(ours))
+    return bool(theirs == ours)
 
 
 def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
@@ -256,19 +247,20 @@ def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
     if differing:
         raise ValueError(_explain_shapes(conversion, own, differing))
     for name in state:
-        if name in own and state[name].is_floating_point() != own[name].is_floating_point():
-            raise ValueError(
-                f"{name} must be of a dtype like {own[name].dtype}, the checkpoint has {state[name].dtype}"
-            )
+        if name in own:
+            _check_tensor(name, state[name], own[name])
     loaded = [name for name in state if name in own]
     missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
+    unexpected = [name for name in state if name not in own] + conversion.outside
     if not loaded:
-        raise ValueError(f"checkpoint fits no tensor of {type(model).__name__}: it has {_shorten(unexpected)}")
+        raise ValueError(
+            f"load_checkpoint: path_or_state: expected weights of {type(model).__name__}, got none of its tensors but "
+            f"{join_names(unexpected)}"
+        )
     lacking = [name for name in missing if not (conversion.optional and name.startswith(conversion.optional))]
     if strict:
         problems = [
-            f"{what} {_shorten(names)}"
+            f"{what} {join_names(names)}"
             for what, names in (
                 ("it lacks", lacking),
                 ("the model has no place for", unexpected),
@@ -278,13 +270,15 @@ def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
         ]
         if problems:
             raise ValueError(
-                f"checkpoint (layout {conversion.converted_from!r}) does not fit {type(model).__name__}: "
+                f"load_checkpoint: path_or_state: expected weights that fill this {type(model).__name__}, got a "
+                f"checkpoint (layout {conversion.converted_from!r}) that does not fit: "
                 f"{'; '.join(problems)}. {_compare(conversion, own)}strict=False accepts this and reports it"
             )
     unfilled = [name for name in missing if own[name].is_meta]
     if unfilled:
         raise ValueError(
-            f"the model is on the meta device and the checkpoint lacks {_shorten(unfilled)}: "
+            "load_checkpoint: model: expected a real device, but the model is on the meta device and the checkpoint "
+            f"lacks {join_names(unfilled)}: "
             "build the model on a real device, so that these are initialised"
         )
     assign = any(tensor.is_meta for tensor in own.values())
@@ -302,6 +296,13 @@ def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
     )
 
 
+def _check_tensor(name: str, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex():
+        raise ValueError(f"load_checkpoint: {name}: expected a dtype like {ours.dtype}, got {theirs.dtype}")
+    if theirs.is_meta and not ours.is_meta:
+        raise ValueError(f"load_checkpoint: {name}: expected a tensor with data, got one on the meta device")
+
+
 def _compare(conversion: Conversion, own: Mapping[str, Tensor]) -> str:
     if conversion.describe is None:
         return ""
@@ -312,7 +313,8 @@ def _compare(conversion: Conversion, own: Mapping[str, Tensor]) -> str:
 def _explain_shapes(conversion: Conversion, own: Mapping[str, Tensor], differing: list[str]) -> str:
     first = differing[0]
     text = (
-        f"checkpoint (layout {conversion.converted_from!r}) and model differ in {len(differing)} shapes, first in "
+        f"load_checkpoint: path_or_state: expected weights of the shapes of the model, but the checkpoint "
+        f"(layout {conversion.converted_from!r}) and the model differ in {len(differing)} shapes, first in "
         f"{first}: {tuple(conversion.state[first].shape)} in the file, {tuple(own[first].shape)} in the model. "
         f"{_compare(conversion, own)}"
     )

@@ -37,8 +37,8 @@ def flatten_flax_tree(content: Any) -> dict[str, Tensor] | None:
         if root is None:
             break
         arrays = {path[len(root) :]: value for path, value in arrays.items() if path.startswith(root)}
-    tensors = {path: _tensor(value) for path, value in arrays.items()}
-    return {path: tensor for path, tensor in tensors.items() if tensor.is_floating_point()}
+    tensors = {path: tensor_of(value) for path, value in arrays.items()}
+    return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()}
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -49,16 +49,32 @@ def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _tensor(value: Any) -> Tensor:
+def tensor_of(value: Any) -> Tensor | None:
+    """Copy an array of another library into a tensor; None where no tensor has its type.
+
+    Args:
+        value: a tensor, which is returned, or what NumPy can read.
+
+    Returns:
+        The tensor.
+
+    Example:
+        >>> tensor_of([1.0, 2.0])
+        tensor([1., 2.], dtype=torch.float64)
+    """
     if isinstance(value, Tensor):
         return value
     import numpy
 
-    array = numpy.asarray(value).copy()  # arrays of jax are read-only
+    array = numpy.asarray(value)
+    array = array.astype(array.dtype.newbyteorder("="))  # a copy: arrays of jax are read-only
     # NumPy has bfloat16 from another package, and writes it to files as two bytes of no type.
     if array.dtype.name in ("bfloat16", "void16"):
         return torch.from_numpy(array.view(numpy.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array) if array.dtype.kind in "fiub" else torch.empty(0, dtype=torch.int64)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        return None
 
 
 def is_npz(path: str) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from vidattn.messages import describe
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,13 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def _find(name: str) -> _Entry:
-    if not isinstance(name, str) or name not in _entries:
+def _find(function: str, name: str) -> _Entry:
+    if not isinstance(name, str):
+        raise TypeError(f"{function}: name: expected one of vidattn.models.list_models(), got {describe(name)}")
+    if name not in _entries:
         raise ValueError(
-            f"name must be one of vidattn.models.list_models(), got {name!r}; {_hint(str(name), _entries)}"
+            f"{function}: name: expected one of vidattn.models.list_models(), got {describe(name)}; "
+            f"{_hint(name[:100], _entries)}"
         )
     return _entries[name]
 
@@ -100,8 +106,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         The model, randomly initialised, in training mode.
 
     Raises:
-        ValueError: ``name`` is not known.
-        TypeError: An override is not an argument of this model.
+        ValueError: ``name`` is not known, or ``num_classes`` no number of classes.
+        TypeError: ``name`` is no string, or an override no argument of this model.
 
     Example:
         >>> import torch
@@ -109,11 +115,28 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         >>> model(torch.zeros(1, 3, 4, 32, 32)).shape
         torch.Size([1, 10])
     """
-    entry = _find(name)
+    entry = _find("create_model", name)
     for override in overrides:
         if override not in entry.options:
-            raise TypeError(f"{name} takes no argument {override!r}; {_hint(override, entry.options)}")
+            raise TypeError(
+                f"create_model: **overrides: expected arguments of {name}, got another: "
+                f"{name} takes no argument {override!r}; {_hint(override, entry.options)}"
+            )
+    if "num_classes" in overrides:
+        overrides["num_classes"] = _number_of_classes(overrides["num_classes"])
     return entry.build(**{**entry.defaults, **overrides})
+
+
+def _number_of_classes(value: Any) -> int:
+    try:
+        classes = operator.index(value)
+    except (TypeError, ValueError):
+        classes = None
+    if classes is None or isinstance(value, bool):
+        raise TypeError(f"create_model: num_classes: expected an integer, got {describe(value)}")
+    if not 0 <= classes < 2**31:
+        raise ValueError(f"create_model: num_classes: expected a number of classes, got {describe(value)}")
+    return classes
 
 
 def list_models() -> list[str]:
@@ -154,4 +177,4 @@ def get_input_spec(name: str) -> InputSpec:
         >>> get_input_spec("video_swin_b_ssv2").sampling
         'uniform'
     """
-    return _find(name).input_spec
+    return _find("get_input_spec", name).input_spec

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vidattn.models.checkpoint import Conversion, State, not_recognised, register_converter
+from vidattn.models.checkpoint import Conversion, State, describe_layers, not_recognised, register_converter
+from vidattn.models.checkpoint_names import rename
 from vidattn.models.registry import matching_models
 from vidattn.models.timesformer import TimeSformer, VisionTransformer
 
@@ -76,8 +77,7 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
         {'model.blocks.3.temporal_fc.bias': 0}
     """
     _check_source(source)
-    rename = _from_official if source == "official" else _from_huggingface
-    return {rename(name): value for name, value in state.items()}
+    return rename(state, _RENAMES[source])
 
 
 def revert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Value]:
@@ -122,6 +122,9 @@ def _from_huggingface(name: str) -> str:
         return name if inner is None else f"{_PREFIX}blocks.{block[1]}.{inner}"
     outer = _swap(full, [(theirs, ours) for ours, theirs in _OUTER])
     return name if outer is None else _PREFIX + outer
+
+
+_RENAMES = {"official": _from_official, "huggingface": _from_huggingface}
 
 
 def _to_huggingface(name: str) -> str:
@@ -224,8 +227,10 @@ def _sniff(state: State) -> tuple[str, State]:
     for source in SOURCES:
         renamed = convert_state_dict(state, source)
         names = {name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name for name in renamed}
+        if "temp_embed" in names:  # an X-ViT has all of these names too
+            break
         if names >= {_PATCH, "cls_token", "pos_embed", "blocks.0.attn.qkv.weight"}:
-            return source, {name.removeprefix(_PREFIX): tensor for name, tensor in renamed.items()}
+            return source, rename(renamed, lambda name: name.removeprefix(_PREFIX))
     raise not_recognised(state, "a TimeSformer (official or huggingface) or an image ViT")
 
 
@@ -275,5 +280,21 @@ def _convert(model: nn.Module, state: State) -> Conversion:
     return conversion
 
 
-register_converter(TimeSformer, _convert)
-register_converter(VisionTransformer, _convert)
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """Say what a configuration of Hugging Face would."""
+    network = model.model if isinstance(model, TimeSformer) else model
+    assert isinstance(network, VisionTransformer)
+    found: dict[str, Any] = {
+        "model_type": "timesformer",
+        "attention_type": network.attention_type,
+        "patch_size": network.patch_embed.patch_size,
+        "image_size": network.patch_embed.img_size,
+        **describe_layers(network.blocks, network.norm),
+    }
+    if network.attention_type != "space_only":
+        found["num_frames"] = network.time_embed.shape[1]
+    return found
+
+
+register_converter(TimeSformer, _convert, _configuration)
+register_converter(VisionTransformer, _convert, _configuration)

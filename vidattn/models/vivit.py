@@ -5,7 +5,7 @@ are made for one size. The names of the parameters are ours; ``vidattn.models.vi
 released weights depend on is kept:
 
 - Tokens are ordered (time, height, width), time slowest, and a class token comes before them.
-- GELU is the tanh approximation; LayerNorm adds 1e-6.
+- GELU is the tanh approximation; LayerNorm adds 1e-6 (``layer_norm_eps``).
 - Patches are (height, width, frames), time last. Pixels that fill no patch are dropped.
 - Uniform frame sampling puts the frames below each other and cuts the tall picture into patches, so frames whose
   height is no multiple of a patch's share patches.
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from vidattn.models.vivit_layers import (
+    LAYER_NORM_EPS,
     EncoderBlock,
     EncoderFactorizedSelfAttentionBlock,
     MultiHeadDotProductAttention,
     dot_product_attention,
     factorized_dot_product_attention,
-    layer_norm,
 )
+from vidattn.tracing import traced_for_one_size
 
 __all__ = [
     "Encoder",
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
             factorized self-attention have none.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Encoder(nn.Module):
         stochastic_droplayer_rate: float = 0.0,
         qkv_bias: bool = True,
         gelu: str = "tanh",
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
         config = dict(attention_config or {})
@@ -110,6 +113,7 @@ class Encoder(nn.Module):
             "attention_dropout_rate": attention_dropout_rate,
             "qkv_bias": qkv_bias,
             "gelu": gelu,
+            "layer_norm_eps": layer_norm_eps,
         }
         blocks: list[nn.Module] = []
         for layer in range(num_layers):
@@ -120,7 +124,7 @@ class Encoder(nn.Module):
             rate = stochastic_droplayer_rate * layer / max(num_layers - 1, 1)
             blocks.append(EncoderBlock(dim, mlp_dim, num_heads, attention, droplayer_p=rate, **options))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = layer_norm(dim)
+        self.norm = nn.LayerNorm(dim, layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode tokens (B, ..., num_tokens, C); the class token is added in front."""
@@ -234,6 +238,7 @@ class PatchEmbed(nn.Module):
         self.sampled_frames: int | None = None
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size = (height, width)
+        self.num_frames = num_frames
         fh, fw = self.patches[:2]
         self.proj: nn.Conv2d | nn.Conv3d
         if method == "temporal_sampling":
@@ -355,6 +360,7 @@ class ViViT(_Classifier):
         in_channels: Channels of the video.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
 
     Example:
         >>> model = ViViT(64, 2, 4, 10, (8, 8, 2), 32, num_frames=4, image_size=16)
@@ -382,6 +388,7 @@ class ViViT(_Classifier):
         in_channels: int = 3,
         qkv_bias: bool = True,
         gelu: str = "tanh",
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         embed = PatchEmbed(patches, hidden_size, temporal_encoding_config, num_frames, image_size, in_channels)
         super().__init__(num_classes, classifier, representation_size, embed, hidden_size)
@@ -401,12 +408,14 @@ class ViViT(_Classifier):
             stochastic_droplayer_rate=stochastic_droplayer_rate,
             qkv_bias=qkv_bias,
             gelu=gelu,
+            layer_norm_eps=layer_norm_eps,
         )
 
     def forward_features(self, video: Tensor) -> Tensor:
         """Map a video (B, in_channels, T, H, W) to tokens (B, S, C), the class token first if there is one."""
         return self.transformer(self.patch_embed(video))
 
+    @traced_for_one_size
     def forward(self, video: Tensor) -> Tensor:
         """Map a video (B, in_channels, T, H, W) to logits (B, num_classes)."""
         return self._classify(_pool(self.forward_features(video), self.classifier))
@@ -438,6 +447,7 @@ class SpaceTimeViViT(_Classifier):
         in_channels: Channels of the video.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
     """
 
     def __init__(
@@ -463,6 +473,7 @@ class SpaceTimeViViT(_Classifier):
         in_channels: int = 3,
         qkv_bias: bool = True,
         gelu: str = "tanh",
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         embed = PatchEmbed(patches, hidden_size, temporal_encoding_config, num_frames, image_size, in_channels)
         super().__init__(num_classes, classifier, representation_size, embed, hidden_size)
@@ -481,6 +492,7 @@ class SpaceTimeViViT(_Classifier):
             "stochastic_droplayer_rate": stochastic_droplayer_rate,
             "qkv_bias": qkv_bias,
             "gelu": gelu,
+            "layer_norm_eps": layer_norm_eps,
         }
         sites = embed.num_tokens // embed.temporal_dims
         self.spatial_transformer = Encoder(
@@ -498,6 +510,7 @@ class SpaceTimeViViT(_Classifier):
         frames = _pool(self.spatial_transformer(frames), self.classifier)
         return frames if self.temporal_transformer is None else self.temporal_transformer(frames)
 
+    @traced_for_one_size
     def forward(self, video: Tensor) -> Tensor:
         """Map a video (B, in_channels, T, H, W) to logits (B, num_classes)."""
         tokens = self.forward_features(video)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vidattn.models.checkpoint import Conversion, State, not_recognised, register_converter
+from vidattn.models.checkpoint import Conversion, State, describe_layers, not_recognised, register_converter
 from vidattn.models.registry import matching_models
 from vidattn.models.vivit import PatchEmbed, SpaceTimeViViT, ViViT, inflate_kernel
 
@@ -335,6 +336,23 @@ def _split_axes(state: State) -> None:
                 state[name.replace(".attn.", f".attn_{axis}.")] = tensor
 
 
+def _check_heads(model: ViViT | SpaceTimeViViT, state: State) -> None:
+    """Compare the heads that flax keeps apart with those of the model, whose tensors do not show them."""
+    for path, tensor in state.items():
+        if not path.endswith("/query/kernel") or tensor.ndim != 3:
+            continue
+        name = _ENCODERS.get(path.split("/")[0], "")
+        if isinstance(model, SpaceTimeViViT) and name == "transformer":  # of an image
+            name = "spatial_transformer"
+        encoder = getattr(model, name, None)
+        heads = None if encoder is None else describe_layers(encoder.blocks, encoder.norm).get("num_attention_heads")
+        if heads is not None and tensor.shape[1] != heads:
+            raise ValueError(
+                f"load_checkpoint: path_or_state: expected {heads} attention heads in {name}, as the model has, got "
+                f"{tensor.shape[1]} in {path}"
+            )
+
+
 def _describe(state: Mapping[str, Tensor]) -> str:
     """Say what ViViT a state dict of ours belongs to."""
     width = state["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in state else "?"
@@ -359,6 +377,7 @@ def _describe(state: Mapping[str, Tensor]) -> str:
 
 def _convert(model: nn.Module, state: State) -> Conversion:
     assert isinstance(model, ViViT | SpaceTimeViViT)
+    _check_heads(model, state)
     source, state = _sniff(model, state)
     conversion = Conversion(state, source, head="head.", describe=_describe)
     if source == "image":
@@ -372,5 +391,21 @@ def _convert(model: nn.Module, state: State) -> Conversion:
     return conversion
 
 
-register_converter(ViViT, _convert)
-register_converter(SpaceTimeViViT, _convert)
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """Say what a configuration of Hugging Face would: of model 1, which alone they have."""
+    assert isinstance(model, ViViT | SpaceTimeViViT)
+    found: dict[str, Any] = {
+        "model_type": "vivit",
+        "image_size": model.patch_embed.image_size,
+        "num_frames": model.patch_embed.num_frames,
+    }
+    if isinstance(model, ViViT):
+        found |= describe_layers(model.transformer.blocks, model.transformer.norm)
+    if model.patch_embed.sampled_frames is None:
+        height, width, frames = model.patch_embed.patches
+        found["tubelet_size"] = (frames, height, width)
+    return found
+
+
+register_converter(ViViT, _convert, _configuration)
+register_converter(SpaceTimeViViT, _convert, _configuration)

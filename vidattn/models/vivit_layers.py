@@ -13,7 +13,7 @@ from torch.nn import functional
 from vidattn.models.layers import Mlp
 
 _GELU: dict[str, Callable[[], nn.Module]] = {"tanh": partial(nn.GELU, approximate="tanh"), "erf": nn.GELU}
-layer_norm = partial(nn.LayerNorm, eps=1e-6)
+LAYER_NORM_EPS = 1e-6
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float = 0.0) -> Tensor:
@@ -175,6 +175,7 @@ class EncoderBlock(nn.Module):
         droplayer_p: Stochastic depth of both branches.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
     """
 
     def __init__(
@@ -188,13 +189,14 @@ class EncoderBlock(nn.Module):
         droplayer_p: float = 0.0,
         qkv_bias: bool = True,
         gelu: str = "tanh",
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
-        self.norm1 = layer_norm(dim)
+        self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = MultiHeadDotProductAttention(dim, num_heads, attention, attention_dropout_rate, qkv_bias)
         self.dropout = nn.Dropout(dropout_rate)
         self.drop_layer = DropLayer(droplayer_p)
-        self.norm2 = layer_norm(dim)
+        self.norm2 = nn.LayerNorm(dim, layer_norm_eps)
         self.mlp = _mlp(dim, mlp_dim, dropout_rate, gelu)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,6 +219,7 @@ class EncoderFactorizedSelfAttentionBlock(nn.Module):
         attention_dropout_rate: Dropout of the attention probabilities.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
     """
 
     def __init__(
@@ -230,18 +233,19 @@ class EncoderFactorizedSelfAttentionBlock(nn.Module):
         attention_dropout_rate: float = 0.1,
         qkv_bias: bool = True,
         gelu: str = "tanh",
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
         if attention_order not in ("time_space", "space_time"):
             raise ValueError(f"attention_order must be time_space or space_time, got {attention_order!r}")
         self.attention_order = attention_order
         options = (attention_dropout_rate, qkv_bias, attention_kernel_init_method)
-        self.norm_time = layer_norm(dim)
+        self.norm_time = nn.LayerNorm(dim, layer_norm_eps)
         self.attn_time = MultiHeadDotProductAttention(dim, num_heads, "time", *options)
-        self.norm_space = layer_norm(dim)
+        self.norm_space = nn.LayerNorm(dim, layer_norm_eps)
         self.attn_space = MultiHeadDotProductAttention(dim, num_heads, "space", *options)
         self.dropout = nn.Dropout(dropout_rate)
-        self.norm_mlp = layer_norm(dim)
+        self.norm_mlp = nn.LayerNorm(dim, layer_norm_eps)
         self.mlp = _mlp(dim, mlp_dim, dropout_rate, gelu)
 
     def forward(self, x: Tensor) -> Tensor:

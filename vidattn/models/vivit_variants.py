@@ -9,6 +9,7 @@ from typing import Any
 
 from vidattn.models.registry import InputSpec, register_model
 from vidattn.models.vivit import SpaceTimeViViT, ViViT
+from vidattn.models.vivit_layers import LAYER_NORM_EPS
 
 
 def _tokens(
@@ -39,6 +40,7 @@ def vivit(
     stochastic_droplayer_rate: float = 0.0,
     qkv_bias: bool = True,
     gelu: str = "tanh",
+    layer_norm_eps: float = LAYER_NORM_EPS,
 ) -> ViViT:
     """Build ViViT model 1, 3 or 4.
 
@@ -62,6 +64,7 @@ def vivit(
         stochastic_droplayer_rate: Stochastic depth of the last block.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
 
     Returns:
         The classifier, randomly initialised.
@@ -88,6 +91,7 @@ def vivit(
         image_size=image_size,
         qkv_bias=qkv_bias,
         gelu=gelu,
+        layer_norm_eps=layer_norm_eps,
     )
 
 
@@ -111,8 +115,11 @@ def space_time_vivit(
     stochastic_droplayer_rate: float = 0.0,
     qkv_bias: bool = True,
     gelu: str = "tanh",
+    layer_norm_eps: float = LAYER_NORM_EPS,
+    temporal_num_heads: int | None = None,
+    temporal_mlp_dim: int | None = None,
 ) -> SpaceTimeViViT:
-    """Build ViViT model 2, the factorized encoder; both encoders have the same width, heads and MLPs.
+    """Build ViViT model 2, the factorized encoder; unless said, both encoders have the same heads and MLPs.
 
     Args:
         hidden_size: Channels of a token.
@@ -134,6 +141,9 @@ def space_time_vivit(
         stochastic_droplayer_rate: Stochastic depth of the last block of each encoder.
         qkv_bias: Whether queries, keys and values have a bias.
         gelu: "tanh" (the paper's) or "erf".
+        layer_norm_eps: What LayerNorms add to the variance.
+        temporal_num_heads: Attention heads of the temporal encoder; None: ``num_heads``.
+        temporal_mlp_dim: Hidden channels of the MLPs of the temporal encoder; None: ``mlp_dim``.
 
     Returns:
         The classifier, randomly initialised.
@@ -143,9 +153,9 @@ def space_time_vivit(
         mlp_dim,
         num_layers,
         num_heads,
-        mlp_dim,
+        mlp_dim if temporal_mlp_dim is None else temporal_mlp_dim,
         temporal_num_layers,
-        num_heads,
+        num_heads if temporal_num_heads is None else temporal_num_heads,
         num_classes,
         patches,
         hidden_size,
@@ -160,6 +170,7 @@ def space_time_vivit(
         image_size=image_size,
         qkv_bias=qkv_bias,
         gelu=gelu,
+        layer_norm_eps=layer_norm_eps,
     )
 
 

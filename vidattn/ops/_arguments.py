@@ -5,22 +5,31 @@ Everything here runs in the public functions, in front of the ops, and is traced
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidattn.messages import describe as _describe
 from vidattn.ops._tensors import last_dim_dense
 
 __all__ = [
     "DTYPES",
+    "check_choice",
     "check_companion",
+    "check_dense",
     "check_dropout",
     "check_scale",
     "draw_seed",
     "split_qkv",
 ]
+
+_INT64 = 2**63
+_LARGEST = sys.float_info.max
+_INFINITY = float("inf")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,6 +49,7 @@ def split_qkv(
         The tensors the op takes.
     """
     if isinstance(qkv, Tensor):
+        check_dense(function, "qkv", qkv)
         ndim = packed.count(",") + 1
         if qkv.dim() != ndim or qkv.shape[-3] != 3:
             raise ValueError(f"{function}: qkv: expected shape {packed}, got {tuple(qkv.shape)}")
@@ -49,6 +59,8 @@ def split_qkv(
         raise TypeError(
             f"{function}: qkv: expected a tensor {packed} or three tensors {separate}, got {_describe(qkv)}"
         )
+    for name, x in zip("qkv", qkv, strict=True):
+        check_dense(function, name, x)
     q, k, v = qkv
     if q.dim() != separate.count(",") + 1 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in qkv)
@@ -66,12 +78,30 @@ def check_companion(function: str, name: str, value: Tensor, like: Tensor, shape
     """Check a tensor that goes with q, k and v: its type, shape and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name}: expected a tensor {layout} or None, got {_describe(value)}")
+    check_dense(function, name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{function}: {name}: expected shape {layout} = {tuple(shape)}, got {tuple(value.shape)}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{function}: {name}: expected a floating dtype, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
+
+
+def check_dense(function: str, name: str, value: object) -> None:
+    """Refuse a tensor whose elements do not lie at strides, before its shape is looked at; what is no tensor passes."""
+    if not isinstance(value, Tensor):
+        return
+    if value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised"
+        raise TypeError(f"{function}: {name}: expected a dense tensor, got a {kind} tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name}: expected a dense tensor, got layout {value.layout}")
+
+
+def check_choice(function: str, name: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """Refuse what is none of the words that an option may be."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{function}: {name}: expected one of {tuple(choices)}, got {_describe(value)}")
 
 
 def check_scale(function: str, scale: float | None, head_dim: int) -> float:
@@ -89,20 +119,44 @@ def check_dropout(function: str, dropout_p: float) -> float:
     return value
 
 
-def integer(function: str, name: str, value: int) -> int:
-    """Return ``value``, or raise if it is no integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def integer(function: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int, which may be one of NumPy or of ``torch.compile``, or raise."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
+        return int(value)  # there, sizes are tensors
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
-    return value
+    number = int(value)
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"{function}: {name}: expected an integer of 64 bits, got {number}")
+    return number
 
 
-def finite_number(function: str, name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool = False) -> float:
+    """Return ``value`` as a float, which may be one of NumPy or of ``torch.compile``, or raise.
+
+    Args:
+        function: name for error messages.
+        name: the argument's.
+        value: what was given.
+        minus_infinity: -inf will do.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{function}: {name}: expected a finite number, got {value}")
-    return float(value)
+    least = -_INFINITY if minus_infinity else -_LARGEST
+    # Compared, because a compiler may not know it yet; false for NaN too.
+    if not least <= value <= _LARGEST:  # type: ignore[operator]
+        expected = "a finite number or -inf" if minus_infinity else "a finite number"
+        raise ValueError(f"{function}: {name}: expected {expected}, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]
 
 
 def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
@@ -115,8 +169,6 @@ def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
 def _check_values(function: str, name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{function}: {name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{function}: {name}: expected a dense tensor, got layout {x.layout}")
     if x.shape[-1] < 1:
         raise ValueError(f"{function}: {name}: expected a head dimension of at least 1, got shape {tuple(x.shape)}")
 
@@ -127,9 +179,3 @@ def _autocast(x: Tensor) -> Tensor:
     if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return x
     return x.to(torch.get_autocast_dtype(device_type))
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}: " + ", ".join(_describe(item) for item in value)
-    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
