@@ -13,7 +13,9 @@ import vidattn.models
 from vidattn import backends, cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 TEXT = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 
 
