@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidattn
 from benchmarks.calls import EXACT
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.memory import peak_extra_bytes, start_server
 from benchmarks.rounds import BASELINES, COPY, GEMM, allowed_error, copy, gemm, interleave, largest_error
 from benchmarks.shapes import DTYPES
 
@@ -152,16 +152,18 @@ def measure(
     Returns:
         All there is to know.
     """
+    if memory:
+        start_server()  # meanwhile it gets ready
     calls, measured = prepare(build, names, arguments, say)
     if not calls:
         return measured
+    timed = list(calls)
     device = arguments["device"]
     say("rounds")
     calls |= {GEMM: gemm(DTYPES[arguments["dtype"]], device), COPY: copy(device)}
     for baseline in BASELINES:
         calls[baseline]()
-    measured.times = interleave(calls, rounds, seconds, synchronise(device))
-    timed = [name for name in calls if name not in BASELINES]
+    measured.times = interleave(calls, rounds, seconds * len(timed), synchronise(device))
     calls.clear()
     if memory:
         say("memory")

@@ -40,14 +40,14 @@ def peak_extra_bytes(builder: str, *, threads: int | None = None, **arguments: o
     Raises:
         RuntimeError: the process failed; the message has the end of its error output.
     """
-    server = _server()
+    server = start_server()
     assert server.stdin is not None and server.stdout is not None
     request = {"path": sys.path, "builder": builder, "threads": threads, "arguments": arguments}
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = server.stdout.readline()
     if not answer:
-        _server.cache_clear()
+        start_server.cache_clear()
         raise RuntimeError(f"{builder} {arguments}: the process that measures memory has ended")
     result = json.loads(answer)
     if "error" in result:
@@ -56,7 +56,7 @@ def peak_extra_bytes(builder: str, *, threads: int | None = None, **arguments: o
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def start_server() -> subprocess.Popen[str]:
     """Start the process that the measurements are forks of."""
     server = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.memory"],

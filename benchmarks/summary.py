@@ -114,12 +114,14 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
         rates = f"{short(info['gemm_gflops'])}\nGFLOP/s", f"{short(info['copy_gigabytes_per_second'])}\nGB/s"
         table.add_row(f"{case}\n{direction}\n{info['dtype']}", *cells, *rates)
 
-    worst = max(entry["info"].get("error", 0.0) for entry in entries)
+    worst: dict[str, float] = {}
+    for info in (entry["info"] for entry in entries):
+        worst[info["dtype"]] = max(worst.get(info["dtype"], 0.0), info["error"])
+    errors = ", ".join(f"{error:.0e} of the maximum in {dtype}" for dtype, error in worst.items())
     console = Console(file=io.StringIO(), force_terminal=bold, width=200, highlight=False)
     console.print(describe_machine(machine))
     console.print(
-        "Every output was compared with the float64 reference before it was timed; "
-        f"the largest error was {worst:.0e} of the maximum."
+        f"Every output was compared with the float64 reference before it was timed; the largest error was {errors}."
     )
     console.print(table)
     console.print(
