@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,15 +54,16 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     terminal.showfspath = terminal._show_progress_info = False  # Progress tells more
     minutes = sum(selection.expected_seconds(case, names) for (_, case), names in cases.items()) / 60
     more = "" if config.getoption("full") or config.getoption("smoke") else "; --full runs all cases"
+    number = f"{len(cases)} case{'s' * (len(cases) > 1)}, {len(items)} timings"
     return [
-        f"{len(cases)} cases, {len(items)} timings, about {max(minutes, 1):.0f} min on two cores{more}. "
+        f"{number}, about {max(minutes, 1):.0f} min on two cores{more}. "
         "Each output is compared with the float64 reference before it is timed."
     ]
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Show no dots: progress is told by case."""
-    return ("passed", "", "") if report.when == "call" and report.passed else None
+    return (report.outcome, "", "") if report.when == "call" and not report.failed else None
 
 
 def cpu_isa() -> str:
@@ -95,7 +97,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine_info)
         machine = report.clean_machine(machine_info)
         try:
-            table = summary.render(config.stash[ENTRIES], machine, bold=terminalreporter.hasmarkup)
+            width = {"width": shutil.get_terminal_size().columns} if terminalreporter.isatty else {}
+            table = summary.render(config.stash[ENTRIES], machine, bold=terminalreporter.hasmarkup, **width)
         except ImportError:  # no rich
             today = datetime.date.today().isoformat()
             table = report.tables({"machine": machine, "date": today, "benchmarks": config.stash[ENTRIES]})
@@ -136,14 +139,14 @@ def progress(request: pytest.FixtureRequest) -> Progress:
 
 
 @pytest.fixture(scope="session")
-def measured_cases() -> dict[str, Measured]:
-    """What was measured in this session, by group."""
+def measured_cases() -> dict[str, Measured | Exception]:
+    """What was measured in this session, or why it failed, by group."""
     return {}
 
 
 @pytest.fixture
 def contest(
-    benchmark: Any, measured_cases: dict[str, Measured], progress: Progress, request: pytest.FixtureRequest
+    benchmark: Any, measured_cases: dict[str, Measured | Exception], progress: Progress, request: pytest.FixtureRequest
 ) -> Callable[..., None]:
     """Give the function that runs and reports the ``contender`` of a test among the collected tests of its case."""
 
@@ -166,17 +169,24 @@ def contest(
             # Contenders that were not selected are not timed either.
             names = selection.cases_of(request.session.items)[request.node.originalname, tuple(case)]
             progress.begin(tuple(case))
-            measured_cases[group] = measure(
-                build,
-                names,
-                arguments | {"device": config.getoption("device")},
-                rounds=config.getoption("benchmark_min_rounds") if benchmark.enabled else 1,
-                seconds=float(config.getoption("benchmark_max_time")) if benchmark.enabled else 0.0,
-                memory=benchmark.enabled and not config.getoption("no_peak_memory"),
-                say=progress.say,
-            )
-            progress.end()
+            try:
+                measured_cases[group] = measure(
+                    build,
+                    names,
+                    arguments | {"device": config.getoption("device")},
+                    rounds=config.getoption("benchmark_min_rounds") if benchmark.enabled else 1,
+                    seconds=float(config.getoption("benchmark_max_time")) if benchmark.enabled else 0.0,
+                    memory=benchmark.enabled and not config.getoption("no_peak_memory"),
+                    say=progress.say,
+                )
+            except Exception as error:
+                measured_cases[group] = error
+                raise
+            finally:
+                progress.end()
         measured = measured_cases[group]
+        if isinstance(measured, Exception):
+            pytest.fail(f"{group} could not be measured: {measured}", pytrace=False)
         if contender in measured.not_run:
             pytest.skip(f"{group}: {contender}: {measured.not_run[contender]}")
         times = measured.times

@@ -82,24 +82,27 @@ def _cell(group: Group, contender: str) -> list[str]:
     return lines if peak is None else [*lines, f"{short(peak / 2**20)} MiB"]
 
 
-def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bold: bool) -> str:
+def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bold: bool, width: int = 160) -> str:
     """Lay out a result for the terminal.
 
     Args:
         entries: ``benchmarks`` of a result as ``report.clean`` gives it.
         machine: ``machine`` of it.
         bold: the terminal shows bold; else the fastest is marked by a star.
+        width: columns of the terminal.
 
     Returns:
         Lines of text.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     groups = groups_of(entries)
     names = [name for name in CONTENDERS if any(name in group for group in groups.values())]
-    table = Table("case", *(TITLES.get(name, name) for name in names), "gemm", "copy", show_lines=True)
+    table = Table(
+        Column("case", max_width=30), *(TITLES.get(name, name) for name in names), "gemm", "copy", show_lines=True
+    )
     for group in groups.values():
         info = next(iter(group.values()))["info"]
         case, direction = (TITLES.get(info[part], info[part]) for part in ("case", "direction"))
@@ -118,7 +121,7 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
     for info in (entry["info"] for entry in entries):
         worst[info["dtype"]] = max(worst.get(info["dtype"], 0.0), info["error"])
     errors = ", ".join(f"{error:.0e} of the maximum in {dtype}" for dtype, error in worst.items())
-    console = Console(file=io.StringIO(), force_terminal=bold, width=200, highlight=False)
+    console = Console(file=io.StringIO(), force_terminal=bold, width=width, highlight=False)
     console.print(describe_machine(machine))
     console.print(
         f"Every output was compared with the float64 reference before it was timed; the largest error was {errors}."
@@ -126,8 +129,8 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
     console.print(table)
     console.print(
         f"Medians over interleaved rounds; the fastest is {'bold' if bold else 'marked *'}. 2.00x: takes 2.00 times as "
-        "long as vidattn in the same round.\nGFLOP/s and shares count all scores, also those that a shifted window "
-        "masks. gemm (2048 x 2048) and copy: what the machine did in the\nsame rounds; a share is of the one that sets "
+        "long as vidattn in the same round. GFLOP/s and shares count all scores, also those that a shifted window "
+        "masks. gemm (2048 x 2048) and copy: what the machine did in the same rounds; a share is of the one that sets "
         "the limit. MiB: what a call adds to memory at its peak, its result included."
     )
     reasons = {

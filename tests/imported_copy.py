@@ -75,7 +75,13 @@ def why_refused(
 
 def describe() -> str:
     """Say in one line which copy was imported and what its kernels are."""
+    package = Path(vidattn.__file__).parent
     reasons = vidattn.why_not("window3d_attention", backend="cpu")
-    kernels = f"no compiled kernels ({reasons[0]})" if reasons else f"CPU kernels for {torch.ops.vidattn._cpu_isa()}"
-    chosen = vidattn.current_backend()
-    return f"vidattn {vidattn.__version__} from {Path(vidattn.__file__).parent}: {kernels}; backend {chosen}"
+    if reasons:
+        kernels = f"no compiled kernels ({reasons[0]})"
+    else:
+        # An editable installation lends its extension to a clone that has none.
+        extension = Path(sys.modules["vidattn._C"].__file__ or "")
+        origin = "" if extension.parent == package else f" OF ANOTHER COPY, {extension}"
+        kernels = f"CPU kernels for {torch.ops.vidattn._cpu_isa()}{origin}"
+    return f"vidattn {vidattn.__version__} from {package}: {kernels}; backend {vidattn.current_backend()}"

@@ -73,6 +73,12 @@ def test_description_names_copy_kernels_and_backend():
     assert str(ROOT / "vidattn") in line and "backend reference" in line and "\n" not in line
 
 
+def test_description_warns_of_an_extension_from_elsewhere(monkeypatch):
+    assert "ANOTHER COPY" not in describe()
+    monkeypatch.setattr(sys.modules["vidattn._C"], "__file__", "/other/vidattn/_C.abi3.so")
+    assert "OF ANOTHER COPY, /other/vidattn/_C.abi3.so" in describe()
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "tests"])
 def test_suites_refuse_an_unbuilt_clone(folder, tmp_path):
     skipped = shutil.ignore_patterns("*.so", "__pycache__", "golden", "results")
