@@ -55,8 +55,9 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     minutes = sum(selection.expected_seconds(case, names) for (_, case), names in cases.items()) / 60
     more = "" if config.getoption("full") or config.getoption("smoke") else "; --full runs all cases"
     number = f"{len(cases)} case{'s' * (len(cases) > 1)}, {len(items)} timings"
+    duration = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
     return [
-        f"{number}, about {max(minutes, 1):.0f} min on two cores{more}. "
+        f"{number}, {duration} on two cores{more}. "
         "Each output is compared with the float64 reference before it is timed."
     ]
 

@@ -130,7 +130,7 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
     console.print(
         f"Medians over interleaved rounds; the fastest is {'bold' if bold else 'marked *'}. 2.00x: takes 2.00 times as "
         "long as vidattn in the same round. GFLOP/s and shares count all scores, also those that a shifted window "
-        "masks. gemm (2048 x 2048) and copy: what the machine did in the same rounds; a share is of the one that sets "
+        "masks. gemm (2048 x 2048) and copy: the best of the same rounds; a share is of the one that sets "
         "the limit. MiB: what a call adds to memory at its peak, its result included."
     )
     reasons = {

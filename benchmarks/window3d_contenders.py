@@ -203,12 +203,12 @@ def build_copies(
     Returns:
         Functions that return (context,), or (context, gradient of qkv, gradient of the table).
     """
-    element = getattr(torch, "float32" if contender == "vidattn_float32" else dtype)
+    wider = {EXACT: torch.float64, "vidattn_float32": torch.float32}  # on the same numbers as everybody
     generator = torch.Generator(device).manual_seed(0)
 
     def random(size: tuple[int, ...]) -> Tensor:
-        numbers = torch.randn(size, generator=generator, device=device).to(element)
-        return numbers.double() if contender == EXACT else numbers
+        numbers = torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+        return numbers.to(wider.get(contender, numbers.dtype))
 
     qkvs, table = [random(shape.qkv_shape)], random(shape.table_shape)
     gradients = [random((*shape.qkv_shape[:4], shape.heads * shape.head_dim))]
