@@ -19,7 +19,7 @@ import triton
 
 from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
 
-__all__ = ["Config", "architecture", "tuned"]
+__all__ = ["Config", "architecture", "over_all_keys", "tuned"]
 
 
 class Config(NamedTuple):
@@ -38,6 +38,12 @@ class Config(NamedTuple):
     windows: int = 1
     num_warps: int = 4
     num_stages: int = 2
+
+
+def over_all_keys(config: Config, keys: int) -> Config:
+    """Widen a tile to all keys of a row, and leave it as few queries as the registers hold rows."""
+    queries = max(16, 4096 // keys)
+    return config._replace(block_m=min(config.block_m, keys, queries), block_n=keys, num_warps=max(1, keys // 16))
 
 
 def architecture(device: torch.device) -> str:

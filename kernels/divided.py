@@ -37,6 +37,7 @@ from vidattn.kernels.divided_configs import (
 from vidattn.kernels.divided_forward import divided_forward_packed, divided_forward_stream
 from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.sums import plan_sum_frames
+from vidattn.ops._tensors import keeps_lse
 
 __all__ = ["Mixing", "backward", "forward", "plan_backward", "plan_forward"]
 
@@ -138,7 +139,7 @@ def plan_backward(
         temporal_heads: heads that attend over time.
         scale: factor of q k^T.
         dropout_p: dropout probability.
-        out: context of the forward pass; it, ``cls`` and ``lse`` may be None, and are computed again if needed.
+        out: context of the forward pass; it, ``cls`` and ``lse`` may be None where rows are seen whole.
         cls: what the forward pass wrote.
         lse: its log-sum-exp.
         dq: (B, S, h, d), last dimension dense, of the same strides as ``dk`` and ``dv``.
@@ -157,10 +158,6 @@ def plan_backward(
         parts = q.new_empty(3, q.shape[0], num_frames, q.shape[2] * q.shape[3], dtype=torch.float32)
     grads = _Gradients(dout, dcls, dq, dk, dv, parts)
     launches: list[Launch] = []
-    streamed = [part for part in call.parts if part.packed(divided_backward_packed) is None]
-    if streamed and (out is None or lse is None or (call.has_cls and cls is None)):
-        out, cls, lse = call.new_outputs()
-        launches += [part.forward(out, cls, lse) for part in streamed]
     for part in call.parts:
         launches += part.backward(grads, out, cls, lse)
     if parts is not None:
@@ -270,16 +267,6 @@ class _Call:
         )  # fmt: skip
         return [part for part in (over_time, over_space) if part.heads > 0]
 
-    def new_outputs(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Make room for what a forward pass gives."""
-        batch, _, heads, head_dim = self.q.shape
-        out = self.q.new_empty(batch, self.rows, heads * head_dim)
-        lse = self.q.new_empty(batch, self.rows + self.num_frames * self.has_cls, heads, dtype=torch.float32)
-        cls = None
-        if self.has_cls:
-            cls = self.q.new_empty(batch, self.num_frames, heads * head_dim, dtype=torch.float32)
-        return out, cls, lse
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -324,6 +311,7 @@ class _Part:
             length=self.length,
             dropout=self.call.dropout_p > 0,
             mixed=self.mixing is not None and len(self.mixing.shifts) > 0,
+            whole=not keeps_lse(self.length, "triton"),
         )
 
     def packed(self, kernel: Any) -> Config | None:
@@ -344,11 +332,14 @@ class _Part:
         packed = self.packed(divided_backward_packed)
         if packed is not None:
             return [self._pack(divided_backward_packed, packed, given, 5, 7)]
+        if self.shape_class.whole:
+            given |= {"lse": None, "delta": None, "WHOLE": True}
+            return [self._stream(divided_backward_keys, given, "block_n", 5, 7)]
         assert out is not None and lse is not None
-        given |= self._outputs(out, cls, lse) | {"delta": torch.empty_like(lse)}
+        given |= self._outputs(out, cls, lse) | {"delta": torch.empty_like(lse), "WHOLE": False}
         return [
             self._stream(divided_backward_queries, given, "block_m", 3, 6),
-            self._stream(divided_backward_keys, given, "block_n", 4, 6),
+            self._stream(divided_backward_keys, given | {"dq": None}, "block_n", 4, 6),
         ]
 
     def _outputs(self, out: Tensor, cls: Tensor | None, lse: Tensor | None) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The backward kernels of divided attention; divided.py launches them and says what their arguments hold.
 
-Whole sequences in a tile need nothing of the forward pass, and one program gives all three gradients. Longer ones
-recompute the probabilities from the log-sum-exp, in two kernels that own what they sum: a tile of queries its dq, a
-tile of keys its dk and dv. What the cls token of a clip gets from each frame is written apart, and summed in a fixed
-order.
+Whole sequences in a tile need nothing of the forward pass, and one program gives all three gradients. So it is where
+only the keys of a sequence fit into a tile (``WHOLE``), and its queries come tile by tile. Longer ones recompute the
+probabilities from the log-sum-exp, in two kernels that own what they sum: a tile of queries its dq, a tile of keys its
+dk and dv. What the cls token of a clip gets from each frame is written apart, and summed in a fixed order.
 """
 
 import triton
@@ -24,7 +24,7 @@ from vidattn.kernels.divided_tiles import (
 )
 from vidattn.kernels.mixing_tiles import load_keys, mixed_columns, store_key_grads
 from vidattn.kernels.rows import load_rows, row_offsets, store_rows
-from vidattn.kernels.softmax import probabilities
+from vidattn.kernels.softmax import normalise_rows, score_gradients
 
 __all__ = ["divided_backward_keys", "divided_backward_packed", "divided_backward_queries"]
 
@@ -81,7 +81,7 @@ def _backward_sequences(
     weights, _, row_sum, factors = attend_packed(
         q_rows, k_rows, sequences, slots, groups, head, dropout, unit, LENGTH, CLS, BLOCK, HAS_DROPOUT, PRECISION
     )
-    weights *= (1.0 / row_sum)[:, None]
+    weights = normalise_rows(weights, row_sum)
     grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
     dropped = weights
     if HAS_DROPOUT:
@@ -196,20 +196,6 @@ def divided_backward_packed(
 
 
 @triton.jit
-def _score_gradients(
-    scores, q_lse, unit, delta, dout_rows, v_rows, factors, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """P as it multiplied v, dropout applied, and dS = P (dP - delta)."""
-    weights = probabilities(scores, q_lse, unit)
-    grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
-    dropped = weights
-    if HAS_DROPOUT:
-        dropped = weights * factors
-        grad_weights *= factors
-    return dropped, weights * (grad_weights - delta[:, None])
-
-
-@triton.jit
 def _queries_tile(
     total,
     first_key,
@@ -245,7 +231,9 @@ def _queries_tile(
     factors = 1.0
     if HAS_DROPOUT:
         factors = tile_factors(dropout, group, head, first_query, first_key, LENGTH, CLS, BLOCK_M, BLOCK)
-    _, grad_scores = _score_gradients(scores, q_lse, unit, delta, dout_rows, v_rows, factors, HAS_DROPOUT, PRECISION)
+    _, grad_scores = score_gradients(
+        scores, q_lse, delta, dout_rows, v_rows, factors, False, HAS_DROPOUT, PRECISION, unit
+    )
     return tl.dot(grad_scores.to(k_rows.dtype), k_rows, total, input_precision=PRECISION)
 
 
@@ -378,12 +366,15 @@ def _keys_tile(
     BLOCK_N: tl.constexpr,
     IS_TAIL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what ``BLOCK`` queries give to dk and dv."""
-    group, head, place, steps, k_rows, v_rows, q_base, dout_base, dcls_base, lse_base, delta_base, strides = inputs
-    q_token, dout_token, all_heads, cls_row = strides
+    """Add what ``BLOCK`` queries give to dk and dv; store their dq where it is complete."""
+    group, head, place, steps, k_rows, v_rows, q_base, dout_base, dcls_base, kept, found, strides = inputs
+    q_token, dout_token, all_heads, cls_row, grad_token = strides
+    lse_base, delta_base = kept
     dk, dv = sums
+    q_lse, delta = 0.0, 0.0
     slots = first_query + tl.arange(0, BLOCK)
     if IS_TAIL:  # rows that only fill up the tile weigh nothing
         tokens, rows = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
@@ -391,21 +382,34 @@ def _keys_tile(
         dout_rows = load_rows(dout_base, rows, row_offsets(rows, dout_token), q_base, HEAD_DIM, BLOCK_D, True, False)
         if CLS:
             dout_rows = add_cls(dout_rows, dcls_base, slots, HEAD_DIM, BLOCK_D, LENGTH)
-        kept_rows = row_offsets(lse_rows(slots, place, rows, cls_row, LENGTH, CLS), all_heads)
-        q_lse = tl.load(lse_base + kept_rows, mask=slots < LENGTH, other=float("inf"))
-        delta = tl.load(delta_base + kept_rows, mask=slots < LENGTH, other=0.0)
+        if not WHOLE:
+            kept_rows = row_offsets(lse_rows(slots, place, rows, cls_row, LENGTH, CLS), all_heads)
+            q_lse = tl.load(lse_base + kept_rows, mask=slots < LENGTH, other=float("inf"))
+            delta = tl.load(delta_base + kept_rows, mask=slots < LENGTH, other=0.0)
     else:
+        rows = place * steps[0] + slots * steps[1]
+        tokens = rows + CLS
         q_rows = tile_rows(q_base, first_query, place, steps, q_token, LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK)
         dout_rows = tile_rows(dout_base, first_query, place, steps, dout_token, LENGTH, 0, HEAD_DIM, BLOCK_D, BLOCK)
-        kept_rows = row_offsets(place * steps[0] + slots * steps[1], all_heads)
-        q_lse, delta = tl.load(lse_base + kept_rows), tl.load(delta_base + kept_rows)
+        if not WHOLE:
+            kept_rows = row_offsets(rows, all_heads)
+            q_lse, delta = tl.load(lse_base + kept_rows), tl.load(delta_base + kept_rows)
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
+    if WHOLE and BLOCK_N != LENGTH:
+        scores = tl.where((tl.arange(0, BLOCK_N) < LENGTH)[None, :], scores, float("-inf"))
     factors = 1.0
     if HAS_DROPOUT:
         factors = tile_factors(dropout, group, head, first_query, first_key, LENGTH, CLS, BLOCK, BLOCK_N)
-    dropped, grad_scores = _score_gradients(
-        scores, q_lse, unit, delta, dout_rows, v_rows, factors, HAS_DROPOUT, PRECISION
+    dropped, grad_scores = score_gradients(
+        scores, q_lse, delta, dout_rows, v_rows, factors, WHOLE, HAS_DROPOUT, PRECISION, unit
     )
+    if WHOLE:
+        dq_base, cls_part = found
+        dq = tl.dot(grad_scores.to(k_rows.dtype), k_rows, input_precision=PRECISION) * unit  # k has the scale's sign
+        stored = rows if CLS else tokens
+        store_rows(dq_base, stored, row_offsets(tokens, grad_token), dq, HEAD_DIM, BLOCK_D)
+        if CLS and IS_TAIL:
+            store_cls(cls_part, slots * 0, slots == LENGTH - 1, dq, HEAD_DIM, BLOCK_D)
     dv = tl.dot(tl.trans(dropped.to(dout_rows.dtype)), dout_rows, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(grad_scores.to(q_rows.dtype)), q_rows, dk, input_precision=PRECISION)
     return dk, dv
@@ -426,6 +430,7 @@ def divided_backward_keys(
     dout,
     dcls,
     delta,
+    dq,
     dk,
     dv,
     cls_parts,
@@ -469,12 +474,14 @@ def divided_backward_keys(
     TAIL: tl.constexpr,
     SIGN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values of one head in one sequence."""
+    """Gradients of a tile of keys and values of one head in one sequence; if it holds all keys, of the queries too."""
     tile, head, group, clip, place = locate(first_head, heads, places, LENGTH, BLOCK_N)
     steps = (place_step, slot_step)
     first_key = tile * BLOCK_N
+    tl.static_assert(BLOCK_N >= LENGTH or not WHOLE)
     slots = first_key + tl.arange(0, BLOCK_N)
     tokens, rows = slot_tokens(slots, place, slots < LENGTH, steps, LENGTH, CLS)
     k_base, v_base = k + clip * k_batch + head * k_head, v + clip * v_batch + head * v_head
@@ -490,10 +497,16 @@ def divided_backward_keys(
     if CLS:
         dcls_base = dcls + clip * dcls_batch + place.to(tl.int64) * dcls_frame + head * HEAD_DIM
         cls_row = num_rows - places
-    strides = (q_token, dout_token, all_heads, cls_row)
+    kept_of_rows, found = (q_base, q_base), (q_base, q_base)  # never touched; older Triton takes no None in a tuple
+    if WHOLE:
+        found = (dq + clip * grad_batch + head * grad_head, q_base)
+        if CLS:
+            found = (found[0], cls_parts + (group.to(tl.int64) * all_heads + head) * HEAD_DIM)
+    else:
+        kept_of_rows = (lse + first_row, delta + first_row)
+    strides = (q_token, dout_token, all_heads, cls_row, grad_token)
     inputs = (
-        group, head, place, steps, k_rows, v_rows, q_base, dout_base, dcls_base, lse + first_row, delta + first_row,
-        strides,
+        group, head, place, steps, k_rows, v_rows, q_base, dout_base, dcls_base, kept_of_rows, found, strides
     )  # fmt: skip
     dropout = (seed, threshold, kept)
 
@@ -501,12 +514,12 @@ def divided_backward_keys(
     for step in tl.range(0, full_tiles):
         sums = _keys_tile(
             sums, step * BLOCK_M, inputs, dropout, first_key, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, PRECISION,
+            LENGTH, CLS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_DROPOUT, WHOLE, PRECISION,
         )  # fmt: skip
     if TAIL:
         sums = _keys_tile(
             sums, full_tiles * BLOCK_M, inputs, dropout, first_key, unit,
-            LENGTH, CLS, HEAD_DIM, BLOCK_D, TAIL, BLOCK_N, True, HAS_DROPOUT, PRECISION,
+            LENGTH, CLS, HEAD_DIM, BLOCK_D, TAIL, BLOCK_N, True, HAS_DROPOUT, WHOLE, PRECISION,
         )  # fmt: skip
 
     k_grad, v_grad = sums[0] * scale, sums[1]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 
-from vidattn.kernels.configs import Config
+from vidattn.kernels.configs import Config, over_all_keys
 
 __all__ = ["ShapeClass", "candidate_configs", "default_config", "packed_config", "padded_length"]
 
@@ -26,6 +26,7 @@ class ShapeClass(NamedTuple):
         length: tokens of a sequence, a cls token included.
         dropout: whether there is dropout, which takes registers.
         mixed: whether channels of keys and values come from other sequences, which takes a few more.
+        whole: whether the backward pass takes rows of scores as a whole.
     """
 
     arch: str
@@ -35,6 +36,7 @@ class ShapeClass(NamedTuple):
     length: int
     dropout: bool
     mixed: bool = False
+    whole: bool = False
 
     @property
     def products(self) -> str:
@@ -118,7 +120,7 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
     else:
         entry = (shape.mixed and _column(_MIXED, kernel, shape)) or _column(_STREAM, kernel, shape)
         config = _cut(entry) if entry else _SMALL
-    return _fit(config, shape.length)
+    return _fit(kernel, config, shape)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
@@ -126,7 +128,7 @@ def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     cuts = {_SMALL, Config(64, 32), Config(32, 64)}
     for table in (*_STREAM.values(), *_MIXED.values()):
         cuts.update(map(_cut, table[kernel].split()))
-    return sorted({_fit(config, shape.length) for config in cuts})
+    return sorted({_fit(kernel, config, shape) for config in cuts})
 
 
 def _column(table: dict[tuple[str, str], dict[str, str]], kernel: str, shape: ShapeClass) -> str:
@@ -148,9 +150,12 @@ def padded_length(length: int, has_cls: bool, step: int) -> tuple[int, int]:
     return full, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _fit(config: Config, length: int) -> Config:
+def _fit(kernel: str, config: Config, shape: ShapeClass) -> Config:
     """Shrink tiles to short sequences, and where wide ones would waste more than they save."""
+    length = shape.length
     longest = max(16, triton.next_power_of_2(length))
+    if shape.whole and kernel == "divided_backward_keys":
+        return over_all_keys(config, longest)
     block_m, block_n = min(config.block_m, longest), min(config.block_n, longest)
     while block_n > 64:
         wide, narrow = (

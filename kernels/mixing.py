@@ -110,7 +110,7 @@ def plan_backward(
         channel_shifts: ranges of channels.
         scale: factor of q k^T.
         dropout_p: dropout probability.
-        out: context of the forward pass; it and ``lse`` may be None, and are computed again if needed.
+        out: context of the forward pass; it and ``lse`` may be None where rows are seen whole.
         lse: its log-sum-exp.
         dq: (B * T, N, h, d), last dimension dense, of the same strides as ``dk`` and ``dv``.
         dk: like ``dq``.

@@ -2,7 +2,8 @@
 
 Scores are in natural units and float32. A row's state is its maximum m, its sum l of exp(s - m) and its accumulator
 sum_j exp(s_j - m) v_j; the log-sum-exp that the backward pass reads is m + log l. exp(x - m) is taken as
-2**(x log2 e - m log2 e): one fused multiply-add and one hardware instruction.
+2**(x log2 e - m log2 e): one fused multiply-add and one hardware instruction; or as 2**((x - m) log2 e), one
+instruction more, where scores of thousands must not cost digits.
 """
 
 import triton
@@ -12,7 +13,8 @@ __all__ = [
     "dropout_factors",
     "dropout_factors_at",
     "finish_rows",
-    "probabilities",
+    "normalise_rows",
+    "score_gradients",
     "softmax_rows",
     "softmax_step",
     "start_rows",
@@ -40,9 +42,9 @@ def softmax_step(state, scores, v, factors, HAS_DROPOUT: tl.constexpr, PRECISION
     row_max, row_sum, context = state
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row of -inf alone must give zeros, not the NaN of -inf - -inf: its maximum reads 0.
-    offset = tl.where(new_max == float("-inf"), 0.0, new_max) * (unit * LOG2E)
-    weights = tl.exp2(scores * (unit * LOG2E) - offset[:, None])
-    shrink = tl.exp2(row_max * (unit * LOG2E) - offset)
+    offset = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = _exp_below(scores, offset[:, None], unit, v.dtype == tl.float32)
+    shrink = _exp_below(row_max, offset, unit, v.dtype == tl.float32)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if HAS_DROPOUT:
         weights *= factors
@@ -59,19 +61,72 @@ def finish_rows(state, unit=1.0):
 
 
 @triton.jit
-def probabilities(scores, lse, unit=1.0):
+def _exp_below(scores, top, unit, EXACT: tl.constexpr):
+    """exp(s - m), both in units of ``unit``."""
+    if EXACT:
+        weights = tl.exp2((scores - top) * (unit * LOG2E))
+    else:
+        weights = tl.exp2(scores * (unit * LOG2E) - top * (unit * LOG2E))
+    return weights
+
+
+@triton.jit
+def probabilities(scores, lse, unit=1.0, EXACT: tl.constexpr = False):
     """Recompute the softmax from its scores and log-sum-exp; an ``lse`` of +inf makes a row of zeros."""
-    offset = tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
-    return tl.exp2(scores * (unit * LOG2E) - offset[:, None])
+    lse = tl.where(lse == float("-inf"), 0.0, lse)[:, None]
+    if EXACT:
+        weights = tl.exp2((scores * unit - lse) * LOG2E)
+    else:
+        weights = tl.exp2(scores * (unit * LOG2E) - lse * LOG2E)
+    return weights
 
 
 @triton.jit
 def softmax_rows(scores, unit=1.0):
     """Weights exp(s - m) of rows that are seen whole, their maxima m and sums; all 0 where every score is -inf."""
     row_max = tl.max(scores, 1)
-    offset = tl.where(row_max == float("-inf"), 0.0, row_max) * (unit * LOG2E)
-    weights = tl.exp2(scores * (unit * LOG2E) - offset[:, None])
+    offset = tl.where(row_max == float("-inf"), 0.0, row_max)
+    weights = _exp_below(scores, offset[:, None], unit, True)
     return weights, row_max, tl.sum(weights, 1)
+
+
+@triton.jit
+def normalise_rows(weights, row_sum):
+    """P of rows that are seen whole, from their weights exp(s - m) and sums."""
+    return weights * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+
+
+@triton.jit
+def score_gradients(
+    scores,
+    lse,
+    delta,
+    dout_rows,
+    v_rows,
+    factors,
+    WHOLE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    unit=1.0,
+):
+    """P as it multiplied v, dropout applied, and dS = P (dP - delta).
+
+    ``WHOLE`` says that the rows are seen whole: P and delta are then taken from them, not from what was kept.
+    """
+    if WHOLE:
+        weights, _, row_sum = softmax_rows(scores, unit)
+        weights = normalise_rows(weights, row_sum)
+    else:
+        weights = probabilities(scores, lse, unit, v_rows.dtype == tl.float32)
+    grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        grad_weights *= factors
+    if WHOLE:
+        delta = tl.sum(weights * grad_weights, 1)
+    dropped = weights
+    if HAS_DROPOUT:
+        dropped = weights * factors
+    return dropped, weights * (grad_weights - delta[:, None])
 
 
 @triton.jit

@@ -10,7 +10,7 @@ share the tiles of what is added to their scores (see window3d_planes.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -33,6 +33,7 @@ from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, defa
 from vidattn.kernels.window3d_forward import window3d_forward
 from vidattn.kernels.window3d_planes import Planes, pitch_of, plan_planes
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables, bias_positions, window_tables
+from vidattn.ops._tensors import keeps_lse
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
@@ -46,17 +47,10 @@ _FOLD_BLOCK = (16, 32)
 _FEW_PROGRAMS = 1024
 
 
-def forward(*arguments: Any, keep_bias: bool = False) -> None:
-    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``.
-
-    With ``keep_bias`` the dense bias may be kept for the next call with its table.
-    """
-    *inputs, out, lse = arguments
-    planes, attend = _plan_forward(_Call(*inputs), out, lse, keep_bias)
-    for launch in planes.launches:
+def forward(*arguments: Any) -> None:
+    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
+    for launch in plan_forward(*arguments):
         launch.run()
-    planes.keep()
-    attend.run()
 
 
 def backward(*arguments: Any) -> None:
@@ -112,17 +106,12 @@ def plan_forward(
     call = _Call(
         q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p, arch
     )
-    planes, attend = _plan_forward(call, out, lse, False)
-    return [*planes.launches, attend]
-
-
-def _plan_forward(call: _Call, out: Tensor, lse: Tensor, keep_bias: bool) -> tuple[Planes, Launch]:
-    planes = call.planes(keep_bias)
+    planes = call.planes()
 
     def plan(config: Config) -> Launch:
         return call.queries(window3d_forward, config, planes, 2, out=out, lse=lse)
 
-    return planes, call.tuned(window3d_forward, plan)
+    return [*planes.launches, call.tuned(window3d_forward, plan)]
 
 
 def plan_backward(
@@ -135,8 +124,8 @@ def plan_backward(
     mask: Tensor | None,
     pad_qkv: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     window: Sequence[int],
     shift: Sequence[int],
     wrap: Sequence[bool],
@@ -163,7 +152,7 @@ def plan_backward(
         mask: masks of the caller.
         pad_qkv: what padding holds.
         seed: key of the dropout mask.
-        out: context of the forward pass, contiguous.
+        out: context of the forward pass, contiguous; it and ``lse`` may be None where rows are seen whole.
         lse: its log-sum-exp, contiguous.
         window: effective window.
         shift: effective shift.
@@ -184,21 +173,22 @@ def plan_backward(
     call = _Call(
         q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p, arch
     )
-    planes = call.planes(False)
-    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
-    given = {"dout": dout, "lse": lse, "delta": delta}
-    grad_token = dq.stride(0) // call.num_grid_tokens
+    planes = call.planes()
+    given: dict[str, Any] = {"dout": dout.contiguous(), "grad_token": dq.stride(0) // call.num_grid_tokens}
     launches = [*planes.launches]
-    launches.append(
-        call.tuned(
-            window3d_backward_queries,
-            lambda config: call.queries(
-                window3d_backward_queries, config, planes, 3, out=out, dq=dq, grad_token=grad_token, **given
-            ),
+    if call.shape_class.whole:
+        given |= {"lse": None, "delta": None}
+    else:
+        assert out is not None and lse is not None
+        given |= {"lse": lse.contiguous(), "delta": torch.empty_like(lse)}
+        found = {"out": out.contiguous(), "dq": dq}
+        launches.append(
+            call.tuned(
+                window3d_backward_queries,
+                lambda config: call.queries(window3d_backward_queries, config, planes, 3, **found, **given),
+            )
         )
-    )
-    launches += call.keys(planes, given, dk, dv, grad_token, dpad)
+    launches += call.keys(planes, given, dq, dk, dv, dpad)
     if dbias is not None:
         launches += call.bias_gradient(planes, given, dbias)
     return launches
@@ -275,14 +265,12 @@ class _Call:
             block_d=_block_d(self.q.shape[-1]),
             num_tokens=self.num_tokens,
             lean=not self.tables.has_padding and self.dropout_p == 0,
+            whole=not keeps_lse(self.num_tokens, "triton"),
         )
 
-    def planes(self, keep_bias: bool) -> Planes:
+    def planes(self) -> Planes:
         """What is added to the scores."""
-        keep_for: Hashable | None = (self.geometry, tuple(self.bias_window)) if keep_bias else None
-        return plan_planes(
-            self.bias, self.positions, self.mask, self.tables, self.num_tokens, self.mask_value, keep_for
-        )
+        return plan_planes(self.bias, self.positions, self.mask, self.tables, self.num_tokens, self.mask_value)
 
     def tuned(self, kernel: Any, launch: Callable[[Config], Launch]) -> Launch:
         """Plan a launch with the configuration of its shape class."""
@@ -304,14 +292,17 @@ class _Call:
     def keys(
         self,
         planes: Planes,
-        given: dict[str, Tensor],
+        given: dict[str, Any],
+        dq: Tensor,
         dk: Tensor,
         dv: Tensor,
-        grad_token: int,
         dpad: Tensor | None,
     ) -> list[Launch]:
-        """Plan dk and dv, whose programs own a tile of keys, and the gradient of the padding's values."""
-        kernel = window3d_backward_keys
+        """Plan dk and dv, whose programs own a tile of keys, and the gradient of the padding's values.
+
+        Programs whose tile is all keys find dq as well.
+        """
+        kernel, whole = window3d_backward_keys, self.shape_class.whole
         needs_pad = dpad is not None and self.tables.has_padding
         parts: list[Tensor] = []
 
@@ -320,19 +311,22 @@ class _Call:
             arguments = self._arguments(planes) | self._hiding(planes, config.block_n, config.block_m) | given
             pad_parts = None
             if needs_pad:
-                pad_parts = given["lse"].new_empty(self.num_groups * tiles, 2, self.heads, self.q.shape[-1])
+                size = (self.num_groups * tiles, 2, self.heads, self.q.shape[-1])
+                pad_parts = self.q.new_empty(size, dtype=torch.float32)
                 parts[:] = [pad_parts]
             arguments |= {
+                "dq": dq if whole else None,
                 "dk": dk,
                 "dv": dv,
-                "grad_token": grad_token,
+                "WHOLE": whole,
                 "pad_parts": pad_parts,
                 "NEEDS_PAD": needs_pad,
                 "windows": self.tables.windows,
                 "kinds": self.tables.kinds,
                 **_tiles(config, self.num_tokens, config.block_m),
             }
-            return self._launch(kernel, self.num_groups * self.heads * tiles, arguments, config, config.block_m, 4)
+            grid, products = self.num_groups * self.heads * tiles, 5 if whole else 4
+            return self._launch(kernel, grid, arguments, config, config.block_m, products)
 
         launches = [self.tuned(kernel, plan)]
         if dpad is not None:
@@ -344,7 +338,7 @@ class _Call:
                 dpad[1:].zero_()
         return launches
 
-    def bias_gradient(self, planes: Planes, given: dict[str, Tensor], dbias: Tensor) -> list[Launch]:
+    def bias_gradient(self, planes: Planes, given: dict[str, Any], dbias: Tensor) -> list[Launch]:
         """Plan the gradient of the bias: shares of the windows apart, then their sum, folded into the table."""
         kernel = window3d_backward_bias
         count, pitch = self.num_tokens, pitch_of(self.num_tokens)
@@ -355,7 +349,7 @@ class _Call:
             shares = min(self.num_groups, -(-_BIAS_PROGRAMS // tiles))
             share = -(-self.num_groups // shares)
             shares = -(-self.num_groups // share)
-            parts[:] = [given["lse"].new_empty(shares, self.heads, count, pitch)]
+            parts[:] = [self.q.new_empty(shares, self.heads, count, pitch, dtype=torch.float32)]
             arguments = self._arguments(planes) | given
             arguments |= {
                 "parts": parts[0],
@@ -365,6 +359,7 @@ class _Call:
                 "ONE_KIND": self.tables.num_kinds == 1,
                 "num_ranks": self.num_groups,
                 "share": share,
+                "WHOLE": self.shape_class.whole,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
             }
@@ -456,8 +451,8 @@ class _Call:
         rows = config.block_m if step == config.block_n else config.block_n
         windows = config.windows if "groups" in arguments else 1
         scores = round(grid * windows * rows * (arguments["steps"] * step + arguments["TAIL"]))
-        # q, k, v, and per kernel: out; or dout, out, dq; or dout, dk, dv.
-        tensors = 4 if products == 2 else 6
+        # q, k, v, and per kernel: out; or dout, out, dq; or dout, dk, dv; or these and dq.
+        tensors = {2: 4, 5: 7}.get(products, 6)
         added = sum(arguments[name].numel() for name in ("bias", "mask") if arguments[name] is not None)
         work = Work(
             steps=arguments["steps"],

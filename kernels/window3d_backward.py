@@ -1,15 +1,16 @@
 """The backward kernels of 3D window attention; window3d.py launches them and says what their arguments hold.
 
-Three kernels recompute the probabilities P from the log-sum-exp. Each owns what it sums, so nothing is added atomically
-and every result has one order of summation: a tile of queries its dq, a tile of keys its dk and dv, and a tile of the
-bias gradient its share of the windows.
+Three kernels recompute the probabilities P. Each owns what it sums, so nothing is added atomically and every result has
+one order of summation: a tile of queries its dq, a tile of keys its dk and dv, and a tile of the bias gradient its
+share of the windows. Where a tile holds all keys (``WHOLE``), rows of scores are seen whole: the kernels need nothing
+of the forward pass, and that of the keys gives dq as well.
 """
 
 import triton
 import triton.language as tl
 
 from vidattn.kernels.rows import PADDING, load_rows, row_offsets, store_rows
-from vidattn.kernels.softmax import dropout_factors, probabilities
+from vidattn.kernels.softmax import dropout_factors, score_gradients
 from vidattn.kernels.window3d_tiles import (
     PITCH_UNIT,
     added_to_scores,
@@ -26,32 +27,6 @@ from vidattn.kernels.window3d_tiles import (
 )
 
 __all__ = ["window3d_backward_bias", "window3d_backward_keys", "window3d_backward_queries"]
-
-
-@triton.jit
-def _score_gradients(
-    scores,
-    q_lse,
-    delta,
-    dout_rows,
-    v_rows,
-    factors,
-    NUM_TOKENS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """P as it multiplied v, dropout applied, and dS = P (dP - delta)."""
-    weights = probabilities(scores, q_lse)
-    grad_weights = tl.dot(dout_rows, tl.trans(v_rows), input_precision=PRECISION)
-    dropped = weights
-    if HAS_DROPOUT:
-        dropped = weights * factors
-        grad_weights *= factors
-    if NUM_TOKENS == 1:  # one key has all the weight whatever its score: dP - delta would be a rounding error
-        grad_weights = tl.zeros_like(grad_weights)
-    else:
-        grad_weights -= delta[:, None]
-    return dropped, weights * grad_weights
 
 
 # ---- Queries: dq, and delta = sum(dout * out) of each row, which the other kernels read ----
@@ -101,8 +76,8 @@ def _queries_tile(
         factors = 1.0
         if HAS_DROPOUT:
             factors = dropout_factors(dropout, numbers[w], head, queries, first_key, BLOCK_M, BLOCK)
-        _, grad_scores = _score_gradients(
-            scores, lses[w], deltas[w], dout_rows[w], v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
+        _, grad_scores = score_gradients(
+            scores, lses[w], deltas[w], dout_rows[w], v_rows, factors, False, HAS_DROPOUT, PRECISION
         )
         updated += (tl.dot(grad_scores.to(k_rows.dtype), k_rows, sums[w], input_precision=PRECISION),)
     return updated
@@ -250,10 +225,12 @@ def _keys_tile(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what ``BLOCK`` queries give to dk and dv."""
-    number, token_map, q_base, dout_base, lse_base, delta_base, q_token, heads, k_rows, v_rows = inputs
+    """Add what ``BLOCK`` queries give to dk and dv; store their dq where it is complete."""
+    number, token_map, q_base, dout_base, lse_base, delta_base, strides, k_rows, v_rows, dq_base = inputs
+    q_token, heads, grad_token = strides
     dk, dv = sums
     queries = first_query + tl.arange(0, BLOCK)
     added = added_to_scores(
@@ -264,18 +241,26 @@ def _keys_tile(
     rows = row_offsets(tokens, heads)
     q_rows = load_rows(q_base, tokens, row_offsets(tokens, q_token), q_base, HEAD_DIM, BLOCK_D, MASKED, False)
     dout_rows = load_rows(dout_base, tokens, rows * HEAD_DIM, q_base, HEAD_DIM, BLOCK_D, MASKED, False)
-    if MASKED:  # queries that are padding, or none, weigh nothing
+    q_lse, delta = 0.0, 0.0
+    if WHOLE:  # queries that are padding, or none, have a gradient of zeros
+        pass
+    elif MASKED:  # they weigh nothing
         q_lse = tl.load(lse_base + rows, mask=tokens >= 0, other=float("inf"))
         delta = tl.load(delta_base + rows, mask=tokens >= 0, other=0.0)
     else:
         q_lse, delta = tl.load(lse_base + rows), tl.load(delta_base + rows)
     scores = scores_of(q_rows, k_rows, added, scale, HAS_BIAS or HAS_MASK, PRECISION)
+    if WHOLE and BLOCK_N != NUM_TOKENS:
+        scores = tl.where((tl.arange(0, BLOCK_N) < NUM_TOKENS)[None, :], scores, float("-inf"))
     factors = 1.0
     if HAS_DROPOUT:
         factors = dropout_factors(dropout, number, head, queries, first_key, BLOCK, BLOCK_N)
-    dropped, grad_scores = _score_gradients(
-        scores, q_lse, delta, dout_rows, v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
+    dropped, grad_scores = score_gradients(
+        scores, q_lse, delta, dout_rows, v_rows, factors, WHOLE, HAS_DROPOUT, PRECISION
     )
+    if WHOLE:
+        dq = tl.dot(grad_scores.to(k_rows.dtype), k_rows, input_precision=PRECISION) * scale
+        store_rows(dq_base, tokens, row_offsets(tokens, grad_token), dq, HEAD_DIM, BLOCK_D)
     dv = tl.dot(tl.trans(dropped.to(dout_rows.dtype)), dout_rows, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(grad_scores.to(q_rows.dtype)), q_rows, dk, input_precision=PRECISION)
     return dk, dv
@@ -297,7 +282,8 @@ def _hidden_queries_are_negligible(
     MASKED: tl.constexpr,
 ):
     """1 if a bound on their scores proves that no hidden tile of queries gives these keys a weight that counts."""
-    _, token_map, q_base, _, lse_base, _, q_token, heads, _, _ = inputs
+    _, token_map, q_base, _, lse_base, _, strides, _, _, _ = inputs
+    q_token, heads, _ = strides
     proven = 1
     for rank in range(0, FULL - (last - first)):
         tokens = tl.load(token_map + hidden_tile(rank, first, last) * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -320,6 +306,7 @@ def window3d_backward_keys(
     dout,
     lse,
     delta,
+    dq,
     dk,
     dv,
     pad_parts,
@@ -359,14 +346,16 @@ def window3d_backward_keys(
     NEEDS_PAD: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HIDES: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values of one head in one window."""
+    """Gradients of a tile of keys and values of one head in one window; if it holds all keys, of the queries too."""
     FULL: tl.constexpr = NUM_TOKENS // BLOCK_M
     TILES: tl.constexpr = (NUM_TOKENS + BLOCK_N - 1) // BLOCK_N
     tile, head, rank = position(heads, NUM_TOKENS, BLOCK_N)
     kind = tl.load(kinds + rank)
     first_key = tile * BLOCK_N
+    tl.static_assert(BLOCK_N >= NUM_TOKENS or not WHOLE)
     batch, token_map, number = locate(windows, rank, tokens, num_windows, NUM_TOKENS)
     k_tokens = tl.load(token_map + first_key + tl.arange(0, BLOCK_N))
     pad_k, pad_v = pad_qkv + (heads + head) * HEAD_DIM, pad_qkv + (2 * heads + head) * HEAD_DIM
@@ -375,8 +364,13 @@ def window3d_backward_keys(
     v_rows = load_rows(v_base, k_tokens, row_offsets(k_tokens, v_token), pad_v, HEAD_DIM, BLOCK_D, True, HAS_PAD)
     first_row = batch * grid_tokens * heads + head
     q_base, dout_base = q + batch * q_batch + head * q_head, dout + first_row * HEAD_DIM
-    lse_base, delta_base = lse + first_row, delta + first_row
-    inputs = (number, token_map, q_base, dout_base, lse_base, delta_base, q_token, heads, k_rows, v_rows)
+    lse_base, delta_base, dq_base = q_base, q_base, q_base  # never touched; older Triton takes no None in a tuple
+    if WHOLE:
+        dq_base = dq + batch * grid_tokens * grad_token + head * HEAD_DIM
+    else:
+        lse_base, delta_base = lse + first_row, delta + first_row
+    strides = (q_token, heads, grad_token)
+    inputs = (number, token_map, q_base, dout_base, lse_base, delta_base, strides, k_rows, v_rows, dq_base)
     planes = plane(bias, mask, kind, head, bias_kind, bias_head, NUM_TOKENS, HAS_BIAS, HAS_MASK)
     dropout = (seed, threshold, kept)
     sums = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
@@ -386,13 +380,13 @@ def window3d_backward_keys(
         sums = _keys_tile(
             sums, step * BLOCK_M, inputs, planes, dropout, head, first_key, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, False,
-            HAS_BIAS, HAS_MASK, HAS_DROPOUT, PRECISION,
+            HAS_BIAS, HAS_MASK, HAS_DROPOUT, WHOLE, PRECISION,
         )  # fmt: skip
     if TAIL:
         sums = _keys_tile(
             sums, FULL * BLOCK_M, inputs, planes, dropout, head, first_key, scale,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, TAIL, BLOCK_N, True, True,
-            HAS_BIAS, HAS_MASK, HAS_DROPOUT, PRECISION,
+            HAS_BIAS, HAS_MASK, HAS_DROPOUT, WHOLE, PRECISION,
         )  # fmt: skip
     if HIDES == 2:
         hidden = FULL - (last - first)
@@ -406,7 +400,7 @@ def window3d_backward_keys(
             sums = _keys_tile(
                 sums, hidden_tile(rank, first, last) * BLOCK_M, inputs, planes, dropout, head, first_key, scale,
                 NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, False,
-                HAS_BIAS, HAS_MASK, HAS_DROPOUT, PRECISION,
+                HAS_BIAS, HAS_MASK, HAS_DROPOUT, WHOLE, PRECISION,
             )  # fmt: skip
 
     k_grad, v_grad = sums[0] * scale, sums[1]
@@ -472,6 +466,7 @@ def window3d_backward_bias(
     HAS_PADDING: tl.constexpr,
     HAS_PAD: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum dS of a tile of one head over ``share`` windows, which are sorted by kind: the bias tile stays in place."""
@@ -479,6 +474,7 @@ def window3d_backward_bias(
     ROW_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_M - 1) // BLOCK_M
     column_tile, head_rows, part = position(heads * ROW_TILES, NUM_TOKENS, BLOCK_N)
     row_tile, head = head_rows % ROW_TILES, head_rows // ROW_TILES
+    tl.static_assert(BLOCK_N >= NUM_TOKENS or not WHOLE)
     first_key = column_tile * BLOCK_N
     queries, keys = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     pad_k, pad_v = pad_qkv + (heads + head) * HEAD_DIM, pad_qkv + (2 * heads + head) * HEAD_DIM
@@ -509,18 +505,23 @@ def window3d_backward_bias(
             dout_rows = load_rows(
                 dout + first_row * HEAD_DIM, q_tokens, rows * HEAD_DIM, q, HEAD_DIM, BLOCK_D, HAS_PADDING, False
             )
-            if HAS_PADDING:
+            q_lse, row_delta = 0.0, 0.0
+            if WHOLE:
+                pass
+            elif HAS_PADDING:
                 q_lse = tl.load(lse + first_row + rows, mask=q_tokens >= 0, other=float("inf"))
                 row_delta = tl.load(delta + first_row + rows, mask=q_tokens >= 0, other=0.0)
             else:
                 q_lse, row_delta = tl.load(lse + first_row + rows), tl.load(delta + first_row + rows)
             scores = scores_of(q_rows, k_rows, added, scale, HAS_BIAS or HAS_MASK, PRECISION)
+            if WHOLE and BLOCK_N != NUM_TOKENS:
+                scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
             factors = 1.0
             if HAS_DROPOUT:
                 dropout = (seed, threshold, kept)
                 factors = dropout_factors(dropout, number, head, queries, first_key, BLOCK_M, BLOCK_N)
-            _, grad_scores = _score_gradients(
-                scores, q_lse, row_delta, dout_rows, v_rows, factors, NUM_TOKENS, HAS_DROPOUT, PRECISION
+            _, grad_scores = score_gradients(
+                scores, q_lse, row_delta, dout_rows, v_rows, factors, WHOLE, HAS_DROPOUT, PRECISION
             )
             total += grad_scores
     base = parts + (part * heads + head).to(tl.int64) * (NUM_TOKENS * PITCH)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 
-from vidattn.kernels.configs import Config
+from vidattn.kernels.configs import Config, over_all_keys
 
 __all__ = ["ShapeClass", "candidate_configs", "default_config", "padded_length"]
 
@@ -25,6 +25,7 @@ class ShapeClass(NamedTuple):
         block_d: head dimension, rounded up to a power of two.
         num_tokens: tokens of a window.
         lean: neither padding nor dropout, which take registers.
+        whole: whether the backward pass takes rows of scores as a whole.
     """
 
     arch: str
@@ -33,6 +34,7 @@ class ShapeClass(NamedTuple):
     block_d: int
     num_tokens: int
     lean: bool
+    whole: bool = False
 
 
 # By (architecture, kind of products) and kernel: cuts for heads of up to 32, 64 and 128 channels, each without and
@@ -67,6 +69,8 @@ _TABLE = {
 _TABLE["gfx942", "half"] = _TABLE["sm_80", "half"]
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)
+# Kernels of the backward pass whose tiles hold all keys of a short window.
+_OVER_ALL_KEYS = ("window3d_backward_keys", "window3d_backward_bias")
 
 
 @lru_cache
@@ -89,7 +93,7 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         cuts = _cuts(shape.arch, products, kernel)
         column = 2 * (max(32, shape.block_d).bit_length() - 6) + (not shape.lean)
         config = cuts[column] if cuts else _SMALL
-    return _fit(config, shape.num_tokens)
+    return _fit(kernel, config, shape)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
@@ -99,7 +103,7 @@ def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
         cuts.update(_cuts(arch, products, kernel))
     if kernel in ("window3d_forward", "window3d_backward_queries"):
         cuts |= {config._replace(windows=2) for config in cuts}
-    return sorted({_fit(config, shape.num_tokens) for config in cuts})
+    return sorted({_fit(kernel, config, shape) for config in cuts})
 
 
 @lru_cache
@@ -119,9 +123,12 @@ def padded_length(num_tokens: int, step: int) -> tuple[int, int]:
     return full, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _fit(config: Config, num_tokens: int) -> Config:
+def _fit(kernel: str, config: Config, shape: ShapeClass) -> Config:
     """Shrink tiles to short windows, and where wide ones would waste more than they save."""
+    num_tokens = shape.num_tokens
     longest = max(16, triton.next_power_of_2(num_tokens))
+    if shape.whole and kernel in _OVER_ALL_KEYS:
+        return over_all_keys(config, longest)
     block_m, block_n = min(config.block_m, longest), min(config.block_n, longest)
     while block_n > 64:
         wide, narrow = (

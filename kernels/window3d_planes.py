@@ -6,17 +6,13 @@ as well; if those would take too much memory, and for masks given by the caller,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
-from vidattn.kernels.launch import Launch, Work, is_capturing
+from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.window3d_bias import window3d_dense_bias
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables
 from vidattn.kernels.window3d_tiles import PITCH_UNIT
@@ -37,8 +33,7 @@ class Planes:
         bias_head: elements from a head's plane to the next.
         mask: float32 (kinds, N, pitch), added too; None without.
         bias_max: float32 (1,), the largest bias, where a mask may hide tiles; None without bias.
-        launches: what has to run first; none if the planes are from an earlier call.
-        keep: to be called when that has run, so that later calls find the planes.
+        launches: what has to run first.
     """
 
     bias: Tensor | None = None
@@ -47,7 +42,6 @@ class Planes:
     mask: Tensor | None = None
     bias_max: Tensor | None = None
     launches: list[Launch] = field(default_factory=list)
-    keep: Callable[[], None] = lambda: None
 
 
 def pitch_of(num_tokens: int) -> int:
@@ -63,9 +57,10 @@ def plan_planes(
     tables: WindowTables,
     num_tokens: int,
     mask_value: float,
-    keep_for: Hashable | None,
 ) -> Planes:
     """Lay out what is added to the scores.
+
+    Nothing that is made from a table outlives the call: a table can change without any sign of it.
 
     Args:
         bias: bias table (rows, h) if ``positions`` are given, else dense bias (h, N, N); None without.
@@ -74,7 +69,6 @@ def plan_planes(
         tables: tables of the grid, which hold its regions.
         num_tokens: tokens of a window.
         mask_value: what is added between regions.
-        keep_for: the planes may serve later calls with the same table and with an equal value here; None if not.
 
     Returns:
         The planes.
@@ -95,15 +89,9 @@ def plan_planes(
     masked = tables.hidden is not None
     combined = masked and tables.num_kinds * heads * size * 4 <= COMBINED_LIMIT
     kinds = tables.num_kinds if combined else 1
-    # A graph must read the table at every replay, and an inference tensor has no version.
-    keep = keep_for is not None and not is_capturing() and not bias.is_inference() and not bias.is_meta
-    key = (keep_for, mask_value)
-    dense, largest = _kept_planes.find(bias, key) if keep else (None, None)
-    launches: list[Launch] = []
-    if dense is None:
-        dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, device)
-        largest = bias.to(torch.float32).amax().reshape(1) if masked else None
-        launches.append(launch)
+    dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, device)
+    largest = bias.to(torch.float32).amax().reshape(1) if masked else None
+    launches = [launch]
     masks: Tensor | None = None
     if masked and not combined:
         masks, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, device)
@@ -115,7 +103,6 @@ def plan_planes(
         mask=masks,
         bias_max=largest,
         launches=launches,
-        keep=partial(_kept_planes.keep, bias, key, (dense, largest)) if keep else lambda: None,
     )
 
 
@@ -155,30 +142,3 @@ def _plan_dense(
 def _padded(planes: Tensor, pitch: int) -> Tensor:
     """Bring (planes, N, N) to (planes, N, pitch) float32, zeros in the padding."""
     return F.pad(planes.to(torch.float32), (0, pitch - planes.shape[-1])).contiguous()
-
-
-class _KeptPlanes:
-    """Planes of bias tables that have not changed since.
-
-    A table counts as changed when its version counter, its memory, its dtype or its shape is another. As for autograd,
-    writing through ``.data`` goes unnoticed. Planes serve the stream that filled them.
-    """
-
-    def __init__(self) -> None:
-        self._of_table: Any = WeakIdKeyDictionary()  # the planes go with the table
-
-    def find(self, table: Tensor, key: Hashable) -> tuple[Tensor | None, Tensor | None]:
-        """Give the planes and the largest bias that were kept for a table as it is now."""
-        state, kept = self._of_table.get(table, (None, None))
-        return kept if state == (key, *self._state(table)) else (None, None)
-
-    def keep(self, table: Tensor, key: Hashable, kept: tuple[Tensor, Tensor | None]) -> None:
-        """Keep planes and the largest bias."""
-        self._of_table[table] = (key, *self._state(table)), kept
-
-    def _state(self, table: Tensor) -> tuple[object, ...]:
-        stream = torch.cuda.current_stream(table.device).cuda_stream if table.is_cuda else 0
-        return table._version, table.data_ptr(), table.dtype, table.device, tuple(table.shape), stream
-
-
-_kept_planes = _KeptPlanes()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from attention_cases import Attend, device_of, evaluate, on_cpu, seed_of, seeds_from_the_host, separated, to
-from tolerance import assert_all_close
+from tolerance import assert_all_close, assert_as_exact_as_plain
 from torch import Tensor
 
 import vidattn
@@ -112,3 +112,19 @@ def check(
     with seeds_from_the_host():
         actual = evaluate(attend, to(inputs, device_of(backend)), dict(case.options(), backend=backend))
     assert_all_close(on_cpu(actual), expected, exact, dtype)
+
+
+def check_against_plain(case: Case, backend: str) -> None:
+    """Compare a backend, the reference too, with autograd through plain PyTorch in float32.
+
+    The products of q and k are exact: what is compared is what follows them.
+    """
+    inputs = case.inputs(torch.float32)
+    inputs["qkv"][:, :, :2].round_()
+    inputs["grad_out"] *= 100.0
+    plain = evaluate(case.function(reference), inputs, dict(case.options(), seed=seed_of(1)))
+    exact = evaluate(case.function(reference), to(inputs, torch.float64), dict(case.options(), seed=seed_of(1)))
+    torch.manual_seed(1)
+    with seeds_from_the_host():
+        actual = evaluate(case.function(), to(inputs, device_of(backend)), dict(case.options(), backend=backend))
+    assert_as_exact_as_plain(on_cpu(actual), plain, exact)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vidattn
 from vidattn import messages
 from vidattn.messages import describe
+from vidattn.models import create_model, get_input_spec, load_checkpoint
 
 GRID, WINDOWS, CLIP, FRAMES = (torch.zeros(*shape, 3, 2, 8) for shape in ((1, 4, 6, 6), (4, 9), (1, 12), (6, 5)))
 HUGE = list(range(100_000))
@@ -211,3 +212,39 @@ def test_a_list_in_itself_is_described() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(messages).failed == 0
+
+
+def test_calls_that_why_not_cannot_make() -> None:
+    with pytest.raises(
+        TypeError, match=r"why_not: \*args: expected the arguments of window3d_attention, .*'window_size'"
+    ):
+        vidattn.why_not("window3d_attention", GRID)
+    with pytest.raises(TypeError, match=r"expected the arguments of temporal_shift, got others: .*'frames'"):
+        vidattn.why_not(vidattn.temporal_shift, FRAMES, 3, [(0, 2, 1)], frames=3)
+
+
+@pytest.mark.parametrize("value", [-1, 2**40, True, 2.5, None, "5", numpy.float32(5), [5], 10**100])
+def test_numbers_of_classes_are_named(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="create_model: num_classes: expected "):
+        create_model("video_swin_t", num_classes=value)
+
+
+@pytest.mark.parametrize("call", [create_model, get_input_spec])
+def test_names_of_models_are_named(call: Callable[[Any], Any]) -> None:
+    for value in (None, [], HUGE, torch.zeros(3), "x" * 10_000, b"xvit_b16_8f", "video_swin"):
+        with pytest.raises((TypeError, ValueError), match=f"{call.__name__}: name: expected one of .*, got ") as caught:
+            call(value)
+        assert len(str(caught.value)) < 700  # it lists the names
+    small = {"embed_dim": 8, "depths": (1,), "num_heads": (1,)}
+    assert create_model("video_swin_t", num_classes=numpy.int64(5), **small).cls_head.fc_cls.out_features == 5
+
+
+@pytest.mark.parametrize("value", [None, 3, [], HUGE, torch.zeros(3), numpy.zeros(3), nn.Identity(), b"x", "x" * 9999])
+def test_checkpoints_of_odd_kinds_are_named(value: Any) -> None:
+    model = create_model("video_swin_t", embed_dim=8, depths=(1,), num_heads=(1,))
+    with pytest.raises((TypeError, FileNotFoundError), match="load_checkpoint: path_or_state: expected ") as caught:
+        load_checkpoint(model, value)
+    assert len(str(caught.value)) < 500
+    if not isinstance(value, nn.Module):
+        with pytest.raises(TypeError, match=r"load_checkpoint: model: expected one of .*, got"):
+            load_checkpoint(value, model.state_dict())

@@ -151,7 +151,7 @@ def test_wrappers_inside_of_names() -> None:
     load_checkpoint(model, state)
     assert_same_weights(model, source.state_dict())
     with pytest.raises(
-        ValueError, match=r"tensor once, got backbone\._orig_mod\.patch_embed\.proj\.weight and backbone\.patch"
+        ValueError, match=r"tensor once, got backbone\.patch_embed\.proj\.weight and backbone\._orig_mod\."
     ):
         load_checkpoint(model, {**source.state_dict(), **state})
 
@@ -227,3 +227,26 @@ def test_tensors_of_odd_forms_are_named(make: Callable[[torch.Tensor], torch.Ten
     name = "cls_head.fc_cls.weight"
     with pytest.raises(ValueError, match=f"load_checkpoint: {name}: {message}"):
         load_checkpoint(tiny(), {**state, name: make(state[name])})
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "name"),
+    [
+        ("timesformer", "model.", "head.weight"),
+        ("xvit", "base_model.", "norm.bias"),
+        ("swin", "backbone.", "norm.bias"),
+    ],
+)
+def test_two_tensors_of_one_name_are_ambiguous(family: str, prefix: str, name: str) -> None:
+    state = filled(family).state_dict()
+    assert prefix + name in state
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=f"expected each tensor once, got {prefix + name} and {name}"):
+            load_checkpoint(SMALL[family](), {**state, name: state[prefix + name] + 1}, strict=strict)
+
+
+@pytest.mark.parametrize("prefix", ["transform_net.", "model_augment.", "loss_model.", "norm_acc_net.", "mean."])
+def test_words_that_are_part_of_another_are_no_sign(prefix: str) -> None:
+    source, model = filled("swin"), SMALL["swin"]()
+    assert not load_checkpoint(model, behind(prefix, source.state_dict())).ignored
+    assert_same_weights(model, source.state_dict())

@@ -17,7 +17,7 @@ from attention_cases import (
     half_precision,
     to,
 )
-from divided_cases import KINDS, Case, check
+from divided_cases import KINDS, Case, check, check_against_plain
 from torch import Tensor
 
 import vidattn
@@ -181,6 +181,18 @@ def test_adversarial_logits(backend: str, dtype: torch.dtype, kind: str) -> None
         one_hot = torch.nn.functional.one_hot(torch.randint(0, 3, tokens), case.head_dim)
         inputs["qkv"][:, :, which] = (12.25 * sign[..., None] * one_hot).to(dtype)
     check(case, dtype, backend, inputs=inputs)
+
+
+@backends
+@kinds
+@pytest.mark.parametrize("spread", [2.0, 30.0])
+def test_saturated_softmax(backend: str, kind: str, spread: float) -> None:
+    """One key has nearly all the weight: the gradients of q and k are what rounding would hide first."""
+    cases = [Case(kind, 5, 9, head_dim=16), Case(kind, 12, 6, head_dim=16, dropout_p=0.2)]
+    if not TRITON_INTERPRETED:
+        cases.append(Case(kind, 40, 50, head_dim=16))
+    for case in cases:
+        check_against_plain(replace(case, spread=spread), backend)
 
 
 @backends

@@ -206,7 +206,7 @@ def test_log_sum_exp(backend: str, dtype: torch.dtype) -> None:
     device = device_of(backend)
     _, actual = torch.ops.vidattn.window3d_attention(
         qkv.to(device), None, None, table.to(device), pad.to(device), None, case.window, case.shift, case.wrap,
-        "prefix", case.mask_value, case.head_dim**-0.5, 0.0, False, backend,
+        "prefix", case.mask_value, case.head_dim**-0.5, 0.0, backend,
     )  # fmt: skip
     assert_close("lse", actual.cpu(), expected, exact, expected.dtype, 3.0)
 
@@ -221,6 +221,21 @@ def test_separate_tensors(backend: str, dtype: torch.dtype) -> None:
 def test_table_of_another_dtype(backend: str, table_dtype: torch.dtype) -> None:
     for dtype in SUPPORTED[backend]:
         check(SHIFTED, dtype, backend, table_dtype=table_dtype)
+
+
+@backends
+def test_a_table_is_read_at_every_call(backend: str) -> None:
+    """Whatever writes to a table, also what no version counter counts: nothing made from it is kept."""
+    qkv = torch.randn(1, 4, 4, 4, 3, 2, 8, device=device_of(backend))
+    table = torch.nn.Parameter(torch.randn(27, 2, device=device_of(backend)))
+    with torch.no_grad():
+        for shift in (0, 1):
+            for value in (1.0, -2.0):
+                table.data[:9] = value
+                call = {"window_size": 2, "shift_size": shift}
+                found = vidattn.window3d_attention(qkv, table, **call, backend=backend)
+                expected = vidattn.window3d_attention(qkv, table.clone(), **call, backend="reference")
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def _strided(x: Tensor, kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What surrounds the Triton kernels of window attention: tables, grids, kept planes, CUDA graphs, configurations.
+"""What surrounds the Triton kernels of window attention: tables, grids, planes, CUDA graphs, configurations.
 
 Their numbers are tested with those of all backends; test_triton_interpreter.py runs those tests, and the ones here that
 need to run a kernel, where there is no GPU.
@@ -436,95 +436,7 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
     assert all(grad is None or grad.isfinite().all() for grad in grads)
 
 
-# ---- Planes that are kept ----
-
-
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Tables whose dense bias was built."""
-    tables: list[Tensor] = []
-    build = window3d_planes._plan_dense
-
-    def counted(table: Tensor, *rest: Any) -> Any:
-        tables.append(table)
-        return build(table, *rest)
-
-    monkeypatch.setattr(window3d_planes, "_plan_dense", counted)
-    return tables
-
-
-@needs_triton
-def test_the_dense_bias_is_kept_until_the_table_changes(built: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    device = device_of("triton")
-    qkv = torch.randn(1, 2, 4, 4, 3, 2, 8, device=device)
-    table = torch.nn.Parameter(torch.randn(27, 2, device=device))
-
-    def attend(**options: Any) -> Tensor:
-        call = {"window_size": 2, "backend": "triton", **options}
-        out = vidattn.window3d_attention(qkv, table, **call)
-        expected = vidattn.window3d_attention(qkv, table, **dict(call, backend="reference"))
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-        return out
-
-    with torch.no_grad():
-        attend()
-        attend()
-        assert len(built) == 1
-        table.mul_(2.0)  # the version counter
-        attend()
-        assert len(built) == 2
-        table.data = torch.randn(27, 2, device=device)  # another memory
-        attend()
-        assert len(built) == 3
-        attend(shift_size=1)  # planes with masks
-        attend()
-        assert len(built) == 5
-        attend()
-        assert len(built) == 5
-    for _ in range(2):  # in training nothing is kept
-        attend()
-    assert len(built) == 7
-    with torch.no_grad():
-        monkeypatch.setattr(window3d_planes, "is_capturing", lambda: True)
-        attend()
-        attend()
-        assert len(built) == 9
-    monkeypatch.undo()
-    with torch.inference_mode():
-        other = torch.randn(27, 2, device=device)  # has no version counter
-        for _ in range(2):
-            out = vidattn.window3d_attention(qkv, other, window_size=2, backend="triton")
-            expected = vidattn.window3d_attention(qkv, other, window_size=2, backend="reference")
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-            other.add_(1.0)
-            other[0] = 5.0
-
-
-@needs_triton
-def test_planes_that_were_not_filled_are_not_kept(built: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that fails half-way leaves nothing behind that a later call would take for a bias."""
-    qkv = torch.randn(1, 2, 2, 2, 3, 1, 8, device=device_of("triton"))
-    table = torch.randn(27, 1, device=device_of("triton"))
-    call = {"window_size": 2, "backend": "triton"}
-    with torch.no_grad():
-        with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(Launch, "run", lambda self: (_ for _ in ()).throw(MemoryError))
-            vidattn.window3d_attention(qkv, table, **call)
-        vidattn.window3d_attention(qkv, table, **call)
-        assert len(built) == 2
-
-
-@needs_triton
-def test_kept_planes_go_with_their_table() -> None:
-    qkv = torch.randn(1, 2, 2, 2, 3, 1, 8, device=device_of("triton"))
-    kept = window3d_planes._kept_planes._of_table
-    before = len(kept)
-    table = torch.randn(27, 1, device=device_of("triton"))
-    with torch.no_grad():
-        vidattn.window3d_attention(qkv, table, window_size=2, backend="triton")
-    assert len(kept) == before + 1
-    del table
-    assert len(kept) == before
+# ---- Planes ----
 
 
 @needs_triton

@@ -12,20 +12,24 @@ from attention_cases import (
     BACKENDS,
     BACKENDS_WITH_FLOAT64,
     DTYPES,
+    SUPPORTED,
     device_of,
     evaluate,
     full_precision,
     half_precision,
     on_cpu,
+    seed_of,
+    seeds_from_the_host,
     separated,
     to,
 )
-from tolerance import assert_all_close
+from tolerance import assert_all_close, assert_as_exact_as_plain
 from torch import Tensor
 from window3d_cases import SHORT_WINDOWS, check_window, window_inputs
 
 import vidattn
 from vidattn import reference
+from vidattn.backends import TRITON_INTERPRETED
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
@@ -49,6 +53,44 @@ def test_every_short_window(backend: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [98, 392])
 def test_real_windows(backend: str, dtype: torch.dtype, tokens: int) -> None:
     check_window(window_inputs(2, tokens, 3, 32, dtype), backend, torch.randn(2, tokens, tokens).to(dtype))
+
+
+@backends
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("spread", [2.0, 30.0])
+def test_saturated_softmax(backend: str, spread: float, dropout_p: float) -> None:
+    """One key has nearly all the weight: the gradients of q and k are what rounding would hide first.
+
+    Scores are exact: what is compared is what follows them.
+    """
+    device = device_of(backend)
+    for tokens in (5, 33) if TRITON_INTERPRETED else (5, 33, 100, *((130, 200) if backend != "triton" else ())):
+        inputs = window_inputs(12, tokens, 2, 16, torch.float32)
+        inputs["qkv"][:, :, :2] = (inputs["qkv"][:, :, :2] * spread).round()
+        inputs["bias"] = inputs["bias"].round()
+        inputs["grad_out"] *= 100.0
+        mask = torch.randn(2, tokens, tokens).round()
+        mask[0, 1], mask[1, :, 0] = -math.inf, -100.0  # a row that is masked as a whole, a key that hardly counts
+        options = {"mask": mask, "dropout_p": dropout_p, "seed": seed_of(1)}
+        plain = evaluate(reference.window_attention, inputs, options)
+        options = dict(options, mask=mask.double())
+        exact = evaluate(reference.window_attention, to(inputs, torch.float64), options)
+        torch.manual_seed(1)
+        with seeds_from_the_host():
+            options = {"mask": mask.to(device), "dropout_p": dropout_p, "backend": backend}
+            actual = evaluate(vidattn.window_attention, to(inputs, device), options)
+        assert_as_exact_as_plain(on_cpu(actual), plain, exact)
+
+
+@backends
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64])
+def test_bias_of_another_dtype(backend: str, bias_dtype: torch.dtype) -> None:
+    """The gradient of a float32 bias is not rounded on its way, though q, k and v have 16 bits."""
+    for dtype in (dtype for dtype in SUPPORTED[backend] if dtype.itemsize == 2):
+        for tokens in (1, 2, 5, 33, 65) if TRITON_INTERPRETED else (1, 2, 5, 33, 128, 130):
+            inputs = window_inputs(6, tokens, 2, 8, dtype)
+            inputs["bias"] = torch.randn(2, tokens, tokens, dtype=bias_dtype)
+            check_window(inputs, backend, torch.randn(3, tokens, tokens))
 
 
 @backends_and_dtypes

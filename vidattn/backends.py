@@ -11,7 +11,9 @@ this file names a family.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -207,6 +209,8 @@ def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None
         got = shorten(name) if isinstance(name, str) else describe(op)
         raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {got}")
     chosen = current_backend() if backend is None else _check_name(backend, "why_not: backend")
+    if args or kwargs:
+        _check_call(op, name, args, kwargs)
     call = _describe_call[name](*args, **kwargs) if args or kwargs else None
     if chosen != "auto":
         return _reasons(name, chosen, call)
@@ -325,6 +329,15 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
 def tensor_leaves(output: Any) -> list[Tensor]:
     """Collect the tensors of a nested output."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _check_call(op: str | Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    function = op if callable(op) else getattr(sys.modules.get("vidattn.ops"), name, None)
+    if function is not None:
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"why_not: *args: expected the arguments of {name}, got others: {error}") from error
 
 
 def _check_name(name: str, source: str) -> str:

@@ -148,8 +148,8 @@ def region_bits(
     wrapped = torch.zeros(geometry.num_tokens, dtype=torch.int64, device=device)
     for axis, masked in enumerate(geometry.masked_axes):
         if masked:
-            last |= (windows[axis] == geometry.counts[axis] - 1).long() << axis
-            wrapped |= (tokens[axis] >= geometry.window[axis] - geometry.shift[axis]).long() << axis
+            last = last | (windows[axis] == geometry.counts[axis] - 1).long() << axis
+            wrapped = wrapped | (tokens[axis] >= geometry.window[axis] - geometry.shift[axis]).long() << axis
     return last, wrapped
 
 

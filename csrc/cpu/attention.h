@@ -213,7 +213,7 @@ class Attention {
 
   // Turns the scores of a row into e^(score - m), hands them to finish(tile, vectors, their number as a constant) and
   // returns their sums over the lanes.
-  template <class F>
+  template <class Exp, class F>
   VIDATTN_INLINE Vec<T> exponentials(int64_t r, T m, F finish) {
     Vec<T> total[2] = {};
     for_each_tile([&](int64_t tile, auto vectors, auto) {
@@ -222,7 +222,7 @@ class Attention {
       Vec<T> p[2] = {};
 #pragma GCC unroll 2
       for (int n = 0; n < NV; ++n) {
-        p[n] = exp<typename P::Exp, T>(load(s + n * kLanes<T>) - m);
+        p[n] = exp<Exp, T>(load(s + n * kLanes<T>) - m);
         total[n] += p[n];
       }
       finish(tile, p, vectors);

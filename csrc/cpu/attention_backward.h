@@ -105,7 +105,8 @@ void Attention<P, In>::backward_rows(G& group, int64_t first, int64_t count) {
 
 // For R rows in work from r on: with scores s and gradients g of the weights at hand, P = softmax(s) and
 // dS = P (g - sum(P g)). Words that pair two rows (R is 2, or the second is zeros) take the rows' places: in the score
-// panel the pairs of P and of dS, in the other dS itself as words along the keys.
+// panel the pairs of P and of dS, in the other dS itself as words along the keys. The exponentials are full ones also
+// where words are rounded: the gradient of a bias is not.
 template <class P, class In>
 template <int R, class G>
 void Attention<P, In>::softmax_gradient(G& group, int64_t first, int64_t r, const Vec<T>* top) {
@@ -117,7 +118,7 @@ void Attention<P, In>::softmax_gradient(G& group, int64_t first, int64_t r, cons
     T* const keep = keep_ + i * tiles_ * kWidth;
     if (drop) dropout_.factors(0, tiles_ * kWidth, group.query(first + r + i), group.head(), group.index(), keep);
     Vec<T> products[2] = {};
-    const Vec<T> sums = exponentials(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
+    const Vec<T> sums = exponentials<typename ExpOf<T>::type>(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T *weight = panel(scores_, tile, r + i), *gradient = panel(dscores_, tile, r + i);
 #pragma GCC unroll 2
       for (int n = 0; n < decltype(vectors)::value; ++n) {

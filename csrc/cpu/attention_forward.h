@@ -43,7 +43,7 @@ void Attention<P, In>::forward_block(G& group, int64_t first) {
   T* const keep = keep_;
   for (int r = 0; r < count; ++r) {
     if (drop) dropout_.factors(0, tiles_ * kWidth, group.query(first + r), group.head(), group.index(), keep);
-    top[r] = exponentials(r, m[r], [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
+    top[r] = exponentials<typename P::Exp>(r, m[r], [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T* to = panel(scores_, tile, r);
 #pragma GCC unroll 2
       for (int n = 0; n < decltype(vectors)::value; ++n) {

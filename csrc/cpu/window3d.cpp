@@ -151,10 +151,10 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
 
 // `out` and `lse` are for backends that do not have a query's scores at hand all at once.
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
-              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed, Tensor out,
-              Tensor lse, std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap,
-              double scale, double mask_value, double dropout_p, Tensor dq, Tensor dk, Tensor dv,
-              std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
+              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed,
+              std::optional<Tensor> out, std::optional<Tensor> lse, std::vector<int64_t> window,
+              std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale, double mask_value, double dropout_p,
+              Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
   Window3dArgs a =
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.tensor[kDout] = token_tensor(dout, a.head_dim);

@@ -47,12 +47,13 @@ def read_checkpoint(path: str) -> tuple[Any, dict[str, Any] | None]:
             with one of them.
 
     Returns:
-        What it holds, and the ``config.json`` beside it, where its name is one that Hugging Face gives.
+        What it holds, and the ``config.json`` of the folder, if that was named or the file has Hugging Face's name.
 
     Raises:
         FileNotFoundError: there is nothing, or no weights in the folder.
         ValueError: it is something else; the message says what.
     """
+    given = path
     if os.path.isdir(path):
         path = _find_weights(path)
     elif not os.path.isfile(path):
@@ -60,7 +61,7 @@ def read_checkpoint(path: str) -> tuple[Any, dict[str, Any] | None]:
             f"load_checkpoint: path_or_state: expected a file or a folder, checkpoint not found: {shorten(path, 300)}"
         )
     config = os.path.join(os.path.dirname(path), "config.json")
-    has_config = os.path.basename(path) in _IN_FOLDERS and os.path.isfile(config)
+    has_config = (path != given or os.path.basename(path) in _IN_FOLDERS) and os.path.isfile(config)
     return _read_file(path), _read_json(config) if has_config else None
 
 

@@ -14,6 +14,7 @@ from vidattn.models.flax_trees import flatten_flax_tree, tensor_of
 
 State = dict[str, Tensor]
 Converted = TypeVar("Converted")
+Value = TypeVar("Value")
 
 _SHOWN = 6
 _DEEPEST = 4  # words in front of the names of a model
@@ -24,9 +25,9 @@ _WRAPPED = re.compile(
 )
 # Parts of a training module that are no part of its model: losses, metrics, augmentation and so on...
 _BESIDE = re.compile(
-    r"(?:\w+_)?(?:criterion|criteria|loss|losses|loss_fn|loss_func|metrics?|acc|accuracy|auroc|confmat|mixup|cutmix|"
-    r"optimizers?|optim|scheduler|lr_schedulers?|grad_scaler|normali[sz]e|preprocess\w*|preprocessor|augment\w*|"
-    r"transforms?)(?:_\w+)?"
+    r"(?:\w+_)?(?:criterion|criteria|loss|losses|loss_fn|loss_func|metrics?|auroc|confmat|"
+    r"acc(?:uracy)?(?:_?(?:top)?_?\d+)?)|mixup|cutmix|optimizers?|scheduler|lr_schedulers?|grad_scaler|"
+    r"(?:data_)?preprocessor|normali[sz]e|augmentations?|transforms?"
 )
 # ... and numbers that are kept beside it.
 _COUNTERS = re.compile(
@@ -95,7 +96,7 @@ def unwrap(content: Any) -> State:
             f"load_checkpoint: path_or_state: expected a mapping of names to tensors, got something else: "
             f"{join_names(odd)}"
         )
-    return _without_wrappers(state)
+    return rename(state, lambda name: _WRAPPED.sub("", name))
 
 
 def _is_array(value: Any) -> bool:
@@ -113,16 +114,27 @@ def _holds_a_state(value: Any, depth: int = 3) -> bool:
     return _has_arrays(value) or (depth > 0 and any(_holds_a_state(inner, depth - 1) for inner in value.values()))
 
 
-def _without_wrappers(state: State) -> State:
-    renamed: State = {}
-    for name, tensor in state.items():
-        bare = _WRAPPED.sub("", name)
-        if bare in renamed:
+def rename(state: Mapping[str, Value], new_name: Callable[[str], str]) -> dict[str, Value]:
+    """Rename the entries of a state dict; two that would have one name are an error, not one of them.
+
+    Args:
+        state: anything by name.
+        new_name: gives the new name of an old one.
+
+    Returns:
+        The same values by the new names.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    origins: dict[str, str] = {}
+    for name in state:
+        first = origins.setdefault(new_name(name), name)
+        if first != name:
             raise ValueError(
-                f"load_checkpoint: path_or_state: expected each tensor once, got {shorten(name)} and {shorten(bare)}"
+                f"load_checkpoint: path_or_state: expected each tensor once, got {shorten(first)} and {shorten(name)}"
             )
-        renamed[bare] = tensor
-    return renamed
+    return {new: state[name] for new, name in origins.items()}
 
 
 def convert(state: State, converter: Callable[[State], Converted]) -> tuple[Converted, list[str], list[str]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+from vidattn.tracing import is_symbolic
 
 
 class DropPath(nn.Module):
@@ -25,7 +28,11 @@ class DropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1.0 - self.drop_prob
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1))
+        if is_symbolic(keep):  # each block of a model has a rate of its own
+            kept = torch.bernoulli(torch.ones_like(kept, dtype=torch.float64) * keep).to(x.dtype)
+        else:
+            kept.bernoulli_(keep)
         return x * (kept / keep if keep > 0.0 else kept)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +122,21 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
                 f"create_model: **overrides: expected arguments of {name}, got another: "
                 f"{name} takes no argument {override!r}; {_hint(override, entry.options)}"
             )
-    classes = overrides.get("num_classes", 1)
-    if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes < 2**31:
-        raise (ValueError if isinstance(classes, int) else TypeError)(
-            f"create_model: num_classes: expected a number of classes, got {describe(classes)}"
-        )
+    if "num_classes" in overrides:
+        overrides["num_classes"] = _number_of_classes(overrides["num_classes"])
     return entry.build(**{**entry.defaults, **overrides})
+
+
+def _number_of_classes(value: Any) -> int:
+    try:
+        classes = operator.index(value)
+    except (TypeError, ValueError):
+        classes = None
+    if classes is None or isinstance(value, bool):
+        raise TypeError(f"create_model: num_classes: expected an integer, got {describe(value)}")
+    if not 0 <= classes < 2**31:
+        raise ValueError(f"create_model: num_classes: expected a number of classes, got {describe(value)}")
+    return classes
 
 
 def list_models() -> list[str]:

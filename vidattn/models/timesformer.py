@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.models.layers import DropPath, Mlp
+from vidattn.tracing import traced_for_one_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -410,6 +411,7 @@ class VisionTransformer(nn.Module):
             x = x.reshape(batch, num_frames, *x.shape[1:]).mean(dim=1)
         return self.norm(x)[:, 0]
 
+    @traced_for_one_size
     def forward(self, x: Tensor) -> Tensor:
         """Map a video (B, in_chans, T, H, W) to logits (B, num_classes)."""
         return self.head(self.forward_features(x))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.models.checkpoint import Conversion, State, describe_layers, not_recognised, register_converter
+from vidattn.models.checkpoint_names import rename
 from vidattn.models.registry import matching_models
 from vidattn.models.timesformer import TimeSformer, VisionTransformer
 
@@ -76,8 +77,7 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
         {'model.blocks.3.temporal_fc.bias': 0}
     """
     _check_source(source)
-    rename = _from_official if source == "official" else _from_huggingface
-    return {rename(name): value for name, value in state.items()}
+    return rename(state, _RENAMES[source])
 
 
 def revert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Value]:
@@ -122,6 +122,9 @@ def _from_huggingface(name: str) -> str:
         return name if inner is None else f"{_PREFIX}blocks.{block[1]}.{inner}"
     outer = _swap(full, [(theirs, ours) for ours, theirs in _OUTER])
     return name if outer is None else _PREFIX + outer
+
+
+_RENAMES = {"official": _from_official, "huggingface": _from_huggingface}
 
 
 def _to_huggingface(name: str) -> str:
@@ -227,7 +230,7 @@ def _sniff(state: State) -> tuple[str, State]:
         if "temp_embed" in names:  # an X-ViT has all of these names too
             break
         if names >= {_PATCH, "cls_token", "pos_embed", "blocks.0.attn.qkv.weight"}:
-            return source, {name.removeprefix(_PREFIX): tensor for name, tensor in renamed.items()}
+            return source, rename(renamed, lambda name: name.removeprefix(_PREFIX))
     raise not_recognised(state, "a TimeSformer (official or huggingface) or an image ViT")
 
 

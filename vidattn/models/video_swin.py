@@ -33,6 +33,7 @@ from vidattn.models.video_swin_windows import (
     window_partition,
     window_reverse,
 )
+from vidattn.tracing import traced_for_one_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -500,6 +501,7 @@ class SwinTransformer3D(nn.Module):
             elif isinstance(module, WindowAttention3D):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
+    @traced_for_one_size
     def forward(self, x: Tensor) -> Tensor:
         """Map a video (B, in_chans, T, H, W) of any length and resolution to features (B, C, D, h, w)."""
         x = self.pos_drop(self.patch_embed(x))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.models.checkpoint import Conversion, State, not_recognised, register_converter
+from vidattn.models.checkpoint_names import rename
 from vidattn.models.registry import matching_models
 from vidattn.models.video_swin import Recognizer3D, SwinTransformer3D, WindowAttention3D
 from vidattn.models.video_swin_windows import Triple, relative_position_index
@@ -60,16 +61,12 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
         {'backbone.layers.0.blocks.1.mlp.fc2.bias': 0}
     """
     _check_source(source)
-    renamed = {}
-    for name, value in state.items():
-        if source == "torchvision":
-            name = _from_torchvision(name)
-        elif re.match(r"(patch_embed|layers|norm\d*)\.", name):
-            name = "backbone." + name
-        renamed[name] = value
+    if source == "torchvision":
+        return rename(state, _from_torchvision)
+    renamed = rename(state, lambda name: re.sub(r"^(?=(?:patch_embed|layers|norm\d*)\.)", "backbone.", name))
     if source == "mmaction2":
         old, new = f"backbone.norm{_last_stage(renamed)}.", "backbone.norm."
-        renamed = {new + name[len(old) :] if name.startswith(old) else name: value for name, value in renamed.items()}
+        renamed = rename(renamed, lambda name: new + name[len(old) :] if name.startswith(old) else name)
     return renamed
 
 

@@ -29,6 +29,7 @@ from vidattn.models.vivit_layers import (
     dot_product_attention,
     factorized_dot_product_attention,
 )
+from vidattn.tracing import traced_for_one_size
 
 __all__ = [
     "Encoder",
@@ -414,6 +415,7 @@ class ViViT(_Classifier):
         """Map a video (B, in_channels, T, H, W) to tokens (B, S, C), the class token first if there is one."""
         return self.transformer(self.patch_embed(video))
 
+    @traced_for_one_size
     def forward(self, video: Tensor) -> Tensor:
         """Map a video (B, in_channels, T, H, W) to logits (B, num_classes)."""
         return self._classify(_pool(self.forward_features(video), self.classifier))
@@ -508,6 +510,7 @@ class SpaceTimeViViT(_Classifier):
         frames = _pool(self.spatial_transformer(frames), self.classifier)
         return frames if self.temporal_transformer is None else self.temporal_transformer(frames)
 
+    @traced_for_one_size
     def forward(self, video: Tensor) -> Tensor:
         """Map a video (B, in_channels, T, H, W) to logits (B, num_classes)."""
         tokens = self.forward_features(video)

@@ -40,6 +40,7 @@ from vidattn.models.xvit_layers import (
     make_temporal_shift,
     shift_channels,
 )
+from vidattn.tracing import traced_for_one_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -479,6 +480,7 @@ class XViT(nn.Module):
         side = math.isqrt(patches.shape[1])
         return patches.unflatten(1, (side, side)).unflatten(0, (-1, num_frames)).permute(0, 4, 1, 2, 3)
 
+    @traced_for_one_size
     def forward(self, x: Tensor | Sequence[Any]) -> Tensor:
         """Classify a video.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.models.checkpoint import Conversion, State, not_recognised, register_converter
+from vidattn.models.checkpoint_names import rename
 from vidattn.models.registry import matching_models
 from vidattn.models.xvit import VisionTransformer, XViT
 
@@ -101,7 +102,7 @@ def _convert(model: nn.Module, state: State) -> Conversion:
     if not names >= _ESSENTIAL or any("temporal_attn." in name or name == "time_embed" for name in names):
         raise not_recognised(state, "an X-ViT or an image ViT")
     # The network's own names, with the prefix that they have in the model.
-    state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+    state = rename(state, lambda name: name.removeprefix(_PREFIX))
     if "temp_embed" in state:
         conversion = Conversion({}, "official", head=_CLASSIFIERS if prefix else "head.")
         if not prefix:  # the network alone has no place for what reads its results

@@ -5,8 +5,10 @@ Everything here runs in the public functions, in front of the ops, and is traced
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ __all__ = [
     "draw_seed",
     "split_qkv",
 ]
+
+_INT64 = 2**63
+_LARGEST = sys.float_info.max
+_INFINITY = float("inf")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,20 +119,44 @@ def check_dropout(function: str, dropout_p: float) -> float:
     return value
 
 
-def integer(function: str, name: str, value: int) -> int:
-    """Return ``value``, or raise if it is no integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def integer(function: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int, which may be one of NumPy or of ``torch.compile``, or raise."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
+        return int(value)  # there, sizes are tensors
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
-    return value
+    number = int(value)
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"{function}: {name}: expected an integer of 64 bits, got {number}")
+    return number
 
 
-def finite_number(function: str, name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool = False) -> float:
+    """Return ``value`` as a float, which may be one of NumPy or of ``torch.compile``, or raise.
+
+    Args:
+        function: name for error messages.
+        name: the argument's.
+        value: what was given.
+        minus_infinity: -inf will do.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{function}: {name}: expected a finite number, got {value}")
-    return float(value)
+    least = -_INFINITY if minus_infinity else -_LARGEST
+    # Compared, because a compiler may not know it yet; false for NaN too.
+    if not least <= value <= _LARGEST:  # type: ignore[operator]
+        expected = "a finite number or -inf" if minus_infinity else "a finite number"
+        raise ValueError(f"{function}: {name}: expected {expected}, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]
 
 
 def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vidattn.backends import TRITON_INTERPRETED, AttentionCall, register_kernel, register_op
+from vidattn.ops._transforms import WITH_NUMBERS, call_op, call_with_numbers, gradients, register_transforms
 
 __all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_function"]
 
@@ -81,7 +82,6 @@ def register_attention(
     backward: Callable[..., Any],
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
-    autograd: Callable[..., Any],
     flops: Callable[..., int],
     num_tensors: int,
     num_outputs: int = 2,
@@ -90,7 +90,8 @@ def register_attention(
 ) -> None:
     """Give the ops ``name`` and ``name_backward``, whose schemas are defined, all they need besides kernels.
 
-    The arguments of the backward op are gradients, the op's tensors, its outputs, the op's options and what it adds.
+    The arguments of the backward op are gradients, the op's tensors, its outputs, the op's options, which of the
+    tensors from the fourth on need a gradient, and the backend. It returns the gradients of the first tensors.
 
     Args:
         name: name of the op.
@@ -98,28 +99,75 @@ def register_attention(
         backward: the same of the backward op.
         fake: allocates the op's outputs.
         fake_backward: allocates the backward op's outputs.
-        autograd: backward function; its context has what ``save`` saved and, as ``options``, the rest of the arguments.
         flops: takes the shapes and options of the op, and counts floating point operations of the forward pass.
         num_tensors: number of tensor arguments of the op, which come first.
         num_outputs: number of outputs of the op.
-        num_gradients: number of gradients that the backward op is given.
-        save: takes the context, the op's tensors and its outputs, and keeps what the backward pass needs: never an
-            (N, N) tensor, a mask, a rolled or padded copy.
+        num_gradients: number of gradients that the backward op is given, those of the first outputs.
+        save: takes the context, the op's tensors and its outputs, and saves them, or None for outputs that the backward
+            op needs not: never an (N, N) tensor, a mask, a rolled or padded copy. ``ctx.options`` has the rest.
     """
+    num_inputs = num_gradients + num_tensors
+    first_option = num_inputs + num_outputs
+    num_options = _num_arguments(name) - num_tensors - 1
+    num_needs = _num_arguments(f"{name}_backward") - first_option - num_options - 1
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[num_tensors:]
         save(ctx, inputs[:num_tensors], output)
 
-    def no_second_derivative(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(f"the op {name} has no second derivative; the functions of vidattn.reference have")
+    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        options, needs = ctx.options[:num_options], ctx.needs_input_grad[3 : 3 + num_needs]
+        args = (*grads[:num_gradients], *ctx.saved_tensors, *options, *needs, *ctx.options[num_options:])
+        if getattr(ctx, "numbers", None) is None:
+            found = call_op(f"{name}_backward", *args)
+        else:
+            found = call_with_numbers(f"{name}_backward", *args, ctx.numbers)
+        return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
-    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vidattn::{name}", fake, lib=LIBRARY)
-    torch.library.register_fake(f"vidattn::{name}_backward", fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(f"vidattn::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"vidattn::{name}_backward", no_second_derivative, lib=LIBRARY)
+    def plain(*args: Any) -> Any:
+        return forward(*args[:-1], "reference")
+
+    def plain_backward(*args: Any) -> list[Tensor | None]:
+        grads, inputs, rest = args[:num_gradients], args[num_gradients:num_inputs], args[first_option:]
+        options, needs = rest[:num_options], rest[num_options:-1]
+        return gradients(lambda *x: forward(*x, *options, "reference"), inputs, grads, (True, True, True, *needs))
+
+    # The outputs of the forward pass are functions of its inputs: their share is in the derivatives for those.
+    def setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.rest = (None,) * num_outputs + inputs[first_option:]
+        ctx.save_for_backward(*inputs[:num_inputs])
+        ctx.set_materialize_grads(False)
+
+    def second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:num_inputs]
+        found = gradients(lambda *x: plain_backward(*x, *ctx.rest), ctx.saved_tensors, grads, needed)
+        return (*found, *(None,) * (len(ctx.needs_input_grad) - num_inputs))
+
+    register_transforms(
+        LIBRARY,
+        name,
+        implementation=forward,
+        plain=plain,
+        fake=fake,
+        setup_context=setup_context,
+        backward=autograd,
+        batched=range(3),
+        folds=lambda args: args[num_tensors - 1] is None,
+    )
+    register_transforms(
+        LIBRARY,
+        f"{name}_backward",
+        implementation=backward,
+        plain=plain_backward,
+        fake=fake_backward,
+        setup_context=setup_second,
+        backward=second,
+        batched=(*range(num_gradients + 3), *range(num_inputs, first_option)),
+        # A gradient of something that the whole batch shares is a sum over it.
+        folds=lambda args: args[num_inputs - 1] is None and not any(args[first_option + num_options : -1]),
+    )
 
     def forward_flops(*args: Any, **_: Any) -> int:
         return flops(args[:num_tensors], args[num_tensors:])
@@ -129,8 +177,13 @@ def register_attention(
         tensors, rest = args[num_gradients:][:num_tensors], args[num_gradients + num_tensors + num_outputs :]
         return flops(tensors, rest) * 5 // 2
 
-    register_flop_formula(getattr(torch.ops.vidattn, name))(forward_flops)
-    register_flop_formula(getattr(torch.ops.vidattn, f"{name}_backward"))(backward_flops)
+    for suffix in ("", WITH_NUMBERS):
+        register_flop_formula(getattr(torch.ops.vidattn, name + suffix))(forward_flops)
+        register_flop_formula(getattr(torch.ops.vidattn, f"{name}_backward{suffix}"))(backward_flops)
+
+
+def _num_arguments(op: str) -> int:
+    return len(getattr(torch.ops.vidattn, op).default._schema.arguments)
 
 
 def _triton_missing() -> str | None:

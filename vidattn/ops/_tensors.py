@@ -46,24 +46,25 @@ def pack(k: Tensor | None, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]
     return tuple(grad.contiguous() for grad in grads)
 
 
-def new_sum(of: Tensor | None, lse: Tensor, needed: bool) -> Tensor | None:
+def new_sum(of: Tensor | None, q: Tensor, needed: bool) -> Tensor | None:
     """Allocate a gradient that sums over windows, in the accumulator's dtype; an empty grid has nothing to add."""
     if of is None or not needed:
         return None
-    return lse.new_empty(of.shape) if lse.numel() > 0 else lse.new_zeros(of.shape)
+    new = q.new_empty if q.numel() > 0 else q.new_zeros
+    return new(of.shape, dtype=accumulator_dtype(q.dtype))
 
 
 def as_input(grad: Tensor | None, of: Tensor | None, needed: bool) -> Tensor | None:
     return grad.to(of.dtype) if grad is not None and of is not None and needed else None
 
 
-def accumulated(x: Tensor | None, lse: Tensor, backend: str) -> Tensor | None:
+def accumulated(x: Tensor | None, q: Tensor, backend: str) -> Tensor | None:
     """Bring a table or mask to the accumulator's dtype, contiguous; Triton's launch functions do that themselves."""
-    return x if x is None or backend == "triton" else x.to(lse.dtype).contiguous()
+    return x if x is None or backend == "triton" else x.to(accumulator_dtype(q.dtype)).contiguous()
 
 
 def keeps_lse(keys: int, backend: str) -> bool:
-    """Say whether a backend's backward pass reads the log-sum-exp of rows of so many keys.
+    """Say whether a backend's backward pass reads the context and log-sum-exp of rows of so many keys.
 
     The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``.
     """

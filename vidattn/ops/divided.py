@@ -17,8 +17,10 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.reference import divided as reference
 from vidattn.reference.attention import accumulator_dtype
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["factorized_dot_product_attention", "spatial_attention", "temporal_attention"]
 
@@ -26,6 +28,7 @@ TOKEN_ORDERS = ("thw", "hwt")
 CLS_TOKENS = (None, "mean", "per_frame")
 
 
+@traced_for_one_size
 def temporal_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -72,6 +75,7 @@ def temporal_attention(
     return _call("temporal_attention", inputs, options, backend)[0]
 
 
+@traced_for_one_size
 def spatial_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -127,6 +131,7 @@ def spatial_attention(
     return (out, cls) if cls_token == "per_frame" else out
 
 
+@traced_for_one_size
 def factorized_dot_product_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -286,14 +291,14 @@ def _arguments(
 def _call(name: str, inputs: _Inputs, options: _Options, backend: str | None) -> tuple[Tensor, Tensor]:
     chosen = choose_backend(describe_call(name, inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    out, cls, _ = torch.ops.vidattn.divided_attention(*inputs, seed, *options, chosen)
+    out, cls, _ = call_op("divided_attention", *inputs, seed, *options, chosen)
     return out, cls
 
 
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
+_OPTIONS = "SymInt num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
 # cls is the context of the cls token in each frame (B, T, h * d), empty without one. It is an output of "per_frame";
 # with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
 LIBRARY.define(
@@ -463,18 +468,6 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(cls_token == "per_frame")
 
 
-def _autograd(
-    ctx: Any, grad_out: Tensor | None, grad_cls: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 11
-    *options, backend = ctx.options
-    grads = torch.ops.vidattn.divided_attention_backward(
-        grad_out, grad_cls if options[3] == "per_frame" else None, *ctx.saved_tensors, *options, backend
-    )
-    return (*grads, *(None,) * 8)
-
-
 def _fake(
     q: Tensor,
     k: Tensor | None,
@@ -517,7 +510,6 @@ register_attention(
     backward=_backward,
     fake=_fake,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=4,
     num_outputs=3,

@@ -19,12 +19,15 @@ from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op, register_transforms
 from vidattn.reference import mixing as reference
 from vidattn.reference.attention import accumulator_dtype
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["space_time_mixing_attention", "temporal_shift"]
 
 
+@traced_for_one_size
 def space_time_mixing_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     num_frames: int,
@@ -78,9 +81,10 @@ def space_time_mixing_attention(
     )
     chosen = choose_backend(describe_call("space_time_mixing_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.space_time_mixing_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("space_time_mixing_attention", *inputs, seed, *options, chosen)[0]
 
 
+@traced_for_one_size
 def temporal_shift(
     x: Tensor,
     num_frames: int,
@@ -119,7 +123,7 @@ def temporal_shift(
     """
     inputs, options = _shift_arguments(x, num_frames, channel_shifts, dim=dim)
     chosen = choose_backend(describe_call("temporal_shift", x), backend)
-    return torch.ops.vidattn.temporal_shift(*inputs, *options, chosen)
+    return call_op("temporal_shift", *inputs, *options, chosen)
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schemas ----
@@ -202,7 +206,7 @@ def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: 
     expected = f"{name}: channel_shifts: expected ranges (first, last, frame offset)"
     if not isinstance(channel_shifts, (tuple, list)):
         raise TypeError(f"{expected}, got {describe(channel_shifts)}")
-    ranges = []
+    ranges: list[tuple[int, int, int]] = []
     for entry in channel_shifts:
         if not isinstance(entry, (tuple, list)) or len(entry) != 3:
             raise TypeError(f"{expected}, got {describe(entry)}")
@@ -211,9 +215,10 @@ def _check_shifts(name: str, channel_shifts: Sequence[Sequence[int]], channels: 
             raise ValueError(f"{expected} with 0 <= first <= last <= {channels} channels, got {describe(tuple(entry))}")
         if abs(offset) >= 2**63:  # and so that its negative, which the gradient needs, is a number of 64 bits too
             raise ValueError(f"{expected} with an offset below 2**63 in size, got {describe(tuple(entry))}")
-        if first < last:  # no clip has 2**40 frames, and a kernel can add this to one
-            ranges.append((first, last, max(-(2**40), min(offset, 2**40))))
-    ranges.sort()
+        if first < last:
+            place = sum([before[0] < first for before in ranges])  # torch.compile cannot sort numbers it has not fixed
+            # No clip has 2**40 frames, and a kernel can add this to one.
+            ranges.insert(place, (first, last, max(-(2**40), min(offset, 2**40))))
     for before, after in itertools.pairwise(ranges):
         if before[1] > after[0]:
             raise ValueError(f"{expected} that do not overlap, got {before} and {after}")
@@ -227,7 +232,7 @@ def _triples(channel_shifts: Sequence[int]) -> list[tuple[int, int, int]]:
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
-_OPTIONS = "int num_frames, int[] channel_shifts, float scale, float dropout_p"
+_OPTIONS = "SymInt num_frames, int[] channel_shifts, float scale, float dropout_p"
 # lse is empty where no backward needs it.
 LIBRARY.define(
     f"space_time_mixing_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS
@@ -239,7 +244,7 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    "temporal_shift(Tensor x, int num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
+    "temporal_shift(Tensor x, SymInt num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
 )
 # Implemented by the extension per device. q, k, v, dq, dk, dv: (B * T, N, h, d); out, dout: (B * T, N, h * d);
 # lse: (B * T, N, h) in the accumulator's dtype.
@@ -361,13 +366,6 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 9
-    grads = torch.ops.vidattn.space_time_mixing_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * 6)
-
-
 def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return _new_outputs(q.select(-3, 0) if k is None else q, rest[-1])
 
@@ -385,10 +383,18 @@ def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
     return 4 * frames * heads * tokens**2 * head_dim
 
 
+def _plain_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str) -> Tensor:
+    return reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim)
+
+
+def _fake_shift(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str) -> Tensor:
     out = torch.empty_like(x)  # keeps the memory format of a dense tensor
     if backend == "reference":
-        return out.copy_(reference.temporal_shift(x, num_frames, _triples(channel_shifts), dim=dim))
+        return out.copy_(_plain_shift(x, num_frames, channel_shifts, dim, backend))
     if out.numel() == 0:
         return out
     if x.is_contiguous():
@@ -420,7 +426,7 @@ def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _shift_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     num_frames, channel_shifts, dim, backend = ctx.options
     back = [-value if place % 3 == 2 else value for place, value in enumerate(channel_shifts)]
-    return torch.ops.vidattn.temporal_shift(grad, num_frames, back, dim, backend), None, None, None, None
+    return call_op("temporal_shift", grad, num_frames, back, dim, backend), None, None, None, None
 
 
 register_function("space_time_mixing_attention", arguments=_mixing_arguments, native=NATIVE_FORWARD)
@@ -430,12 +436,18 @@ register_attention(
     backward=_backward,
     fake=_fake,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=4,
     save=_save,
 )
 register_function("temporal_shift", arguments=_shift_arguments, native=NATIVE_SHIFT, attends=False)
-LIBRARY.impl("temporal_shift", _shift, "CompositeExplicitAutograd")
-torch.library.register_fake("vidattn::temporal_shift", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
-torch.library.register_autograd("vidattn::temporal_shift", _shift_autograd, setup_context=_save_shift, lib=LIBRARY)
+register_transforms(
+    LIBRARY,
+    "temporal_shift",
+    implementation=_shift,
+    plain=_plain_shift,
+    fake=_fake_shift,
+    setup_context=_save_shift,
+    backward=_shift_autograd,
+    batched=(0,),
+)

@@ -16,12 +16,15 @@ from vidattn.backends import choose_backend
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window_attention"]
 
 
+@traced_for_one_size
 def window_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
@@ -67,7 +70,7 @@ def window_attention(
     inputs, options = _arguments(qkv, bias, mask, scale=scale, dropout_p=dropout_p)
     chosen = choose_backend(describe_call("window_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -125,7 +128,7 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, float scale,"
+    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, float scale,"
     " float dropout_p, bool needs_bias, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     tags=TAGS,
@@ -157,9 +160,9 @@ def _forward(
     launch_forward, _ = launch_functions(backend)
     launch_forward(
         *_as_grids(*qkv),
-        tensors.accumulated(bias, lse, backend),
+        tensors.accumulated(bias, q, backend),
         [],
-        tensors.accumulated(mask, lse, backend),
+        tensors.accumulated(mask, q, backend),
         None,
         seed,
         [1, 1, out.shape[1]],
@@ -181,33 +184,33 @@ def _backward(
     bias: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     dropout_p: float,
     needs_bias: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     qkv = tensors.separate(q, k, v)
-    if backend == "reference" and out.numel() > 0:
+    if backend == "reference" and grad_out.numel() > 0:
         *found, grad_bias = window_attention_backward(
-            grad_out, qkv, bias, mask, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
+            grad_out, qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed
         )
         grads = tensors.pack(k, found)
     else:
         grads, views = tensors.new_gradients(q, k, v)
-        grad_bias = tensors.new_sum(bias, lse, needs_bias)
-        if out.numel() > 0:
+        grad_bias = tensors.new_sum(bias, q, needs_bias)
+        if grad_out.numel() > 0:
             _, launch_backward = launch_functions(backend)
             launch_backward(
                 *_as_grids(tensors.last_dim_dense(grad_out), *qkv),
-                tensors.accumulated(bias, lse, backend),
+                tensors.accumulated(bias, q, backend),
                 [],
-                tensors.accumulated(mask, lse, backend),
+                tensors.accumulated(mask, q, backend),
                 None,
                 seed,
-                *_as_grids(out, lse),
-                [1, 1, out.shape[1]],
+                *((None, None) if out is None or lse is None else _as_grids(out, lse)),
+                [1, 1, q.shape[1]],
                 [0, 0, 0],
                 [0, 0, 0],
                 scale,
@@ -220,14 +223,12 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias, needs_bias))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 9
-    *options, backend = ctx.options
-    grads = torch.ops.vidattn.window_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, ctx.needs_input_grad[3], backend
-    )
-    return (*grads, *(None,) * 5)
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep the op's tensors, and its outputs only where the backward pass rebuilds rows from a log-sum-exp."""
+    kept = tensors.keeps_lse(output[0].shape[1], ctx.options[-1])
+    ctx.save_for_backward(*inputs, *(output if kept else (None, None)))
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
 
 
 def _as_grids(*tensors: Tensor) -> list[Tensor]:
@@ -256,7 +257,7 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
+    save=_save,
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +21,14 @@ from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._transforms import call_op
 from vidattn.reference.window3d import window3d_attention_backward
+from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window3d_attention"]
 
 
+@traced_for_one_size
 def window3d_attention(
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     bias_table: Tensor | None = None,
@@ -102,7 +104,7 @@ def window3d_attention(
     )
     chosen = choose_backend(describe_call("window3d_attention", inputs.q), backend)
     seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return torch.ops.vidattn.window3d_attention(*inputs, seed, *options, chosen)[0]
+    return call_op("window3d_attention", *inputs, seed, *options, chosen)[0]
 
 
 # ---- Arguments: validated, with autocast applied, in the order of the schema ----
@@ -124,7 +126,6 @@ class _Options(NamedTuple):
     mask_value: float
     scale: float
     dropout_p: float
-    keep_bias: bool
 
 
 def _arguments(
@@ -154,10 +155,6 @@ def _arguments(
         arguments.check_companion(name, "pad_qkv", pad_qkv, q, (3, heads, head_dim), "(3, h, d)")
         pad_qkv = pad_qkv.to(q.dtype)  # rounded as the projection would have rounded it
     arguments.check_choice(name, "bias_index", bias_index, geo.BIAS_INDEX_MODES)
-    if isinstance(mask_value, float) and mask_value == -math.inf:
-        mask = mask_value
-    else:
-        mask = arguments.finite_number(name, "mask_value", mask_value)
     axes = (wrap,) * 3 if isinstance(wrap, bool) else wrap
     if not isinstance(axes, (tuple, list)) or len(axes) != 3 or not all(isinstance(axis, bool) for axis in axes):
         raise TypeError(f"{name}: wrap: expected a bool or three, got {describe(wrap)}")
@@ -166,26 +163,23 @@ def _arguments(
         shift,
         axes,
         bias_index,
-        mask,
+        arguments.finite_number(name, "mask_value", mask_value, minus_infinity=True),
         arguments.check_scale(name, scale, head_dim),
         arguments.check_dropout(name, dropout_p),
-        # A table that is being trained changes with every step.
-        bias_table is not None and not (bias_table.requires_grad and torch.is_grad_enabled()),
     )
 
 
 # ---- Schemas ----
 
-# keep_bias: what a kernel makes of the bias table may be kept for later calls, as long as the table does not change.
 _OPTIONS = (
-    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p,"
-    " bool keep_bias"
+    "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p"
 )
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? seed"
 LIBRARY.define(f"window3d_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
 # Without k and v, grad_q is the gradient of the packed qkv. Gradients that were not asked for are undefined tensors.
+# out and lse are there if the backward pass needs them.
 LIBRARY.define(
-    f"window3d_attention_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS},"
+    f"window3d_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS},"
     " bool needs_bias, bool needs_pad, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_pad)",
     tags=TAGS,
@@ -200,20 +194,20 @@ LIBRARY.define(
     " Tensor(a!) out, Tensor(b!) lse) -> ()"
 )
 LIBRARY.define(
-    f"_window3d_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, Tensor out, Tensor lse,"
-    f" {_NATIVE_OPTIONS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dpad) -> ()"
+    f"_window3d_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, Tensor? out,"
+    f" Tensor? lse, {_NATIVE_OPTIONS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias,"
+    " Tensor(e!)? dpad) -> ()"
 )
 
 
 # ---- Implementations ----
 
 
-def launch_functions(backend: str, keep_bias: bool = False) -> tuple[Callable[..., None], Callable[..., None]]:
+def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """Give the forward and backward pass of a backend, both with the arguments of the native ops.
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        keep_bias: as in the schema.
 
     Returns:
         Two functions that write into the tensors they are given last.
@@ -221,7 +215,7 @@ def launch_functions(backend: str, keep_bias: bool = False) -> tuple[Callable[..
     if backend == "triton":
         from vidattn.kernels import window3d  # Triton is imported on first use, if ever
 
-        return partial(window3d.forward, keep_bias=keep_bias), window3d.backward
+        return window3d.forward, window3d.backward
     return torch.ops.vidattn._window3d_attention_forward, torch.ops.vidattn._window3d_attention_backward
 
 
@@ -239,7 +233,6 @@ def _forward(
     mask_value: float,
     scale: float,
     dropout_p: float,
-    keep_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     qkv = tensors.separate(q, k, v)
@@ -262,10 +255,10 @@ def _forward(
             return_lse=True,
         )
     windows = geo.resolve_windows(out.shape[1:4], window_size, shift_size, wrap)
-    launch_forward, _ = launch_functions(backend, keep_bias)
+    launch_forward, _ = launch_functions(backend)
     launch_forward(
         *qkv,
-        tensors.accumulated(bias_table, lse, backend),
+        tensors.accumulated(bias_table, q, backend),
         _bias_window(bias_table, window_size, windows, bias_index),
         None,
         None if pad_qkv is None else pad_qkv.contiguous(),
@@ -290,8 +283,8 @@ def _backward(
     bias_table: Tensor | None,
     pad_qkv: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     window_size: Sequence[int],
     shift_size: Sequence[int],
     wrap: Sequence[bool],
@@ -299,20 +292,17 @@ def _backward(
     mask_value: float,
     scale: float,
     dropout_p: float,
-    keep_bias: bool,
     needs_bias: bool,
     needs_pad: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     qkv = tensors.separate(q, k, v)
-    if backend == "reference" and out.numel() > 0:
+    if backend == "reference" and grad_out.numel() > 0:
         *found, grad_bias, grad_pad = window3d_attention_backward(
             grad_out,
             qkv,
             bias_table,
             pad_qkv,
-            out,
-            lse,
             window_size=window_size,
             shift_size=shift_size,
             bias_index=bias_index,
@@ -325,14 +315,14 @@ def _backward(
         grads = tensors.pack(k, found)
     else:
         grads, views = tensors.new_gradients(q, k, v)
-        grad_bias, grad_pad = tensors.new_sum(bias_table, lse, needs_bias), tensors.new_sum(pad_qkv, lse, needs_pad)
-        if out.numel() > 0:
-            windows = geo.resolve_windows(out.shape[1:4], window_size, shift_size, wrap)
+        grad_bias, grad_pad = tensors.new_sum(bias_table, q, needs_bias), tensors.new_sum(pad_qkv, q, needs_pad)
+        if grad_out.numel() > 0:
+            windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
             _, launch_backward = launch_functions(backend)
             launch_backward(
                 tensors.last_dim_dense(grad_out),
                 *qkv,
-                tensors.accumulated(bias_table, lse, backend),
+                tensors.accumulated(bias_table, q, backend),
                 _bias_window(bias_table, window_size, windows, bias_index),
                 None,
                 None if pad_qkv is None else pad_qkv.contiguous(),
@@ -352,15 +342,13 @@ def _backward(
     return (*grads, tensors.as_input(grad_bias, bias_table, needs_bias), tensors.as_input(grad_pad, pad_qkv, needs_pad))
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 15
-    *options, backend = ctx.options
-    needs_bias, needs_pad = ctx.needs_input_grad[3:5]
-    grads = torch.ops.vidattn.window3d_attention_backward(
-        grad_out, *ctx.saved_tensors, *options, needs_bias, needs_pad, backend
-    )
-    return (*grads, *(None,) * 10)
+def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+    """Keep the op's tensors, and its outputs only where the backward pass may rebuild rows from a log-sum-exp."""
+    window_size, backend = ctx.options[0], ctx.options[-1]
+    kept = tensors.keeps_lse(math.prod(window_size), backend)  # no window is larger
+    ctx.save_for_backward(*inputs, *(output if kept else (None, None)))
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
 
 
 def _bias_window(
@@ -400,7 +388,7 @@ register_attention(
     backward=_backward,
     fake=tensors.fake_outputs,
     fake_backward=_fake_backward,
-    autograd=_autograd,
     flops=_flops,
     num_tensors=6,
+    save=_save,
 )

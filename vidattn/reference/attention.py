@@ -4,7 +4,7 @@ One group holds N tokens with queries q, keys k and values v of head dimension d
 
     S = scale * q k^T + B + M            scores; a family says what is added, if anything
     P = softmax_j(S)                     probabilities
-    L = log sum_j exp(S_ij)              log-sum-exp of a row, with which a backward pass can rebuild P
+    L = log sum_j exp(S_ij)              log-sum-exp of a row
     R = P * keep / (1 - p)               dropout, on the probabilities, not renormalised
     O = R v                              context
 
@@ -12,9 +12,14 @@ A row whose scores are all -inf gives context 0 and L = -inf.
 
 Backward, with dO the gradient of the context::
 
-    dv = R^T dO          dR = dO v^T          delta_i = sum_e dO_ie O_ie
-    dS = P * (dR * keep / (1 - p) - delta)
+    dv = R^T dO          dR = dO v^T          dP = dR * keep / (1 - p)
+    dS = P * (dP - delta)                     delta_i = sum_j P_ij dP_ij
     dq = scale * dS k    dk = scale * dS^T q
+
+delta_i is sum_e dO_ie O_ie as well, but only without rounding. Where one key has nearly all the weight, what is left of
+dP - delta is small beside both: so delta is summed over the same dP, and P, normalised by its own sum, sums to 1. A
+context that was rounded in between, or a P that is rebuilt from a rounded L, leaves noise in its place; a pass that
+never has a whole row at hand has no choice.
 """
 
 from __future__ import annotations
@@ -61,18 +66,11 @@ def attend(
         Context (G, N, h * d) and log-sum-exp (G, N, h), both in the accumulator's dtype.
     """
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, bias, mask, scale)
-        # A row of -inf alone must give zeros and zero gradients, not the NaN of -inf - -inf: its maximum reads 0.
-        row_max = scores.detach().amax(-1, keepdim=True)
-        row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
-        weights = (scores - row_max).exp()
-        row_sum = weights.sum(-1, keepdim=True)
-        lse = (row_max + row_sum.log()).squeeze(-1).transpose(1, 2).contiguous()
-        probabilities = weights / row_sum.masked_fill(row_sum == 0, 1.0)
+        probabilities, lse = _softmax(_scores(q, k, bias, mask, scale))
         if dropout_p > 0:
             probabilities = probabilities * _keep_factors(probabilities, dropout_p, seed, first_head)
         out = probabilities @ _by_head(v)
-    return out.transpose(1, 2).flatten(2), lse
+    return out.transpose(1, 2).flatten(2), lse.transpose(1, 2).contiguous()
 
 
 def attend_backward(
@@ -82,15 +80,13 @@ def attend_backward(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
     first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`attend` by the formulas of this module, from its output and log-sum-exp.
+    """Differentiate :func:`attend` by the formulas of this module.
 
     Args:
         grad_out: gradient of the context (G, N, h * d).
@@ -99,8 +95,6 @@ def attend_backward(
         v: values.
         bias: bias or None.
         mask: mask or None.
-        out: context (G, N, h * d).
-        lse: log-sum-exp (G, N, h).
         scale: as in the forward pass; so are the arguments after it.
         dropout_p: dropout probability.
         seed: int64 tensor with one element.
@@ -110,16 +104,14 @@ def attend_backward(
         Gradients of q, k, v (G, N, h, d) and of the bias (None without one), in the accumulator's dtype.
     """
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, bias, mask, scale)
-        row_lse = lse.transpose(1, 2)[..., None]
-        probabilities = (scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp()
+        probabilities, _ = _softmax(_scores(q, k, bias, mask, scale))
         grad_heads = _by_head(grad_out.unflatten(-1, q.shape[2:]))
         grad_probabilities = grad_heads @ _by_head(v).transpose(-2, -1)
         dropped = probabilities
         if dropout_p > 0:
             factors = _keep_factors(probabilities, dropout_p, seed, first_head)
             dropped, grad_probabilities = probabilities * factors, grad_probabilities * factors
-        delta = (grad_heads * _by_head(out.unflatten(-1, q.shape[2:]))).sum(-1, keepdim=True)
+        delta = (probabilities * grad_probabilities).sum(-1, keepdim=True)
         grad_scores = probabilities * (grad_probabilities - delta)
         grad_v = dropped.transpose(-2, -1) @ grad_heads
         grad_q = scale * (grad_scores @ _by_head(k))
@@ -141,6 +133,17 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scal
         grouped = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
         scores = (grouped + mask.to(scores.dtype)[:, None]).flatten(0, 1)
     return scores
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Give probabilities, and the log-sum-exp of each row."""
+    # A row of -inf alone must give zeros and zero gradients, not the NaN of -inf - -inf: its maximum reads 0.
+    row_max = scores.detach().amax(-1, keepdim=True)
+    row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
+    weights = (scores - row_max).exp()
+    row_sum = weights.sum(-1, keepdim=True)
+    lse = (row_max + row_sum.log()).squeeze(-1)
+    return weights / row_sum.masked_fill(row_sum == 0, 1.0), lse
 
 
 def _keep_factors(probabilities: Tensor, dropout_p: float, seed: Tensor | None, first_head: int) -> Tensor:

@@ -208,9 +208,6 @@ def divided_attention_backward(
     for over_time, heads in _shares(q, temporal_heads):
         q_part, k_part, v_part = (groups.sequences(x[..., heads, :], over_time) for x in (q, k, v))
         grad = groups.sequences_of(grad_out.unflatten(-1, q.shape[-2:])[..., heads, :].flatten(-2), grad_cls, over_time)
-        context, lse = attend(
-            q_part, k_part, v_part, scale=scale, dropout_p=dropout_p, seed=seed, first_head=heads.start
-        )
         *grads, _ = attend_backward(
             grad,
             q_part,
@@ -218,8 +215,6 @@ def divided_attention_backward(
             v_part,
             None,
             None,
-            context,
-            lse,
             scale=scale,
             dropout_p=dropout_p,
             seed=seed,
@@ -245,9 +240,9 @@ class _Groups:
 
     def __init__(self, q: Tensor, num_frames: int, token_order: str, has_cls: bool) -> None:
         self.batch, self.num_frames = q.shape[0], num_frames
-        self.num_sites = (q.shape[1] - has_cls) // num_frames
+        self.has_cls = int(has_cls)
+        self.num_sites = (q.shape[1] - self.has_cls) // num_frames
         self.time_fastest = token_order == "hwt"
-        self.has_cls = has_cls
 
     def sequences(self, x: Tensor, over_time: bool) -> Tensor:
         """Pick sequences (G, n, ...) from tokens (B, S, ...), the cls token once in each frame."""

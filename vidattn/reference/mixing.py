@@ -94,9 +94,8 @@ def space_time_mixing_attention_backward(
     """
     q, k, v = qkv
     k, v = (_shift_heads(x, num_frames, channel_shifts) for x in (k, v))
-    out, lse = attend(q, k, v, scale=scale, dropout_p=dropout_p, seed=seed)
     grad_q, grad_k, grad_v, _ = attend_backward(
-        grad_out, q, k, v, None, None, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
+        grad_out, q, k, v, None, None, scale=scale, dropout_p=dropout_p, seed=seed
     )
     back = [(first, last, -offset) for first, last, offset in channel_shifts]
     grad_k, grad_v = (_shift_heads(x, num_frames, back) for x in (grad_k, grad_v))

@@ -116,8 +116,6 @@ def window3d_attention_backward(
     qkv: tuple[Tensor, Tensor, Tensor],
     bias_table: Tensor | None,
     pad_qkv: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *,
     window_size: Sequence[int],
     shift_size: Sequence[int],
@@ -128,15 +126,13 @@ def window3d_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differentiate :func:`window3d_attention` by its formulas, from its output and log-sum-exp.
+    """Differentiate :func:`window3d_attention` by its formulas.
 
     Args:
         grad_out: (B, D, H, W, h * d), gradient of the context.
         qkv: three tensors (B, D, H, W, h, d).
         bias_table: as in the forward pass.
         pad_qkv: as in the forward pass.
-        out: (B, D, H, W, h * d), the context.
-        lse: (B, D, H, W, h), the log-sum-exp.
         window_size: as in the forward pass; so are all further arguments, with ``scale`` resolved.
         shift_size: configured shift.
         bias_index: "prefix" or "geometric".
@@ -152,16 +148,13 @@ def window3d_attention_backward(
     """
     q = qkv[0]
     windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
-    bias = _dense_bias(bias_table, window_size, windows, bias_index, lse.device)
+    bias = _dense_bias(bias_table, window_size, windows, bias_index, q.device)
     mask = _additive_mask(windows, mask_value, q)
-    # Rows of padding queries carry no gradient: a log-sum-exp of +inf makes their probabilities 0.
     window_grads = attend_backward(
         _to_windows(grad_out, windows),
         *_windows_of(qkv, pad_qkv, windows),
         bias,
         mask,
-        _to_windows(out, windows),
-        _to_windows(lse, windows, lse.new_tensor(float("inf"))),
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
@@ -169,11 +162,11 @@ def window3d_attention_backward(
     grids = [_from_windows(grad, windows) for grad in window_grads[:3]]
     grad_pad = None
     if pad_qkv is not None:
-        is_pad = ~_real_tokens(windows, lse.device)
+        is_pad = ~_real_tokens(windows, q.device)
         grad_pad = torch.stack([torch.zeros_like(grids[0][0, 0, 0, 0]), *(g[:, is_pad].sum((0, 1)) for g in grids[1:])])
     grad_table = None
     if bias_table is not None and window_grads[3] is not None:
-        rows = geo.bias_rows(window_size, windows, bias_index, lse.device).flatten()
+        rows = geo.bias_rows(window_size, windows, bias_index, q.device).flatten()
         per_pair = window_grads[3].flatten(1).t()
         grad_table = per_pair.new_zeros(bias_table.shape)
         if grad_table.device.type == "cpu":
@@ -189,22 +182,18 @@ def window_attention_backward(
     qkv: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
     mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`window_attention` by its formulas, from its output and log-sum-exp.
+    """Differentiate :func:`window_attention` by its formulas.
 
     Args:
         grad_out: (G, N, h * d), gradient of the context.
         qkv: three tensors (G, N, h, d).
         bias: (h, N, N) or None.
         mask: (nW, N, N) or None.
-        out: (G, N, h * d), the context.
-        lse: (G, N, h), the log-sum-exp.
         scale: factor of q k^T.
         dropout_p: dropout probability.
         seed: int64 tensor with one element.
@@ -212,9 +201,7 @@ def window_attention_backward(
     Returns:
         Gradients of q, k, v, and that of the bias (None without one) in float32 (float64 for float64).
     """
-    *grads, grad_bias = attend_backward(
-        grad_out, *qkv, bias, mask, out, lse, scale=scale, dropout_p=dropout_p, seed=seed
-    )
+    *grads, grad_bias = attend_backward(grad_out, *qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed)
     grad_q, grad_k, grad_v = (grad.to(qkv[0].dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_bias
 
@@ -261,25 +248,25 @@ def _windows_of(
 def _to_windows(x: Tensor, windows: geo.WindowGeometry, pad_value: Tensor | None = None) -> Tensor:
     """Pad, roll and partition a grid (B, D, H, W, ...) into windows (B * nW, N, ...)."""
     batch, tail = x.shape[0], x.shape[4:]
+    x = x.flatten(4)  # what other libraries run has 8 dimensions at most
     depth, height, width = (p - g for p, g in zip(windows.padded, windows.grid, strict=True))
     if depth or height or width:
-        x = F.pad(x, (0, 0) * len(tail) + (0, width, 0, height, 0, depth))
+        x = F.pad(x, (0, 0, 0, width, 0, height, 0, depth))
         if pad_value is not None:
-            real = _real_tokens(windows, x.device).reshape(*windows.padded, *(1 for _ in tail))
-            x = torch.where(real, x, pad_value)
+            x = torch.where(_real_tokens(windows, x.device)[..., None], x, pad_value.flatten())
     x = x.roll([-s for s in windows.shift], (1, 2, 3))
     (nd, nh, nw), (wd, wh, ww) = windows.counts, windows.window
-    x = x.reshape(batch, nd, wd, nh, wh, nw, ww, *tail).permute(0, 1, 3, 5, 2, 4, 6, *range(7, 7 + len(tail)))
+    x = x.reshape(batch, nd, wd, nh, wh, nw, ww, x.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
     return x.reshape(batch * windows.num_windows, windows.num_tokens, *tail)
 
 
 def _from_windows(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
     """Merge windows (B * nW, N, ...) back and undo the roll: the padded grid (B, Dp, Hp, Wp, ...)."""
-    tail = x.shape[2:]
-    batch = x.shape[0] // windows.num_windows
-    x = x.reshape(batch, *windows.counts, *windows.window, *tail).permute(0, 1, 4, 2, 5, 3, 6, *range(7, 7 + len(tail)))
-    x = x.reshape(batch, *windows.padded, *tail)  # from (B, nd, wd, nh, wh, nw, ww, ...)
-    return x.roll(windows.shift, (1, 2, 3))
+    batch, tail = x.shape[0] // windows.num_windows, x.shape[2:]
+    x = x.flatten(2)
+    x = x.reshape(batch, *windows.counts, *windows.window, x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(batch, *windows.padded, x.shape[-1])  # from (B, nd, wd, nh, wh, nw, ww, C)
+    return x.roll(windows.shift, (1, 2, 3)).unflatten(-1, tail)
 
 
 def _crop(x: Tensor, windows: geo.WindowGeometry) -> Tensor:
