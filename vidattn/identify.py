@@ -113,13 +113,13 @@ def find_model(
         return matches[0]
     if any(not match.of_images for match in matches):
         fitting = ", ".join(match.name for match in matches)
-        raise ValueError(f"the checkpoint fits {fitting}, which its tensors do not tell apart; name one of them")
+        raise ValueError(f"the checkpoint fits {fitting}, which its tensors do not tell apart; name one by --model")
     if matches:
         fitting = ", ".join(match.name for match in matches)
-        raise ValueError(f"the checkpoint is of an image model, which can start {fitting}; name one of them")
+        raise ValueError(f"the checkpoint is of an image model, which can start {fitting}; name one by --model")
     if near:
         raise ValueError(
-            "the checkpoint is of no published size, so name the model that it comes from, one of "
+            "the checkpoint is of no published size, so name by --model the one it comes from: "
             f"{', '.join(near)}; the error then says what differs"
         )
     raise not_recognised(state, "a bundled model")
