@@ -2,83 +2,108 @@
 
 Only the stable ABIs of LibTorch and CPython are used: one binary serves every torch >= 2.11 and every Python >= 3.10.
 
-    VIDATTN_BUILD_EXT   0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
-    MAX_JOBS, CXX       as in torch.utils.cpp_extension
+    VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
+    MAX_JOBS                     how many files are compiled at a time
+    CXX                          the compiler: g++ or clang++; CXX="ccache g++" works
+    CPPFLAGS, CXXFLAGS, LDFLAGS  flags that come before those of this file
 """
 
-import copy
+import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+COMPILER = os.environ.get("CXX", "c++")
 
 # A source named *_<suffix>.cpp is compiled with these flags and runs only where the CPU has them (csrc/cpu/isa.cpp).
 # They are spelled out rather than -march=...: the same object on every vendor's machine.
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+ISA_FLAGS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-uninitialized",  # g++ 12 warns about its own AVX-512 header
+    "-DNDEBUG",
+    "-DPy_LIMITED_API=0x030a0000",  # 3.10
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11
+    "-Icsrc",
+]
 
 
-def sources(*patterns: str) -> list[str]:
-    return sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+def isa_of(source: str) -> str:
+    """Name the instruction set that a file is for; "" if it runs everywhere."""
+    suffix = Path(source).stem.rpartition("_")[2]
+    return suffix if suffix in ISA_FLAGS else ""
 
 
-def extension():
+def sources() -> list[str]:
+    files = sorted(map(str, [*Path().glob("csrc/*.cpp"), *Path().glob("csrc/cpu/*.cpp")]))
+    return files if platform.machine().lower() in ("x86_64", "amd64") else [f for f in files if not isa_of(f)]
+
+
+def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
+    """Write down how the library is made: one rule to compile, with a file's own flags, and one to link."""
     from torch.utils import cpp_extension
 
-    files = sources("csrc/*.c", "csrc/cpu/*.cpp")
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        files = [f for f in files if Path(f).stem.rpartition("_")[2] not in ISA_FLAGS]
-    root = Path().resolve()
-    flags = [
-        "-O3",
-        "-g0",
-        "-ffp-contract=fast",
-        "-fvisibility=hidden",
-        "-Wno-uninitialized",  # g++ 12 warns about its own AVX-512 header
-        f"-ffile-prefix-map={root}/=",  # error messages name files relative to the project
-        TORCH_TARGET,
+    def command(*arguments: str) -> str:
+        return shlex.join(arguments).replace("$", "$$")
+
+    def name(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    env = {key: os.environ.get(key, "").replace("$", "$$") for key in ("CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
+    includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
+    lines = [
+        f"builddir = {name(build_dir)}",
+        f"cxx = {COMPILER}",
+        "rule compile",
+        f"  command = $cxx {env['CPPFLAGS']} {env['CXXFLAGS']} {command(*FLAGS, *includes)} $isa_flags "
+        "-MMD -MF $out.d -c $in -o $out",
+        "  description = $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared -s {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
+        "  description = $out",
     ]
-    return cpp_extension.CppExtension(
-        "vidattn._C",
-        files,
-        py_limited_api=True,
-        include_dirs=[str(root / "csrc")],
-        depends=sources("csrc/**/*.h"),
-        extra_compile_args={"cxx": flags},
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
-    )
+    objects = [name((build_dir / file).with_suffix(".o")) for file in files]
+    for file, compiled in zip(files, objects):
+        lines += [f"build {compiled}: compile {file}", f"  isa_flags = {ISA_FLAGS.get(isa_of(file), '')}"]
+    lines += [f"build {name(library)}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
 
 
-def build_command():
-    from torch.utils import cpp_extension
+class BuildWithNinja(build_ext):
+    """Compiles what has changed, the files of all instruction sets in one run, and shows how far it is."""
 
-    class BuildWithIsa(cpp_extension.BuildExtension):
-        """Compiles the files of an instruction set with its flags; torch's command compiles the rest and links."""
-
-        def build_extension(self, ext):
-            for isa, isa_flags in ISA_FLAGS.items():
-                files = [f for f in ext.sources if Path(f).stem.endswith(f"_{isa}")]
-                if not files:
-                    continue
-                args = copy.deepcopy(ext.extra_compile_args)
-                args["cxx"] += isa_flags
-                ext.sources = [f for f in ext.sources if f not in files]
-                ext.extra_objects += self.compiler.compile(
-                    files,
-                    output_dir=self.build_temp,
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=args,
-                    depends=ext.depends,
-                )
-            super().build_extension(ext)
-
-    return BuildWithIsa
+    def build_extension(self, ext: Extension) -> None:
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        if ninja == ["ninja"] and not shutil.which("ninja"):
+            raise SystemExit("vidattn: ninja is needed to build the native kernels: pip install ninja")
+        build_dir = Path(self.build_temp)
+        build_dir.mkdir(parents=True, exist_ok=True)
+        file = build_dir / "build.ninja"
+        file.write_text(ninja_file(ext.sources, Path(self.get_ext_fullpath(ext.name)), build_dir))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        sys.stdout.flush()
+        if subprocess.run([*ninja, "-f", str(file), *jobs]).returncode:
+            raise SystemExit("vidattn: building the native kernels failed; VIDATTN_BUILD_EXT=0 installs without them")
 
 
 def wants_extension() -> bool:
@@ -87,14 +112,13 @@ def wants_extension() -> bool:
         return wanted == "1"
     if wanted:
         raise SystemExit(f"VIDATTN_BUILD_EXT: expected 0, 1 or nothing, got {wanted!r}")
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler):
+    if shutil.which(shlex.split(COMPILER)[-1]):
         return True
-    print(f"vidattn: no C++ compiler ({compiler}) was found: installing without native kernels", file=sys.stderr)
+    print(f"vidattn: no C++ compiler ({COMPILER}) was found: installing without native kernels", file=sys.stderr)
     return False
 
 
-class BuildPure(build_py):
+class BuildWithNote(build_py):
     """Leaves a note in a copy without extension whether that was wanted (see vidattn/installation.py)."""
 
     def run(self):
@@ -107,14 +131,9 @@ class BuildPure(build_py):
             note.write_text("Installed with VIDATTN_BUILD_EXT=0: the reference runs, and no warning says so.\n")
 
 
-def setup_arguments():
-    if not wants_extension():
-        return {"cmdclass": {"build_py": BuildPure}}
-    return {
-        "ext_modules": [extension()],
-        "cmdclass": {"build_ext": build_command()},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-
-
-setup(**setup_arguments())
+native = {
+    "ext_modules": [Extension("vidattn._C", sources(), py_limited_api=True)],
+    "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+}
+commands = {"build_ext": BuildWithNinja, "build_py": BuildWithNote}
+setup(cmdclass=commands, **(native if wants_extension() else {}))

@@ -5,32 +5,22 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.divided_contenders import CASES, CONTENDERS, build
-from benchmarks.rounds import BASELINES, CLOCK
-from benchmarks.shapes import DIRECTIONS, DIVIDED_CASES, DTYPES, SMOKE_DIVIDED_CASES
+from benchmarks.rounds import CLOCK
+from benchmarks.selection import parametrize
+from benchmarks.shapes import DIVIDED_CASES, DTYPES, SMOKE_DIVIDED_CASES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = SMOKE_DIVIDED_CASES if metafunc.config.getoption("smoke") else DIVIDED_CASES
-    metafunc.parametrize(
-        ("case", "direction", "dtype", "contender"),
-        [
-            (case, direction, dtype, contender)
-            for case in cases
-            for direction in DIRECTIONS
-            for dtype in DTYPES
-            for contender in (*CONTENDERS, *BASELINES)
-        ],
-    )
+    parametrize(metafunc, DIVIDED_CASES, SMOKE_DIVIDED_CASES, lambda direction, dtype: CONTENDERS)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def bench_divided_attention(contest, case: str, direction: str, dtype: str, contender: str) -> None:
     shape = CASES[case]
     contest(
-        f"divided/{case}/{direction}/{dtype}",
+        "divided",
         build,
-        {"case": case, "direction": direction, "dtype": dtype},
-        contender,
+        (case, direction, dtype, contender),
         shape.flops(direction),
         bytes=shape.bytes_moved(direction, DTYPES[dtype]),
         num_frames=shape.num_frames,

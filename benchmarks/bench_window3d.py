@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.rounds import BASELINES, CLOCK
-from benchmarks.shapes import DIRECTIONS, DTYPES, SMOKE_CASES, WINDOW_CASES
-from benchmarks.window3d_contenders import build, contenders
+from benchmarks.rounds import CLOCK
+from benchmarks.selection import parametrize
+from benchmarks.shapes import DTYPES, SMOKE_CASES, WINDOW_CASES
+from benchmarks.window3d_contenders import CASES, build, contenders
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = SMOKE_CASES if metafunc.config.getoption("smoke") else WINDOW_CASES
-    metafunc.parametrize(
-        ("case", "direction", "dtype", "contender"),
-        [
-            (case, direction, dtype, contender)
-            for case in cases
-            for direction in DIRECTIONS
-            for dtype in DTYPES
-            for contender in (*contenders(direction, dtype), *BASELINES)
-        ],
-    )
+    parametrize(metafunc, WINDOW_CASES, SMOKE_CASES, contenders)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def bench_window3d_attention(contest, case: str, direction: str, dtype: str, contender: str) -> None:
-    shape = (WINDOW_CASES | SMOKE_CASES)[case]
+    shape = CASES[case]
     contest(
-        f"window3d/{case}/{direction}/{dtype}",
+        "window3d",
         build,
-        {"case": case, "direction": direction, "dtype": dtype},
-        contender,
+        (case, direction, dtype, contender),
         shape.flops(direction),
         bytes=shape.bytes_moved(direction, DTYPES["float32" if contender == "vidattn_float32" else dtype]),
         grid=shape.grid,

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 Attend = Callable[[Tensor], Tensor]
+# The contender that all others are compared with: the reference, in float64 on the numbers that the others are given.
+EXACT = "exact"
 
 
 def build_calls(
-    attend: Attend, qkv_shape: Sequence[int], direction: str, dtype: str, device: str, copies: int
+    attend: Attend, qkv_shape: Sequence[int], direction: str, dtype: str, device: str, copies: int, exact: bool = False
 ) -> list[Callable[[], tuple[Tensor, ...]]]:
     """Make inputs, the same ones for every contender, and the calls to time.
 
@@ -23,6 +25,7 @@ def build_calls(
         dtype: "float32" | "bfloat16" | "float16".
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own.
+        exact: hand the numbers of that dtype over in float64.
 
     Returns:
         Functions that return (context,), or (context, gradient of qkv).
@@ -30,7 +33,8 @@ def build_calls(
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+        numbers = torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+        return numbers.double() if exact else numbers
 
     def forward(qkv: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

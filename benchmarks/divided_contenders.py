@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
-from benchmarks.calls import Attend, build_calls
+from benchmarks.calls import EXACT, Attend, build_calls
 from benchmarks.shapes import DIVIDED_CASES, SMOKE_DIVIDED_CASES, DividedCase
 
 CASES = DIVIDED_CASES | SMOKE_DIVIDED_CASES
@@ -62,13 +62,13 @@ def _rearranged(qkv: Tensor, case: DividedCase, attend: Callable[[Tensor, Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _vidattn(qkv: Tensor, case: DividedCase) -> Tensor:
-    frames, order = case.num_frames, case.token_order
+def _vidattn(qkv: Tensor, case: DividedCase, backend: str | None = None) -> Tensor:
+    frames, options = case.num_frames, {"token_order": case.token_order, "backend": backend}
     if case.kind == "temporal":
-        return vidattn.temporal_attention(qkv, frames, token_order=order)
+        return vidattn.temporal_attention(qkv, frames, **options)
     if case.kind == "factorized":
-        return vidattn.factorized_dot_product_attention(qkv, frames, token_order=order)
-    return vidattn.spatial_attention(qkv, frames, token_order=order, cls_token="mean" if case.has_cls else None)  # type: ignore[return-value]
+        return vidattn.factorized_dot_product_attention(qkv, frames, **options)
+    return vidattn.spatial_attention(qkv, frames, cls_token="mean" if case.has_cls else None, **options)
 
 
 def make_attend(shape: DividedCase, contender: str) -> Attend:
@@ -76,7 +76,7 @@ def make_attend(shape: DividedCase, contender: str) -> Attend:
 
     Args:
         shape: the call's sizes.
-        contender: one of ``CONTENDERS``.
+        contender: one of ``CONTENDERS``, or ``EXACT``.
 
     Returns:
         qkv -> context.
@@ -89,7 +89,7 @@ def make_attend(shape: DividedCase, contender: str) -> Attend:
     if contender == "compiled":
         torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
         return torch.compile(eager, dynamic=False, fullgraph=True)
-    return partial(_vidattn, case=shape)
+    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
 
 
 def build_copies(
@@ -101,16 +101,19 @@ def build_copies(
         shape: sizes of the call.
         direction: "forward" | "forward_backward".
         dtype: "float32" | "bfloat16" | "float16".
-        contender: one of ``CONTENDERS``.
+        contender: one of ``CONTENDERS``, or ``EXACT``.
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own.
 
     Returns:
         Functions that return (context,), or (context, gradient of qkv).
     """
-    return build_calls(make_attend(shape, contender), shape.qkv_shape, direction, dtype, device, copies)
+    attend = make_attend(shape, contender)
+    return build_calls(attend, shape.qkv_shape, direction, dtype, device, copies, contender == EXACT)
 
 
-def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
-    return build_copies(CASES[case], direction, dtype, contender)[0]
+def build(
+    case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender, device)[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
-from benchmarks.calls import Attend, build_calls
+from benchmarks.calls import EXACT, Attend, build_calls
 from benchmarks.shapes import MIXING_CASES, SMOKE_MIXING_CASES, MixingCase
 
 CASES = MIXING_CASES | SMOKE_MIXING_CASES
@@ -59,12 +59,12 @@ def _shifted(qkv: Tensor, case: MixingCase, attend: Callable[[Tensor, Tensor, Te
     return attend(q, _shift_heads(k, case), _shift_heads(v, case)).transpose(1, 2).flatten(2)
 
 
-def _vidattn(qkv: Tensor, case: MixingCase) -> Tensor:
-    return vidattn.space_time_mixing_attention(qkv, case.num_frames, shift_div=case.shift_div)
+def _vidattn(qkv: Tensor, case: MixingCase, backend: str | None = None) -> Tensor:
+    return vidattn.space_time_mixing_attention(qkv, case.num_frames, shift_div=case.shift_div, backend=backend)
 
 
-def _vidattn_shift(x: Tensor, case: MixingCase) -> Tensor:
-    return vidattn.temporal_shift(x, case.num_frames, case.channel_shifts)
+def _vidattn_shift(x: Tensor, case: MixingCase, backend: str | None = None) -> Tensor:
+    return vidattn.temporal_shift(x, case.num_frames, case.channel_shifts, backend=backend)
 
 
 def _compiled(function: Attend) -> Attend:
@@ -77,7 +77,7 @@ def make_attend(shape: MixingCase, contender: str) -> Attend:
 
     Args:
         shape: the call's sizes.
-        contender: one of ``CONTENDERS``.
+        contender: one of ``CONTENDERS``, or ``EXACT``.
 
     Returns:
         qkv -> context.
@@ -87,7 +87,9 @@ def make_attend(shape: MixingCase, contender: str) -> Attend:
         return eager
     if contender == "sdpa":
         return partial(_shifted, case=shape, attend=F.scaled_dot_product_attention)
-    return _compiled(eager) if contender == "compiled" else partial(_vidattn, case=shape)
+    if contender == "compiled":
+        return _compiled(eager)
+    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
 
 
 def build_copies(
@@ -99,39 +101,46 @@ def build_copies(
         shape: sizes of the call.
         direction: "forward" | "forward_backward".
         dtype: "float32" | "bfloat16" | "float16".
-        contender: one of ``CONTENDERS``.
+        contender: one of ``CONTENDERS``, or ``EXACT``.
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own.
 
     Returns:
         Functions that return (context,), or (context, gradient of qkv).
     """
-    return build_calls(make_attend(shape, contender), shape.qkv_shape, direction, dtype, device, copies)
+    attend = make_attend(shape, contender)
+    return build_calls(attend, shape.qkv_shape, direction, dtype, device, copies, contender == EXACT)
 
 
-def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
-    return build_copies(CASES[case], direction, dtype, contender)[0]
+def build(
+    case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender, device)[0]
 
 
-def build_shift(case: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Make tokens (B * T, N, C) on the CPU and the shift to time.
+def build_shift(
+    case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Make tokens (B * T, N, C) and the shift to time.
 
     Args:
         case: name of the case.
+        direction: "shift".
         dtype: "float32" | "bfloat16".
-        contender: one of ``SHIFT_CONTENDERS``.
+        contender: one of ``SHIFT_CONTENDERS``, or ``EXACT``.
+        device: where the tokens are.
 
     Returns:
         A function that returns (shifted tokens,).
     """
     shape = CASES[case]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     size = (*shape.qkv_shape[:2], shape.channels)
-    x = torch.randn(size, generator=generator).to(getattr(torch, dtype))
+    x = torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
     eager = partial(_shift_slices, case=shape)
-    if contender == "vidattn":
-        shift: Attend = partial(_vidattn_shift, case=shape)
+    if contender in ("vidattn", EXACT):
+        shift: Attend = partial(_vidattn_shift, case=shape, backend="reference" if contender == EXACT else None)
     else:
         shift = _compiled(eager) if contender == "compiled" else eager
 

@@ -9,6 +9,7 @@ a clock of their own, so that its table, statistics, JSON and comparisons work a
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -50,54 +51,75 @@ class ReplayClock:
 CLOCK = ReplayClock()
 
 
-def gemm(dtype: torch.dtype) -> Callable[[], Tensor]:
+def gemm(dtype: torch.dtype, device: str = "cpu") -> Callable[[], Tensor]:
     """A square matrix product of the given dtype."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(dtype) for _ in range(2))
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(device, dtype) for _ in range(2))
     return lambda: left @ right
 
 
-def copy() -> Callable[[], Tensor]:
+def copy(device: str = "cpu") -> Callable[[], Tensor]:
     """A copy between two buffers that exist."""
-    source, target = (torch.ones(COPY_BYTES // 8) for _ in range(2))
+    source, target = (torch.ones(COPY_BYTES // 8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
+def largest_error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Give the largest difference of tensors, as a share of each expected tensor's maximum; NaN if there is one."""
+    worst = 0.0
+    for ours, theirs in zip(result, expected, strict=True):
+        exact = theirs.double()
+        difference = (ours.double() - exact).abs().max().item()
+        error = difference / exact.abs().max().item() if difference else 0.0
+        worst = error if math.isnan(error) else max(worst, error)
+    return worst
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Say what share of the maximum a contender may be off. The tests judge exactness; this finds blunders."""
+    return 1e-4 if dtype == torch.float32 else 0.1
+
+
 def check_agreement(results: Mapping[str, Sequence[Tensor]]) -> None:
-    """Refuse to time contenders that do not compute the same thing. The tests judge exactness; this finds blunders.
+    """Refuse to time contenders that do not compute the same thing.
 
     Args:
         results: what each contender returned.
 
     Raises:
-        AssertionError: two differ by more than 1e-4 of the maximum (0.1 where one of them is not float32), or by NaN.
+        AssertionError: one differs from the first by more than :func:`allowed_error`, or by NaN.
     """
     (first, expected), *others = results.items()
     for name, result in others:
         for ours, theirs in zip(result, expected, strict=True):
-            tolerance = 1e-4 if ours.dtype == theirs.dtype == torch.float32 else 0.1
-            limit = tolerance * theirs.double().abs().max()
-            error = (ours.double() - theirs.double()).abs().max()
-            if not error <= limit:
-                raise AssertionError(f"{name} and {first} differ by {error:.3g}, more than {limit:.3g}")
+            allowed = max(allowed_error(ours.dtype), allowed_error(theirs.dtype))
+            error = largest_error([ours], [theirs])
+            if not error <= allowed:
+                raise AssertionError(
+                    f"{name} and {first} differ by {error:.3g} of the maximum, more than {allowed:.3g}"
+                )
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], min_rounds: int, max_seconds: float
+    contenders: Mapping[str, Callable[[], object]],
+    min_rounds: int,
+    seconds: float,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time contenders in turn.
 
     Args:
         contenders: what to call, by name; already warm.
         min_rounds: rounds at the least.
-        max_seconds: after ``min_rounds``, rounds go on until this much time has passed for each contender.
+        seconds: after ``min_rounds``, rounds go on until this much time has passed since the start.
+        wait: waits for the end of what a call has started.
 
     Returns:
         Seconds by name; element ``i`` of every list belongs to round ``i``.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
-    deadline = time.perf_counter() + max_seconds * len(order)
+    deadline = time.perf_counter() + seconds
     done = 0
     collecting = gc.isenabled()
     gc.disable()
@@ -105,8 +127,10 @@ def interleave(
         while done < min_rounds or time.perf_counter() < deadline:
             shuffle(order)  # nobody always finds the caches as the same neighbour left them
             for name in order:
+                wait()
                 start = time.perf_counter()
                 result = contenders[name]()
+                wait()
                 times[name].append(time.perf_counter() - start)
                 del result  # freeing is not timed
             done += 1

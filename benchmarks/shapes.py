@@ -61,7 +61,8 @@ def _stage(depth: int, size: int, heads: int, *, shifted: bool, window: tuple[in
 
 # Swin-T on 32 x 224 x 224 video has four stages of 2, 2, 6 and 2 blocks; every second block is shifted. In stage 4 the
 # window covers the frame, so only the shift in time remains. Swin-B on Something-Something v2 has windows of 16 frames.
-# "padded" is stage 1 on 320 x 240 video, whose 60 x 80 tokens are no multiple of the window.
+# "padded" is stage 1 on 320 x 240 video, whose 60 x 80 tokens are no multiple of the window. SwinUNETR (arXiv
+# 2201.01266) with 48 features makes 48^3 tokens of a 96^3 volume, which its windows of 7^3 pad to 49^3.
 WINDOW_CASES = {
     "swin_t_stage1": _stage(16, 56, 3, shifted=False),
     "swin_t_stage1_shifted": _stage(16, 56, 3, shifted=True),
@@ -74,6 +75,7 @@ WINDOW_CASES = {
     "swin_b_ssv2_stage1_shifted": _stage(16, 56, 4, shifted=True, window=(16, 7, 7)),
     "swin_b_ssv2_stage3": _stage(16, 14, 16, shifted=False, window=(16, 7, 7)),
     "padded_stage1_shifted": WindowCase((16, 60, 80), (8, 7, 7), (4, 3, 3), 3),
+    "swinunetr_stage1_shifted": WindowCase((48, 48, 48), (7, 7, 7), (3, 3, 3), 3, head_dim=16),
 }
 # What a GPU is given: batches of eight clips. Swin-B has a third more heads. Eight frames make a grid four deep, which
 # clips the window. A stage that its window covers has no shifted form.
@@ -218,6 +220,10 @@ class ModelCase:
 
 
 MODEL_CASES = {
+    # The first half of the model, because compiling all of it takes a minute.
+    "video_swin_t_half_16x112x112": ModelCase(
+        "video_swin_t", (1, 3, 16, 112, 112), (("depths", (2, 2)), ("num_heads", (3, 6)))
+    ),
     "video_swin_t_32x224x224": ModelCase("video_swin_t", (1, 3, 32, 224, 224)),
     "timesformer_b_8x224x224": ModelCase("timesformer_base", (1, 3, 8, 224, 224)),
     "vivit_b_model3_32x224x224": ModelCase("vivit_b_factorized_self_attention", (1, 3, 32, 224, 224)),
@@ -229,4 +235,45 @@ SMOKE_MODEL_CASES = {
         (1, 3, 8, 32, 40),
         (("embed_dim", 16), ("depths", (2, 2)), ("num_heads", (2, 4)), ("num_classes", 7)),
     )
+}
+
+# What runs when nobody asks for more: each family and each kind of work once.
+DEFAULT_CASES = (
+    ("swin_t_stage1_shifted", "forward"),
+    ("swin_t_stage1_shifted", "forward_backward"),
+    ("swin_t_stage3", "forward"),
+    ("swinunetr_stage1_shifted", "forward"),
+    ("temporal_8_frames", "forward"),
+    ("temporal_32_frames", "forward"),
+    ("spatial_cls_8_frames", "forward"),
+    ("xvit_b_div8", "forward"),
+    ("video_swin_t_half_16x112x112", "inference"),
+)
+# What the cases, directions and contenders are called in tables; what is not here is called by its name.
+TITLES = {
+    **{f"swin_t_stage{stage}": f"Swin-T stage {stage}" for stage in range(1, 5)},
+    **{f"swin_t_stage{stage}_shifted": f"Swin-T stage {stage}, shifted" for stage in range(1, 5)},
+    "swin_b_ssv2_stage1_shifted": "Swin-B (SSv2) stage 1, shifted",
+    "swin_b_ssv2_stage3": "Swin-B (SSv2) stage 3",
+    "padded_stage1_shifted": "Swin-T stage 1, shifted, padded",
+    "swinunetr_stage1_shifted": "SwinUNETR stage 1, shifted",
+    "temporal_8_frames": "TimeSformer time, 8 frames, batch 2",
+    "temporal_32_frames": "TimeSformer time, 32 frames",
+    "temporal_96_frames": "TimeSformer time, 96 frames",
+    "spatial_cls_8_frames": "TimeSformer space, 8 frames, batch 2",
+    "factorized_vivit_b": "ViViT half time, half space, 16 frames",
+    "xvit_b_div8": "X-ViT, an eighth each way",
+    "xvit_b_div4": "X-ViT, a quarter each way",
+    "video_swin_t_half_16x112x112": "Video Swin-T, stages 1 and 2, 16 x 112 x 112",
+    "video_swin_t_32x224x224": "Video Swin-T, 32 x 224 x 224",
+    "timesformer_b_8x224x224": "TimeSformer-B, 8 x 224 x 224",
+    "vivit_b_model3_32x224x224": "ViViT-B model 3, 32 x 224 x 224",
+    "xvit_b_16x224x224": "X-ViT-B, 16 x 224 x 224",
+    "forward_backward": "forward + backward",
+    "shift": "shift alone",
+    "training": "training step",
+    "sdpa": "SDPA",
+    "sdpa_prebuilt": "SDPA, mask prebuilt",
+    "vidattn_compiled": "vidattn + compile",
+    "vidattn_float32": "vidattn, float32",
 }

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
+from benchmarks.calls import EXACT
 from benchmarks.shapes import SMOKE_CASES, WINDOW_CASES, WindowCase
 from vidattn.geometry import bias_rows, region_mask
 
@@ -133,8 +134,8 @@ def _natten(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
     return na3d(*qkv.unbind(4), kernel_size=window, stride=window).flatten(-2)
 
 
-def _vidattn(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
-    return vidattn.window3d_attention(qkv, table, window_size=case.window, shift_size=case.shift)
+def _vidattn(qkv: Tensor, table: Tensor, case: WindowCase, backend: str | None = None) -> Tensor:
+    return vidattn.window3d_attention(qkv, table, window_size=case.window, shift_size=case.shift, backend=backend)
 
 
 def why_not(case: WindowCase, direction: str, contender: str) -> str | None:
@@ -159,7 +160,7 @@ def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
 
     Args:
         shape: the call's sizes.
-        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
         table: bias table, for what is built from it beforehand; its device and dtype are those of the call.
 
     Returns:
@@ -183,7 +184,7 @@ def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
         return torch.compile(
             eager if contender == "compiled" else _flex(shape, rows, mask), dynamic=False, fullgraph=True
         )
-    return partial(_vidattn, case=shape)
+    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
 
 
 def build_copies(
@@ -195,18 +196,19 @@ def build_copies(
         shape: sizes of the call.
         direction: "forward" | "forward_backward".
         dtype: "float32" | "bfloat16" | "float16".
-        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own; the table is everybody's.
 
     Returns:
         Functions that return (context,), or (context, gradient of qkv, gradient of the table).
     """
-    element = getattr(torch, "float32" if contender == "vidattn_float32" else dtype)
+    wider = {EXACT: torch.float64, "vidattn_float32": torch.float32}  # on the same numbers as everybody
     generator = torch.Generator(device).manual_seed(0)
 
     def random(size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).to(element)
+        numbers = torch.randn(size, generator=generator, device=device).to(getattr(torch, dtype))
+        return numbers.to(wider.get(contender, numbers.dtype))
 
     qkvs, table = [random(shape.qkv_shape)], random(shape.table_shape)
     gradients = [random((*shape.qkv_shape[:4], shape.heads * shape.head_dim))]
@@ -232,6 +234,8 @@ def build_copies(
     return [partial(call, qkv, gradient) for qkv, gradient in zip(qkvs, gradients, strict=True)]
 
 
-def build(case: str, direction: str, dtype: str, contender: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Make inputs on the CPU and the one call to time: that of a named case, else as in ``build_copies``."""
-    return build_copies(CASES[case], direction, dtype, contender)[0]
+def build(
+    case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Make inputs and the one call to time: that of a named case, else as in ``build_copies``."""
+    return build_copies(CASES[case], direction, dtype, contender, device)[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from imported_copy import describe, why_refused
 
 import vidattn
 from vidattn.backends import TRITON_INTERPRETED
@@ -48,6 +49,16 @@ def own_backend_choice() -> Iterator[None]:
     chosen = vidattn.current_backend()
     yield
     vidattn.set_backend(chosen)
+
+
+def pytest_configure() -> None:
+    refused = why_refused()
+    if refused:
+        raise pytest.UsageError(refused)
+
+
+def pytest_report_header() -> str:
+    return describe()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

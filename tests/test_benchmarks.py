@@ -15,11 +15,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import divided_contenders, mixing_contenders, report, rounds
+import vidattn
+from benchmarks import bench_models, divided_contenders, mixing_contenders, report, rounds, selection, summary, targets
+from benchmarks.calls import EXACT
+from benchmarks.measure import backends_taken, measure
 from benchmarks.memory import peak_extra_bytes
+from benchmarks.picture import draw
 from benchmarks.shapes import (
+    DEFAULT_CASES,
     DIVIDED_CASES,
     MIXING_CASES,
+    MODEL_CASES,
     SMOKE_CASES,
     SMOKE_DIVIDED_CASES,
     SMOKE_MIXING_CASES,
@@ -32,31 +38,37 @@ ROOT = Path(__file__).parent.parent
 UNCOMPILED = [name for name in contenders("forward", "bfloat16") if name != "compiled"]
 
 
-def run_pytest(*arguments: str) -> str:
+def run_pytest(*arguments: str, root: Path = ROOT, code: int = 0) -> str:
     # One thread: small shapes are no faster with more, and other tests may be running.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
-    return child.stdout
+    child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == code, child.stdout[-3000:] + child.stderr[-3000:]
+    return child.stdout + child.stderr
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory) -> dict:
-    """What one real run over the smoke case wrote."""
+def run(tmp_path_factory) -> tuple[str, dict]:
+    """What one real run over the smoke case printed and wrote."""
     path = tmp_path_factory.mktemp("benchmarks") / "result.json"
     printed = run_pytest(
         "benchmarks/bench_window3d.py",
         "--smoke",
-        "-k=float32 and not compiled and not bfloat16",
+        "--dtype=float32",
+        "-k=not compiled",
+        "--threads=1",
         "--benchmark-only",
         "--no-peak-memory",
         "--benchmark-min-rounds=3",
         "--benchmark-max-time=0",
         f"--benchmark-json={path}",
     )
-    assert "benchmark 'window3d/smoke/forward_backward/float32': 5 tests" in printed  # the usual table
-    return json.loads(path.read_text())
+    return printed, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def result(run) -> dict:
+    return run[1]
 
 
 def test_stage1_flops_by_hand():
@@ -168,13 +180,17 @@ def test_contenders_compute_mixing_attention(direction):
 
 
 def test_contenders_compute_temporal_shift():
-    eager, ours = (mixing_contenders.build_shift("smoke", "float32", name)()[0] for name in ("eager", "vidattn"))
+    eager, ours = (
+        mixing_contenders.build_shift("smoke", "shift", "float32", name)()[0] for name in ("eager", "vidattn")
+    )
     assert torch.equal(eager, ours)
 
 
 def test_agreement_check_finds_blunders():
     right = torch.linspace(-1, 1, 100)
     rounds.check_agreement({"a": (right,), "b": (right + 5e-5,)})
+    assert rounds.largest_error([right + 5e-5, right], [right, right]) == pytest.approx(5e-5, rel=0.01)
+    assert math.isnan(rounds.largest_error([right.where(right < 0.9, torch.nan), right + 1], [right, right]))
     for wrong in (right + 1e-3, right.where(right < 0.9, torch.nan)):
         with pytest.raises(AssertionError, match="b and a differ"):
             rounds.check_agreement({"a": (right,), "b": (wrong,)})
@@ -183,7 +199,7 @@ def test_agreement_check_finds_blunders():
 def test_rounds_call_every_contender_in_turn():
     calls: list[str] = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = rounds.interleave(contenders, min_rounds=8, max_seconds=0)
+    times = rounds.interleave(contenders, min_rounds=8, seconds=0)
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 8)
     in_rounds = [calls[start : start + 3] for start in range(0, 24, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in in_rounds)
@@ -191,7 +207,7 @@ def test_rounds_call_every_contender_in_turn():
 
 
 def test_rounds_go_on_for_the_given_time():
-    times = rounds.interleave({"a": lambda: None}, min_rounds=1, max_seconds=0.05)
+    times = rounds.interleave({"a": lambda: None}, min_rounds=1, seconds=0.05)
     assert len(times["a"]) > 10
 
 
@@ -206,8 +222,11 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_benchmarks_run_once_when_disabled():
-    printed = run_pytest("benchmarks/bench_models.py", "--smoke", "-k=float32 and not compiled", "--benchmark-disable")
-    assert "8 passed" in printed
+    printed = run_pytest(
+        "benchmarks/bench_models.py", "--smoke", "--dtype=float32", "-k=eager or training", "--benchmark-disable"
+    )
+    assert "3 passed, 2 skipped" in printed
+    assert "vidattn_compiled: a training step of this depth takes minutes to compile" in printed
 
 
 def test_result_holds_the_measured_rounds(result):
@@ -216,7 +235,7 @@ def test_result_holds_the_measured_rounds(result):
         groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["contender"]] = benchmark
     assert set(groups) == {"window3d/smoke/forward/float32", "window3d/smoke/forward_backward/float32"}
     for group in groups.values():
-        ours, gemm = group["vidattn"], group["gemm"]
+        ours = group["vidattn"]
         info, seconds = ours["extra_info"], ours["stats"]["data"]
         assert len(seconds) == 3 and min(seconds) > 0
         assert info["flops"] == SMOKE_CASES["smoke"].flops(info["direction"])
@@ -225,8 +244,10 @@ def test_result_holds_the_measured_rounds(result):
             assert speedup["min"] == pytest.approx(min(theirs) / min(seconds))
             in_rounds = [slow / fast for slow, fast in zip(theirs, seconds, strict=True)]
             assert speedup["median"] == pytest.approx(statistics.median(in_rounds))
-        share = info["flops"] / min(seconds) / (gemm["extra_info"]["flops"] / min(gemm["stats"]["data"]))
+        share = info["flops"] / min(seconds) / (info["gemm_gflops"] * 1e9)
         assert info["share_of_gemm"]["min"] == pytest.approx(share)
+        assert info["backend"] == "cpu" and info["threads"] == 1
+        assert 0 < info["error"] < 1e-5  # against float64
 
 
 def test_peak_memory_counts_result_and_temporaries(tmp_path, monkeypatch):
@@ -239,18 +260,21 @@ def test_peak_memory_counts_result_and_temporaries(tmp_path, monkeypatch):
         "        return torch.ones(result << 18)\n"
         "    return call\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     peak = peak_extra_bytes("probe:build", temporary=48, result=16)
     assert peak == pytest.approx(48 << 20, abs=2 << 20)
     with pytest.raises(RuntimeError, match="missing"):
         peak_extra_bytes("probe:missing")
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        peak_extra_bytes("os:_exit", status=3)
 
 
-def test_report_shows_ratios_targets_and_memory(result):
+def with_measured(result: dict) -> dict:
+    """Put known numbers of a case that has targets into a result."""
     raw = copy.deepcopy(result)
     for benchmark in raw["benchmarks"]:
         info = benchmark["extra_info"]
-        info["case"] = "swin_t_stage1"  # a case with targets
+        info["case"] = "swin_t_stage1"
         info["peak_extra_bytes"] = 5 << 20
         if info["contender"] == "vidattn":
             info["speedup_over"] = {
@@ -259,18 +283,47 @@ def test_report_shows_ratios_targets_and_memory(result):
                 "compiled": {"min": 3.0, "median": 3.1},
             }
             info["share_of_gemm"] = {"min": 0.76, "median": 0.7}
-    printed = report.tables(report.clean(raw))
-    forward = printed.split("### Forward and backward")[0]
-    assert "| 76% / 70% (target 75%) |" in forward
-    assert "| 5.26 / 4.90 (target 5.00) |" in forward
-    assert "| 1.55 / 1.50 (target 1.60, missed) |" in forward  # the better one of SDPA and compiled
-    assert "| 5 |" in forward
-    assert "prebuilt" not in forward  # an empty column
+    return report.clean(raw)
 
 
-def test_report_compares_with_the_best_only_when_all_were_measured(result):
-    printed = report.tables(report.clean(result))
-    assert "vs SDPA |" in printed and "best of" not in printed and "compiled" not in printed
+def test_report_shows_ratios_and_memory(result):
+    printed = report.tables(with_measured(result))
+    assert "### Attention in (shifted) windows, float32" in printed
+    forward = next(line for line in printed.splitlines() if line.startswith("| Swin-T stage 1, forward |"))
+    assert "| 5.26 / 4.90 | 1.55 / 1.50 | 3.00 / 3.10 | 76% / 70% |" in forward
+    assert forward.endswith("| 5 / 5 / 5 / - |")
+    assert "prebuilt" not in printed  # an empty column
+    assert "vidattn + compile" not in printed
+
+
+def test_targets_compare_with_the_best_only_when_all_were_measured(result):
+    ours = [entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"]
+    assert targets.judge(ours[0]) == [
+        "swin_t_stage1 forward float32: gemm 0.76, target 0.75: reached",
+        "swin_t_stage1 forward float32: eager 5.26, target 5.00: reached",
+        "swin_t_stage1 forward float32: best 1.55, target 1.60: missed",  # the better one of SDPA and compiled
+    ]
+    del ours[0]["speedup_over"]["compiled"]
+    assert not [line for line in targets.judge(ours[0]) if "best" in line]
+
+
+def test_kept_results_are_readable():
+    kept = [path for path in sorted(report.RESULTS.glob("*.json")) if not path.name.startswith("predicted")]
+    assert len(kept) >= 2
+    for path in kept:
+        assert "| Swin-T stage 1, shifted, forward |" in report.tables(report.clean(json.loads(path.read_text())))
+
+
+def test_picture_shows_cases_with_rivals(result, tmp_path):
+    measured = with_measured(result)
+    assert not draw(report.clean(result), tmp_path / "none.png")  # the smoke case is none that it shows
+    for entry in measured["benchmarks"]:
+        entry["info"]["case"] = "swin_t_stage3"
+    picture = tmp_path / "picture.svg"
+    assert draw(measured, picture)
+    drawn = picture.read_text()
+    assert "<!-- Swin-T stage 3 -->" in drawn and "<!--  4.90 -->" in drawn
+    assert f"<!-- {summary.describe_machine(measured['machine'])}, {measured['date']} -->" in drawn
 
 
 def test_saved_result_names_no_host_user_or_commit(result, tmp_path, monkeypatch, capsys):
@@ -283,13 +336,13 @@ def test_saved_result_names_no_host_user_or_commit(result, tmp_path, monkeypatch
     source = tmp_path / "raw.json"
     source.write_text(json.dumps(raw))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    report.main([str(source), "--save"])
+    report.main([str(source), "--save", f"--picture={tmp_path / 'picture.png'}"])
     (saved,) = (tmp_path / "results").iterdir()
     assert saved.name == "fast-r-cpu-3-ghz-2-cores-2026-01-31.json"
     assert "secret" not in saved.read_text()
     printed = capsys.readouterr().out
     report.main([str(saved)])  # a saved result gives the same tables
-    assert capsys.readouterr().out.strip() in printed
+    assert capsys.readouterr().out.partition("\n\nno picture")[0] in printed
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"machine_info": {}}'])
@@ -301,3 +354,127 @@ def test_report_refuses_other_files(content, tmp_path, capsys):
         report.main([str(path)])
     assert stopped.value.code == 2
     assert "expected a result of pytest-benchmark" in capsys.readouterr().err
+
+
+def test_default_run_is_short():
+    printed = run_pytest("benchmarks/", "--benchmark-only", "--collect-only", "-q")
+    families = WINDOW_CASES | DIVIDED_CASES | MIXING_CASES | MODEL_CASES
+    assert 8 <= len(DEFAULT_CASES) <= 10 and {case for case, _ in DEFAULT_CASES} <= set(families)
+    collected = [line.partition("[")[2].rstrip("]") for line in printed.splitlines() if "::bench_" in line]
+    contenders_of: dict[tuple[str, ...], list[str]] = {}
+    for *case, contender in (name.split("-") for name in collected):
+        contenders_of.setdefault(tuple(case), []).append(contender)
+    assert set(contenders_of) == {(case, direction, "float32") for case, direction in DEFAULT_CASES}
+    for (_, direction, _), names in contenders_of.items():
+        in_model = {"eager", "compiled", "vidattn", "vidattn_compiled"}
+        assert set(names) == (in_model if direction == "inference" else {"eager", "sdpa", "compiled", "vidattn"})
+    assert sum(selection.expected_seconds(case, names) for case, names in contenders_of.items()) < 300
+
+
+def test_run_says_what_it_does(run):
+    printed, _ = run
+    assert f"vidattn {vidattn.__version__} from {ROOT / 'vidattn'}: CPU kernels" in printed
+    assert "2 cases, 7 timings, less than a minute on two cores" in printed
+    assert "[1/2] smoke, forward, float32: float64 reference eager SDPA SDPA, mask prebuilt vidattn rounds" in printed
+    assert "benchmark 'window3d/smoke/forward_backward/float32': 3 tests" in printed  # the usual table
+    _, _, table = printed.partition("Every output was compared with the float64 reference before it was timed")
+    for heading in ("eager", "SDPA", "vidattn", "gemm", "copy"):
+        assert f"┃ {heading} " in table
+    assert "GFLOP/s" in table and "% of gemm" in table
+
+
+def test_table_names_the_fastest_and_what_did_not_run():
+    shared = {
+        "case": "swin_t_stage3",
+        "direction": "forward",
+        "dtype": "float32",
+        "flops": 10**9,
+        "bytes": 1,
+        "gemm_gflops": 200.0,
+        "copy_gigabytes_per_second": 20.0,
+        "peak_extra_bytes": 3 << 20,
+        "error": 1e-6,
+        "share_of_gemm": {"min": 0.6, "median": 0.5},
+        "speedup_over": {"eager": {"min": 3.0, "median": 2.5}},
+        "not_run": {"compiled": "no [C++] compiler"},
+    }
+
+    def entry(contender: str, seconds: float) -> dict:
+        stats = {"min": seconds, "median": seconds}
+        return {"group": "window3d/swin_t_stage3", "stats": stats, "info": shared | {"contender": contender}}
+
+    entries = [entry("eager", 0.025), entry("vidattn", 0.010)]
+    table = summary.render(entries, {"processor": "Fast CPU", "threads": 2}, bold=False)
+    assert "Fast CPU, 2 threads" in table and "largest error was 1e-06 of the maximum in float32" in table
+    assert "25.0 ms  2.50x" in table and "10.0 ms *" in table
+    assert "100 GFLOP/s" in table and "50% of gemm" in table and "3.00 MiB" in table
+    assert "Not run: window3d/swin_t_stage3, compiled: no [C++] compiler" in table
+    assert "\x1b[1m10.0 ms\x1b[0m" in summary.render(entries, {"processor": "Fast CPU"}, bold=True)
+
+
+def build_probe(contender: str, dtype: str, device: str):
+    """A call that is right, wrong or impossible, as its contender says."""
+    if contender == "eager":
+        raise RuntimeError("nothing here can do it\nsecond line")
+    if contender == "vidattn_refused":
+        raise ValueError("no such kernel")
+    if contender == "vidattn_broken":
+        raise RuntimeError("bug")
+    qkv = torch.arange(24.0, dtype=torch.float64 if contender == EXACT else torch.float32).view(1, 4, 3, 1, 2)
+    shift = 1.0 if contender in ("compiled", "vidattn_wrong") else 0.0
+    if contender.startswith("vidattn"):
+        return lambda: (vidattn.temporal_attention(qkv, 2) + shift,)
+    return lambda: (vidattn.temporal_attention(qkv, 2, backend="reference") + shift,)
+
+
+def measure_probe(*names: str):
+    arguments = {"dtype": "float32", "device": "cpu"}
+    return measure(build_probe, names, arguments, rounds=1, seconds=0, memory=False, say=lambda what: None)
+
+
+def test_contenders_that_cannot_run_are_listed_with_the_reason():
+    measured = measure_probe("eager", "sdpa", "compiled", "vidattn", "vidattn_refused")
+    assert set(measured.times) == {"sdpa", "vidattn", "gemm", "copy"}
+    assert measured.info["vidattn"]["backend"] == "cpu"
+    assert measured.not_run["eager"] == "RuntimeError: nothing here can do it"
+    assert measured.not_run["vidattn_refused"] == "ValueError: no such kernel"
+    assert "off the float64 reference" in measured.not_run["compiled"]
+
+
+def test_our_mistakes_stop_the_run():
+    with pytest.raises(AssertionError, match=r"vidattn_wrong .*: off the float64 reference"):
+        measure_probe("sdpa", "vidattn_wrong")
+    with pytest.raises(RuntimeError, match="bug"):
+        measure_probe("sdpa", "vidattn_broken")
+
+
+def test_the_reference_is_never_called_vidattn():
+    with vidattn.use_backend("reference"):
+        measured = measure_probe("sdpa", "vidattn")
+    assert "vidattn" not in measured.times
+    assert "it would take the reference" in measured.not_run["vidattn"]
+    with vidattn.use_backend("reference"):
+        assert backends_taken(bench_models.build("smoke", "inference", "float32", "vidattn")) == {"reference"}
+    assert backends_taken(bench_models.build("smoke", "training", "float32", "vidattn")) == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_models_agree_with_float64(direction, dtype):
+    exact, *others = (bench_models.build("smoke", direction, dtype, name)() for name in (EXACT, "eager", "vidattn"))
+    assert exact[0].dtype == torch.float64
+    for result in others:
+        assert rounds.largest_error(result, exact) < (1e-5 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.slow
+def test_compiled_vidattn_is_a_contender():
+    names = ("vidattn", "vidattn_compiled")
+    arguments = {"case": "smoke", "direction": "inference", "dtype": "float32", "device": "cpu"}
+    measured = measure(bench_models.build, names, arguments, rounds=1, seconds=0, memory=False, say=lambda what: None)
+    assert not measured.not_run and {info["backend"] for info in measured.info.values()} == {"cpu"}
+
+
+def test_unknown_device_and_threads_are_refused():
+    arguments = ("benchmarks/bench_mixing.py", "--benchmark-only", "--collect-only")
+    assert "--threads: expected a whole number from 1, got 0" in run_pytest(*arguments, "--threads=0", code=4)

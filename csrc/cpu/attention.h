@@ -6,53 +6,71 @@
 // kQueryRows at a time. A query's scores are all at hand before its softmax starts, forward and backward, so the
 // backward pass needs nothing from the forward one.
 //
-// What a family provides is a class G with
-//   query_count(), query(n)         positions that are queries; every position 0 .. keys - 1 is a key
-//   head(), index()                 numbers of the head and of the group, for the dropout mask
-//   row(slot, i)                    channels of position i in a tensor that is read
-//   put(slot, i, c, row, factor, n) takes channels [c, c + n) of a result, each to be multiplied by factor
-//   keep_lse(i, m, total)           takes the maximum of query i's scores and sum(exp(scores - m))
-//   prefetch(begin, end, last)      fetches positions of the next group in the tensors up to slot `last`
-//   expect(slot, i)                 fetches a row of a result before it is written
-//   keys_packed()                   is told that longest_key() may be asked
-//   set_row(r, i)                   is told that row r of the block in work is query i
-//   choose_tiles(first, count)      which tiles of keys queries [first, first + count) need; may ask longest_query()
-//   finish_scores(r, tile, scale, s)
-//                                   turns products of rows [r, ...) in work and the keys of a tile into scores
-//   add_score_gradients(r, key, n, gradients)
-//                                   takes a vector of them, for keys [key, key + n)
+// Compiling this takes most of the build's time. So it is compiled once an instruction set, by attention_<isa>.cpp, and
+// families are called through their Group, for many rows at a time.
 #pragma once
 #include "philox.h"
-#include "slots.h"
-#include "tile.h"
+#include "rows.h"
 
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-constexpr int kMaxDim = 128;
-
-template <class In>
-constexpr In kZeros[kMaxDim] = {};
-
-struct TileRange {
-  int64_t first, last;
+// What is added to the scores of a query; null: nothing.
+template <class T>
+struct Query {
+  int64_t position;  // for the dropout mask
+  const T* table;    // a row of biases that can be read up to the end of the last tile
+  const T* bias;     // rows of as many numbers as there are keys
+  const T* mask;
+  T* table_gradient;  // of as many as there are keys: takes the gradients of the scores
 };
 
-// Brings a row of n values into L2, or prepares it to be written.
-template <bool Write = false, class In>
-VIDATTN_INLINE void fetch_row(const In* row, int64_t n) {
-  for (int64_t byte = 0; byte < n * int64_t(sizeof(In)); byte += 64)
-    __builtin_prefetch((const char*)row + byte, Write, 2);
-}
+struct Tiles {
+  int64_t first, last;
+  const bool* unmasked;  // by tile: masks add nothing there; or null
+};
+
+// What a family provides. Rows of queries (slots kQ, kDout, kOut, kDq) are counted over the group's queries, those of
+// keys over all of its positions.
+template <class P>
+class Group {
+ public:
+  using T = typename P::Acc;
+  using Value = typename P::Value;
+
+  int64_t queries = 0;          // of this group
+  int64_t head = 0, index = 0;  // numbers of the head and of the group, for the dropout mask
+
+  // Points to rows [first, first + count); those that must be put together go to `spare`, kMaxDim apart.
+  virtual void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const = 0;
+  // Takes channels [c, c + n) of results, their rows `step` apart, each to be multiplied by factor.
+  virtual void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
+                     T factor) = 0;
+  // Fetches rows of a result before they are written.
+  virtual void expect(Slot slot, int64_t first, int64_t count) const = 0;
+  // Fetches positions [begin, end) of the next group in the tensors up to slot `last`.
+  virtual void prefetch(int64_t begin, int64_t end, Slot last) const = 0;
+
+  virtual void describe(int64_t first, int64_t count, Query<T>* queries) const {
+    for (int64_t r = 0; r < count; ++r) queries[r] = {first + r, nullptr, nullptr, nullptr, nullptr};
+  }
+  // Is told that longest_key() may be asked.
+  virtual void keys_packed() {}
+  // Narrows the tiles of keys that these queries need; may ask longest_query().
+  virtual void choose_tiles(int64_t, int64_t, Tiles&) {}
+  // Takes the maxima of the queries' scores and the sums of exp(score - maximum).
+  virtual void keep_lse(int64_t, int64_t, const T*, const T*) const {}
+};
 
 template <int V>
 struct Constant {
   static constexpr int value = V;
 };
 
-template <class P, class In>
+template <class P>
 class Attention {
   using T = typename P::Acc;
+  using Value = typename P::Value;
   using Word = typename P::Word;
   static constexpr int kWords = 2 * kLanes<T> / P::pack;  // words of a tile's row packed along the keys
   static constexpr int kBlocks = 56 / kQueryRows;         // query blocks that share one pass over the keys backward
@@ -74,6 +92,7 @@ class Attention {
         scale_(T(scale)),
         dropout_(dropout) {
     const int64_t lanes = tiles_ * kWidth;
+    spare_ = arena.take<Value>((backward && kRows > kWidth ? kRows : kWidth) * kMaxDim);
     keys_in_lanes_ = arena.take<Word>(lanes * steps_);
     (backward ? keys_in_rows_ : values_in_rows_) = arena.take<Word>(lanes / P::pack * padded_);
     q_ = arena.take<Word>(panel_rows_ * kMaxDim);
@@ -89,61 +108,23 @@ class Attention {
     dv_ = arena.take<T>(lanes * padded_);
   }
 
-  template <class G>
-  void forward(G& group);
-  template <class G>
-  void backward(G& group);
+  void forward(Group<P>& group);
+  void backward(Group<P>& group);
 
-  TileRange all_tiles() const { return {0, tiles_}; }
+  int64_t tiles() const { return tiles_; }
 
   // Squares of the largest |q| of the first `count` rows in work and of the largest |k|; NaN where one is not finite.
-  T longest_query(int64_t count) const {
-    T longest = 0, total = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      Vec<T> squares{};
-      for (int64_t s = 0; s < steps_; s += kLanes<Word>) squares = add_squares(load(q_ + r * kMaxDim + s), squares);
-      const T length = sum<T>(squares);
-      longest = length > longest ? length : longest;
-      total += length;
-    }
-    return longest + 0 * total;
-  }
-  T longest_key() const {
-    Vec<T> longest{}, total{};
-    for (int64_t key = 0; key < n_; key += kLanes<T>) {
-      Vec<T> squares{};
-      const Word* keys = keys_in_lanes_ + key / kWidth * kWidth * steps_ + key % kWidth;
-      for (int64_t s = 0; s < steps_; ++s) squares = add_squares(load(keys + s * kWidth), squares);
-      longest = max<T>(longest, squares);
-      total += squares;
-    }
-    return largest<T>(longest) + 0 * sum<T>(total);
-  }
+  T longest_query(int64_t count) const;
+  T longest_key() const;
 
  private:
   static VIDATTN_INLINE Vec<T> add_squares(Vec<Word> words, Vec<T> c) { return P::multiply_add(words, words, c); }
 
-  // [tile][step][key in lane]: the operand of products summed over head_dim.
-  template <class G>
-  void pack_in_lanes(G& group, Slot slot, Word* to) const {
-    for (int64_t tile = 0; tile < tiles_; ++tile, to += kWidth * steps_) {
-      const In* rows[kWidth];
-      const int64_t left = n_ - tile * kWidth;
-      for (int64_t lane = 0; lane < kWidth; ++lane)
-        rows[lane] = lane < left ? group.row(slot, tile * kWidth + lane) : kZeros<In>;
-      transpose<P>(rows, left > kLanes<T> ? kWidth : kLanes<T>, d_, to, kWidth);
-    }
-  }
-
-  // [key][channel]: the operand of products summed over the keys.
-  template <class G>
-  void pack_in_rows(G& group, Slot slot, Word* to) const {
-    for (int64_t j = 0; j < n_; j += P::pack, to += padded_) {
-      const In* rows[P::pack];
-      for (int s = 0; s < P::pack; ++s) rows[s] = j + s < n_ ? group.row(slot, j + s) : kZeros<In>;
-      P::column_words(rows, d_, padded_, to);
-    }
-  }
+  void pack_in_lanes(const Group<P>& group, Slot slot, Word* to) const;
+  void pack_in_rows(const Group<P>& group, Slot slot, Word* to) const;
+  void load_rows(const Group<P>& group, Slot slot, int64_t first, int64_t count, int64_t padded, Word* to,
+                 Word* in_rows) const;
+  void start_block(Group<P>& group, int64_t first, int64_t count, int64_t padded);
 
   // Runs body(first row, number of rows as a constant) over blocks that cover `count` rows with few to spare: full
   // ones, then one or two smaller ones. Only the last has an odd number of rows.
@@ -168,24 +149,19 @@ class Attention {
     }
   }
 
-  // Runs body(tile, number of vectors, is it the partial last tile) over the chosen tiles, the two arguments as
-  // constants.
+  // Runs body(tile, number of vectors as a constant) over the chosen tiles.
   template <class F>
   VIDATTN_INLINE void for_each_tile(F body) const {
-    const int64_t full = n_ / kWidth, last = range_.last;
-    for (int64_t tile = range_.first; tile < full && tile < last; ++tile) body(tile, Constant<2>{}, Constant<0>{});
-    if (last <= full) return;
-    if (n_ - full * kWidth > kLanes<T>)
-      body(full, Constant<2>{}, Constant<1>{});
-    else
-      body(full, Constant<1>{}, Constant<1>{});
+    const bool half = n_ - (tiles_ - 1) * kWidth <= kLanes<T> && range_.last == tiles_;
+    for (int64_t tile = range_.first; tile < range_.last - half; ++tile) body(tile, Constant<2>{});
+    if (half) body(tiles_ - 1, Constant<1>{});
   }
   int64_t steps_in_tile(int64_t tile) const {
     const int64_t left = n_ - tile * kWidth;
     return ceil_div(left < kWidth ? left : kWidth, P::pack);
   }
 
-  // Runs body(channel, number of vectors) over head_dim, two vectors of channels at a time.
+  // Runs body(channel, number of vectors as a constant) over head_dim, two vectors of channels at a time.
   template <class F>
   VIDATTN_INLINE void for_each_column(F body) const {
     int64_t c = 0;
@@ -193,30 +169,12 @@ class Attention {
     if (c < padded_) body(c, Constant<1>{});
   }
 
-  // Scores of rows [r, r + R) in work for the keys of a tile, -inf beyond the last key; and their maxima.
-  template <int R, int NV, bool Tail, class G>
-  VIDATTN_INLINE void score_tile(G& group, int64_t r, int64_t tile, Vec<T>* top) {
-    Vec<T> s[R][NV];
-    clear(s);
-    multiply_tile<P, R, NV, kMaxDim>(q_ + r * kMaxDim, 1, keys_in_lanes_ + tile * kWidth * steps_, kWidth, steps_, s);
-    group.template finish_scores<R, NV>(r, tile, scale_, s);
-    T* to = panel(scores_, tile, r);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) {
-        if (Tail) s[i][n] = keep_first(s[i][n], n_ - tile * kWidth - n * kLanes<T>, -kInfinity);
-        store(to + i * kWidth + n * kLanes<T>, s[i][n]);
-        top[i] = max<T>(top[i], s[i][n]);
-      }
-  }
-
   // Turns the scores of a row into e^(score - m), hands them to finish(tile, vectors, their number as a constant) and
   // returns their sums over the lanes.
   template <class Exp, class F>
   VIDATTN_INLINE Vec<T> exponentials(int64_t r, T m, F finish) {
     Vec<T> total[2] = {};
-    for_each_tile([&](int64_t tile, auto vectors, auto) {
+    for_each_tile([&](int64_t tile, auto vectors) {
       constexpr int NV = decltype(vectors)::value;
       const T* s = panel(scores_, tile, r);
       Vec<T> p[2] = {};
@@ -230,31 +188,39 @@ class Attention {
     return total[0] + total[1];
   }
 
-  template <int R, class G>
-  void forward_block(G& group, int64_t first);
-  template <class G>
-  void backward_rows(G& group, int64_t first, int64_t count);
-  template <int R, class G>
-  void softmax_gradient(G& group, int64_t first, int64_t r, const Vec<T>* top);
-  template <class G>
-  void add_key_gradients(G& group, int64_t tile, int64_t count);
+  template <int R, int NV>
+  void multiply_rows(const Word* rows, const Word* lanes, int64_t r, int64_t tile, T* panels, Vec<T>* top) const;
+  template <int R, int NV>
+  VIDATTN_INLINE void finish_scores(int64_t r, int64_t tile, Vec<T> (&s)[R][NV]) const;
+  void add_rows(const T* Query<T>::* which, int64_t r, int64_t tile, int count, int vectors, T* scores) const;
+  template <int R, int NV>
+  void sum_over_keys(const T* panels, const Word* in_rows, int64_t r, int64_t c, T* to) const;
+
+  template <int R>
+  void forward_block(Group<P>& group, int64_t first);
+  void backward_rows(Group<P>& group, int64_t first, int64_t count);
+  template <int R>
+  void softmax_gradient(const Group<P>& group, int64_t r, const Vec<T>* top);
+  template <int NV>
+  void add_key_gradients(int64_t key, int64_t c, int64_t count);
 
   // Fetches the next share of what the next group will read. Many small shares: a core can wait for few rows at a time.
-  template <class G>
-  VIDATTN_INLINE void fetch_ahead(G& group, Slot last) {
+  void fetch_ahead(const Group<P>& group, Slot last) {
     const int64_t begin = fetched_;
     fetched_ = n_ * ++point_ / points_;
-    group.prefetch(begin, fetched_, last);
+    group.prefetch(begin, fetched_ < n_ ? fetched_ : n_, last);
   }
   void start_fetching(int64_t points) { point_ = fetched_ = 0, points_ = points; }
   int64_t columns() const { return ceil_div(padded_, kWidth); }
 
   T* panel(T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
+  const T* panel(const T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
 
   const int64_t n_, d_, steps_, padded_, tiles_, panel_rows_;
   const T scale_;
   const Dropout dropout_;
-  TileRange range_{};
+  Tiles range_{};
+  Query<T> queries_[kRows];                       // rows in work
   int64_t point_ = 0, points_ = 1, fetched_ = 0;  // in a group's work, where shares of the next one are fetched
 
   // "In lanes" is [tile][step][key of the tile], "in rows" [row / pack][channel], a panel [tile][row in work][kWidth].
@@ -264,10 +230,20 @@ class Attention {
   T *scores_, *dscores_;             // panels; where words of them are needed, these replace them
   T *dk_, *dv_;                      // [key][channel]
   T* keep_;                          // [row of a pair][key]: dropout factors
+  Value* spare_;                     // [row][kMaxDim]: rows that a family puts together
 };
+
+// The kernels of a family: of a class that lays out scratch memory and runs ranges of tasks.
+template <class Family, class Args>
+constexpr Kernels<Args> kernels_of() {
+  return {[](const Args& args, bool backward) { return Family(args, backward, nullptr).bytes(); },
+          [](const Args& args, int64_t begin, int64_t end, char* scratch) {
+            Family(args, false, scratch).forward(begin, end);
+          },
+          [](const Args& args, int64_t begin, int64_t end, char* scratch) {
+            Family(args, true, scratch).backward(begin, end);
+          }};
+}
 
 }  // namespace VIDATTN_ISA
 }  // namespace vidattn
-
-#include "attention_backward.h"
-#include "attention_forward.h"

@@ -1,40 +1,35 @@
 #pragma once
-#include "attention.h"
+#include "attention_products.h"
 
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-template <class P, class In>
-template <class G>
-void Attention<P, In>::forward(G& group) {
+template <class P>
+void Attention<P>::forward(Group<P>& group) {
   pack_in_lanes(group, kK, keys_in_lanes_);
   pack_in_rows(group, kV, values_in_rows_);
   group.keys_packed();
-  start_fetching(ceil_div(group.query_count(), kQueryRows) * (tiles_ + columns()));
-  for_each_block(group.query_count(),
+  start_fetching(ceil_div(group.queries, kQueryRows) * (tiles_ + columns()));
+  for_each_block(group.queries,
                  [&](int64_t first, auto rows) { this->template forward_block<decltype(rows)::value>(group, first); });
 }
 
 // R queries from the first on; those beyond the last query are zeros, and their results are dropped.
-template <class P, class In>
-template <int R, class G>
-void Attention<P, In>::forward_block(G& group, int64_t first) {
-  const int count = int(group.query_count() - first < R ? group.query_count() - first : R);
-  for (int r = 0; r < R; ++r) {
-    const int64_t i = group.query(first + (r < count ? r : 0));
-    row_words<P>(r < count ? group.row(kQ, i) : kZeros<In>, d_, q_ + r * kMaxDim);
-    group.set_row(r, i);
-    group.expect(kOut, i);
-  }
-  range_ = group.choose_tiles(first, count);
+template <class P>
+template <int R>
+void Attention<P>::forward_block(Group<P>& group, int64_t first) {
+  const int count = int(group.queries - first < R ? group.queries - first : R);
+  load_rows(group, kQ, first, count, R, q_, nullptr);
+  group.expect(kOut, first, count);
+  start_block(group, first, count, R);
   Vec<T> top[R];
   for (auto& t : top) t = splat(-kInfinity);
-  for_each_tile([&](int64_t tile, auto vectors, auto tail) {
+  for_each_tile([&](int64_t tile, auto vectors) {
     fetch_ahead(group, kV);
-    this->template score_tile<R, decltype(vectors)::value, decltype(tail)::value>(group, 0, tile, top);
+    this->template multiply_rows<R, decltype(vectors)::value>(q_, keys_in_lanes_, 0, tile, scores_, top);
   });
   // Three loops, so that the latency of one row's reductions hides behind the other rows'.
-  T m[R], inverse[R];
+  T m[R], total[R], inverse[R];
   for (int r = 0; r < count; ++r) {
     m[r] = largest<T>(top[r]);
     if (m[r] == -kInfinity) m[r] = 0;  // a fully masked row: all weights become 0, not NaN
@@ -42,7 +37,7 @@ void Attention<P, In>::forward_block(G& group, int64_t first) {
   const bool drop = dropout_.p > 0;
   T* const keep = keep_;
   for (int r = 0; r < count; ++r) {
-    if (drop) dropout_.factors(0, tiles_ * kWidth, group.query(first + r), group.head(), group.index(), keep);
+    if (drop) dropout_.factors(0, tiles_ * kWidth, queries_[r].position, group.head, group.index, keep);
     top[r] = exponentials<typename P::Exp>(r, m[r], [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T* to = panel(scores_, tile, r);
 #pragma GCC unroll 2
@@ -54,27 +49,22 @@ void Attention<P, In>::forward_block(G& group, int64_t first) {
     });
   }
   for (int r = 0; r < count; ++r) {
-    const T total = sum<T>(top[r]);
-    inverse[r] = total == 0 ? T(0) : 1 / total;
-    group.keep_lse(group.query(first + r), m[r], total);
+    total[r] = sum<T>(top[r]);
+    inverse[r] = total[r] == 0 ? T(0) : 1 / total[r];
   }
+  group.keep_lse(first, count, m, total);
   for_each_column([&](int64_t c, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     fetch_ahead(group, kV);
-    Vec<T> o[R][NV];
-    clear(o);
-    for (int64_t tile = range_.first; tile < range_.last; ++tile)
-      multiply_tile<P, R, NV, kWidth>((const Word*)panel(scores_, tile, 0), 1,
-                                      values_in_rows_ + tile * kWords * padded_ + c, padded_, steps_in_tile(tile), o);
-    const int64_t left = d_ - c < NV * kLanes<T> ? d_ - c : NV * kLanes<T>;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      if (r < count) {
-        T row[NV * kLanes<T>];
+    alignas(64) T o[R * kWidth];
+    this->template sum_over_keys<R, NV>(scores_, values_in_rows_, 0, c, o);
+    for (int r = 0; r < count; ++r)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) store(row + n * kLanes<T>, o[r][n]);
-        group.put(kOut, group.query(first + r), c, row, inverse[r], left);
+      for (int n = 0; n < NV; ++n) {
+        T* row = o + r * kWidth + n * kLanes<T>;
+        store(row, load(row) * inverse[r]);
       }
+    group.write(kOut, first, count, c, d_ - c < NV * kLanes<T> ? d_ - c : NV * kLanes<T>, o, kWidth, T(1));
   });
 }
 

@@ -4,31 +4,36 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "call.h"
 #include "isa.h"
 #include "scratch.h"
 
 namespace vidattn {
 
-// The entry for an element type in the table of the current instruction set.
-template <class Table>
-const auto& kernels_for(torch::headeronly::ScalarType type, const Table& baseline, const Table& avx2,
-                        const Table& avx512, const Table& avx512bf16) {
+inline Element element_of(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
-  const Isa isa = current_isa();
-  if (type == ScalarType::BFloat16 && isa == Isa::avx512_bf16) return avx512bf16.bfloat16;
-  const Table& table = isa >= Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
-  switch (type) {
+  switch (t.scalar_type()) {
     case ScalarType::Float:
-      return table.float32;
+      return Element::float32;
     case ScalarType::Double:
-      return table.float64;
+      return Element::float64;
     case ScalarType::BFloat16:
-      return table.bfloat16;
+      return Element::bfloat16;
     case ScalarType::Half:
-      return table.float16;
+      return Element::float16;
     default:
       STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
+}
+
+// The kernels of the current instruction set. avx512bf16 has some for bfloat16 alone.
+template <class Kernels>
+const Kernels& kernels_for(Element element, const KernelTable<Kernels>& baseline, const KernelTable<Kernels>& avx2,
+                           const KernelTable<Kernels>& avx512, const Kernels& avx512bf16) {
+  const Isa isa = current_isa();
+  if (element == Element::bfloat16 && isa == Isa::avx512_bf16) return avx512bf16;
+  const KernelTable<Kernels>& table = isa >= Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+  return element == Element::float64 ? table.float64 : table.float32;
 }
 
 // Runs task_range(args, begin, end, scratch) over [0, tasks) on all threads.

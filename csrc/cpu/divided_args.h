@@ -1,9 +1,8 @@
-// What divided.cpp hands to the kernels of an instruction set: plain data, so that no torch header reaches files with
-// their own flags.
+// What divided.cpp hands to the kernels of an instruction set.
 #pragma once
 #include <stdint.h>
 
-#include "slots.h"
+#include "call.h"
 
 namespace vidattn {
 
@@ -19,6 +18,7 @@ struct DividedArgs {
   bool short_sequences;  // which kernel; a task is then a group, else a (group, head)
   int64_t tasks;         // in all clips, the clip outermost
 
+  Element element;
   RowTensor tensor[kSlots];  // from the first patch on
 
   // The cls token is shared by the frames of a clip: (batch, frames, heads, head_dim) in the accumulator's type.
@@ -35,17 +35,11 @@ struct DividedArgs {
 // Sequences of at most this many rows, without a cls token, are computed where they lie.
 constexpr int64_t kShortSequence = 16;
 
-struct DividedKernels {
-  int64_t (*scratch_bytes)(const DividedArgs&, bool backward);
-  void (*forward)(const DividedArgs&, int64_t begin, int64_t end, char* scratch);
-  void (*backward)(const DividedArgs&, int64_t begin, int64_t end, char* scratch);
+struct DividedKernels : Kernels<DividedArgs> {
   // Adds up what the frames have for the cls token of a clip, in order: the mean of its contexts, or its gradients.
   void (*add_frames)(const DividedArgs&, bool backward, int64_t clip);
 };
-
-struct DividedTable {  // by element type; what an instruction set does not have is null
-  DividedKernels float32, float64, bfloat16, float16;
-};
-extern const DividedTable divided_baseline, divided_avx2, divided_avx512, divided_avx512bf16;
+extern const KernelTable<DividedKernels> divided_baseline, divided_avx2, divided_avx512;
+extern const DividedKernels divided_avx512bf16;
 
 }  // namespace vidattn

@@ -3,6 +3,5 @@
 
 namespace vidattn {
 using namespace avx512;
-const DividedTable divided_avx512 = {divided_kernels<Plain<float>, float>(), divided_kernels<Plain<double>, double>(),
-                                     divided_kernels<Plain<float>, bf16>(), divided_kernels<Plain<float>, f16>()};
+const KernelTable<DividedKernels> divided_avx512 = {divided_kernels<Plain<float>>(), divided_kernels<Plain<double>>()};
 }  // namespace vidattn

@@ -2,6 +2,5 @@
 #include "divided.h"
 
 namespace vidattn {
-using namespace avx512bf16;
-const DividedTable divided_avx512bf16 = {{}, {}, divided_kernels<Bf16Pairs, bf16>(), {}};
+const DividedKernels divided_avx512bf16 = avx512bf16::divided_kernels<avx512bf16::Bf16Pairs>();
 }  // namespace vidattn

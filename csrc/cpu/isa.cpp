@@ -56,7 +56,10 @@ Isa choose() {
 std::string available_isas() {
   std::string names;
   for (int i = 0; i < 4; ++i)
-    if (runs_here(Isa(i))) names += (names.empty() ? "" : ",") + std::string(kNames[i]);
+    if (runs_here(Isa(i))) {
+      if (!names.empty()) names += ",";
+      names += kNames[i];
+    }
   return names;
 }
 

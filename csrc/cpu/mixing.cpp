@@ -1,7 +1,6 @@
 // The native ops of the mixing family: attention with channels from other frames, and the shift of channels alone.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
@@ -16,11 +15,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-const MixingKernels& kernels(const Tensor& q) {
+const MixingKernels& kernels(Element element) {
 #if defined(__x86_64__)
-  return kernels_for(q.scalar_type(), mixing_baseline, mixing_avx2, mixing_avx512, mixing_avx512bf16);
+  return kernels_for(element, mixing_baseline, mixing_avx2, mixing_avx512, mixing_avx512bf16);
 #else
-  return kernels_for(q.scalar_type(), mixing_baseline, mixing_baseline, mixing_baseline, mixing_baseline);
+  return kernels_for(element, mixing_baseline, mixing_baseline, mixing_baseline, mixing_baseline.float32);
 #endif
 }
 
@@ -43,7 +42,9 @@ std::vector<ChannelShift> channel_shifts(const std::vector<int64_t>& flat, int64
 // (frames, tokens, h, d), or its last two dimensions merged.
 RowTensor row_tensor(const Tensor& t, int64_t head_dim) {
   STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.dim() == 3 ? head_dim : t.stride(2)}};
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  return {static_cast<char*>(t.data_ptr()),
+          {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(2)) * bytes}};
 }
 
 MixingArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
@@ -51,6 +52,7 @@ MixingArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const st
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                   "expected q, k and v of one dtype");
   MixingArgs a{};
+  a.element = element_of(q);
   a.frames = q.size(0), a.tokens = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3), a.segment = num_frames;
   STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
   STD_TORCH_CHECK(num_frames >= 1 && a.frames % num_frames == 0, "expected whole segments of frames");
@@ -71,7 +73,7 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed, int64_t n
   MixingArgs a = make_args(q, k, v, seed, num_frames, ranges, scale, dropout_p);
   a.tensor[kOut] = row_tensor(out, a.head_dim);
   STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
-  run(a, kernels(q), false, a.frames * a.heads, kernels(q).forward);
+  run(a, kernels(a.element), false, a.frames * a.heads, kernels(a.element).forward);
 }
 
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed, int64_t num_frames,
@@ -81,7 +83,7 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> s
   MixingArgs a = make_args(q, k, v, seed, num_frames, ranges, scale, dropout_p);
   a.tensor[kDout] = row_tensor(dout, a.head_dim), a.tensor[kDq] = row_tensor(dq, a.head_dim);
   a.tensor[kDk] = row_tensor(dk, a.head_dim), a.tensor[kDv] = row_tensor(dv, a.head_dim);
-  run(a, kernels(q), true, a.frames * a.heads, kernels(q).backward);
+  run(a, kernels(a.element), true, a.frames * a.heads, kernels(a.element).backward);
 }
 
 // ---- Shift ----

@@ -11,9 +11,10 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-template <class P, class In>
-class MixedFrames {
+template <class P>
+class MixedFrames final : public Group<P> {
   using T = typename P::Acc;
+  using Value = typename P::Value;
 
  public:
   // Lays out the scratch memory; with base == nullptr only bytes() may be called.
@@ -21,8 +22,9 @@ class MixedFrames {
       : a_(args),
         arena_(base),
         engine_(a_.tokens, a_.head_dim, a_.scale, {a_.dropout_p, a_.seed}, backward, arena_),
-        runs_(arena_.template take<Run>(2 * a_.num_shifts + 1)),
-        mixed_(arena_.template take<In>(Attention<P, In>::kWidth * kMaxDim)) {}
+        runs_(arena_.template take<Run>(2 * a_.num_shifts + 1)) {
+    this->queries = a_.tokens;
+  }
   int64_t bytes() const { return arena_.used(); }
 
   void forward(int64_t begin, int64_t end) {
@@ -40,60 +42,50 @@ class MixedFrames {
 
   // ---- What attention.h asks for ----
 
-  int64_t query_count() const { return a_.tokens; }
-  int64_t query(int64_t n) const { return n; }
-  int64_t head() const { return head_; }
-  int64_t index() const { return frame_; }
-
-  const In* row(Slot slot, int64_t i) const {
-    if (slot != kK && slot != kV) return at(slot, frame_, i);
-    if (num_runs_ == 1) return runs_[0].inside ? at(slot, runs_[0].frame, i) : kZeros<In>;
-    In* to = mixed_ + i % Attention<P, In>::kWidth * kMaxDim;  // a tile of rows is in use at a time
-    for (int64_t r = 0; r < num_runs_; ++r) {
-      const Run& run = runs_[r];
-      const In* from = run.inside ? at(slot, run.frame, i) : kZeros<In>;
-      for (int64_t c = run.first; c < run.last; ++c) to[c] = from[c];
-    }
-    return to;
+  void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const override {
+    const bool mixed = is_of_keys(slot) && num_runs_ > 1;
+    for (int64_t r = 0; r < count; ++r, spare += kMaxDim)
+      if (mixed) {
+        rows[r] = mix(slot, first + r, spare);
+      } else {
+        const char* row = is_of_keys(slot) ? row_of(runs_[0], slot, first + r) : at(slot, this->index, first + r);
+        rows[r] = read_row<P>(a_.element, row, a_.head_dim, spare);
+      }
   }
 
-  void put(Slot slot, int64_t i, int64_t c, const T* from, T factor, int64_t n) const {
-    if (slot != kDk && slot != kDv) return narrow_row(from, factor, at(slot, frame_, i) + c, n);
-    for (int64_t r = 0; r < num_runs_; ++r) {  // gradients of keys and values come whole: c is 0
-      const Run& run = runs_[r];
-      In* to = at(slot, run.frame, i) + run.first;
-      if (run.inside)
-        narrow_row(from + run.first, factor, to, run.last - run.first);
-      else
-        for (int64_t x = 0; x < run.last - run.first; ++x) to[x] = In{};
+  void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
+             T factor) override {
+    const int64_t bytes = bytes_of(a_.element);
+    for (int64_t i = first; i < first + count; ++i, from += step) {
+      if (!is_of_keys(slot)) {
+        write_row<P>(a_.element, from, factor, at(slot, this->index, i) + c * bytes, n);
+        continue;
+      }
+      if (i + 8 < first + count) expect(slot, i + 8, 1);
+      for (int64_t r = 0; r < num_runs_; ++r) {  // gradients of keys and values come whole: c is 0
+        const Run& run = runs_[r];
+        const int64_t length = run.last - run.first;
+        char* to = at(slot, run.frame, i) + run.first * bytes;
+        if (run.inside)
+          write_row<P>(a_.element, from + run.first, factor, to, length);
+        else
+          for (int64_t x = 0; x < length * bytes; ++x) to[x] = 0;
+      }
     }
   }
 
-  void prefetch(int64_t begin, int64_t end, Slot last) const {
+  void expect(Slot slot, int64_t first, int64_t count) const override {
+    for (int64_t i = first; i < first + count; ++i) fetch_row<true>(at(slot, this->index, i), row_bytes());
+  }
+
+  void prefetch(int64_t begin, int64_t end, Slot last) const override {
     if (next_ < 0) return;
     for (int slot = kQ; slot <= last; ++slot) {
-      const In* rows = (const In*)a_.tensor[slot].data + next_ / a_.heads * a_.tensor[slot].stride[0] +
-                       next_ % a_.heads * a_.tensor[slot].stride[2];
-      for (int64_t i = begin; i < end && i < a_.tokens; ++i)
-        fetch_row(rows + i * a_.tensor[slot].stride[1], a_.head_dim);
+      const RowTensor& t = a_.tensor[slot];
+      const char* rows = t.data + next_ / a_.heads * t.stride[0] + next_ % a_.heads * t.stride[2];
+      for (int64_t i = begin; i < end; ++i) fetch_row(rows + i * t.stride[1], row_bytes());
     }
   }
-  void expect(Slot slot, int64_t i) const { fetch_row<true>(at(slot, frame_, i), a_.head_dim); }
-
-  TileRange choose_tiles(int64_t, int64_t) const { return engine_.all_tiles(); }
-  template <int R, int NV>
-  VIDATTN_INLINE void finish_scores(int64_t, int64_t, T scale, Vec<T> (&s)[R][NV]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) s[r][n] *= scale;
-  }
-
-  // Nothing of this family depends on these.
-  void keep_lse(int64_t, T, T) const {}
-  void keys_packed() const {}
-  void set_row(int64_t, int64_t) const {}
-  void add_score_gradients(int64_t, int64_t, int64_t, Vec<T>) const {}
 
  private:
   struct Run {  // channels [first, last) of the head
@@ -102,16 +94,31 @@ class MixedFrames {
     bool inside;
   };
 
-  In* at(Slot slot, int64_t frame, int64_t i) const {
+  char* at(Slot slot, int64_t frame, int64_t i) const {
     const RowTensor& t = a_.tensor[slot];
-    return (In*)t.data + frame * t.stride[0] + i * t.stride[1] + head_ * t.stride[2];
+    return t.data + frame * t.stride[0] + i * t.stride[1] + this->head * t.stride[2];
+  }
+  int64_t row_bytes() const { return a_.head_dim * bytes_of(a_.element); }
+
+  // The row that a run of a key or value is read from.
+  const char* row_of(const Run& run, Slot slot, int64_t i) const {
+    return run.inside ? at(slot, run.frame, i) : kZeros;
+  }
+  // A key or value of several runs.
+  const Value* mix(Slot slot, int64_t i, Value* to) const {
+    Value widened[kMaxDim];
+    for (int64_t r = 0; r < num_runs_; ++r) {
+      const Value* from = read_row<P>(a_.element, row_of(runs_[r], slot, i), a_.head_dim, widened);
+      for (int64_t c = runs_[r].first; c < runs_[r].last; ++c) to[c] = from[c];
+    }
+    return to;
   }
 
   void start(int64_t task, int64_t end) {
-    frame_ = task / a_.heads, head_ = task % a_.heads;
+    this->index = task / a_.heads, this->head = task % a_.heads;
     next_ = task + 1 < end ? task + 1 : -1;
     num_runs_ = 0;
-    const int64_t from = head_ * a_.head_dim, to = from + a_.head_dim;
+    const int64_t from = this->head * a_.head_dim, to = from + a_.head_dim;
     int64_t done = from;
     for (int64_t s = 0; s < a_.num_shifts; ++s) {
       const ChannelShift& shift = a_.shifts[s];
@@ -125,28 +132,21 @@ class MixedFrames {
   }
 
   void add_run(int64_t first, int64_t last, int64_t offset) {
-    const int64_t t = frame_ % a_.segment, there = t + offset;
+    const int64_t t = this->index % a_.segment, there = t + offset;
     const int64_t around = (there % a_.segment + a_.segment) % a_.segment;
-    runs_[num_runs_++] = {first, last, frame_ - t + around, there == around};
+    runs_[num_runs_++] = {first, last, this->index - t + around, there == around};
   }
 
   const MixingArgs& a_;
   Arena arena_;
-  Attention<P, In> engine_;
+  Attention<P> engine_;
   Run* runs_;
-  In* mixed_;  // [key of the tile][kMaxDim]
-  int64_t num_runs_ = 0, head_ = 0, frame_ = 0, next_ = -1;
+  int64_t num_runs_ = 0, next_ = -1;
 };
 
-template <class P, class In>
+template <class P>
 constexpr MixingKernels mixing_kernels() {
-  return {[](const MixingArgs& args, bool backward) { return MixedFrames<P, In>(args, backward, nullptr).bytes(); },
-          [](const MixingArgs& args, int64_t begin, int64_t end, char* scratch) {
-            MixedFrames<P, In>(args, false, scratch).forward(begin, end);
-          },
-          [](const MixingArgs& args, int64_t begin, int64_t end, char* scratch) {
-            MixedFrames<P, In>(args, true, scratch).backward(begin, end);
-          }};
+  return kernels_of<MixedFrames<P>, MixingArgs>();
 }
 
 }  // namespace VIDATTN_ISA

@@ -2,6 +2,5 @@
 #include "mixing.h"
 
 namespace vidattn {
-using namespace avx512bf16;
-const MixingTable mixing_avx512bf16 = {{}, {}, mixing_kernels<Bf16Pairs, bf16>(), {}};
+const MixingKernels mixing_avx512bf16 = avx512bf16::mixing_kernels<avx512bf16::Bf16Pairs>();
 }  // namespace vidattn

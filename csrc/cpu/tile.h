@@ -9,11 +9,12 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-// How numbers are multiplied: the type of an accumulator, of a packed word, and how many values a word holds along the
-// summed axis. load_words takes a vector of words from a row of values of which n are left; column_words packs the
-// rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
+// How numbers are multiplied: the type of a value in a row, of an accumulator, of a packed word, and how many values a
+// word holds along the summed axis. load_words takes a vector of words from a row of values of which n are left;
+// column_words packs the rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
 template <class T>
 struct Plain {
+  using Value = T;
   using Acc = T;
   using Word = T;
   using Exp = typename ExpOf<T>::type;
@@ -22,18 +23,15 @@ struct Plain {
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
   static VIDATTN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
 
-  template <class In>
-  static VIDATTN_INLINE Vec<T> load_words(const In* row, int64_t n) {
-    return load_wide<T>(row, n);
-  }
-  template <class In>
-  static VIDATTN_INLINE void column_words(const In* const* rows, int64_t n, int64_t padded, Word* to) {
-    for (int64_t i = 0; i < padded; i += kLanes<T>) store(to + i, load_wide<T>(rows[0] + i, n - i));
+  static VIDATTN_INLINE Vec<T> load_words(const T* row, int64_t n) { return load_first(row, n); }
+  static VIDATTN_INLINE void column_words(const T* const* rows, int64_t n, int64_t padded, Word* to) {
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(to + i, load_first(rows[0] + i, n - i));
   }
 };
 
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
+  using Value = bf16;
   using Acc = float;
   using Word = float;  // 32 bits that hold two bfloat16, the first in the low half; only ever copied
   using Exp = ExpBf16;
@@ -71,8 +69,8 @@ struct Bf16Pairs {
 #endif
 
 // The n values of a row as words, up to a whole vector.
-template <class P, class In>
-VIDATTN_INLINE void row_words(const In* row, int64_t n, typename P::Word* to) {
+template <class P>
+VIDATTN_INLINE void row_words(const typename P::Value* row, int64_t n, typename P::Word* to) {
   constexpr int step = kLanes<typename P::Word>;
   for (int64_t i = 0; i * P::pack < n; i += step) store(to + i, P::load_words(row + i * P::pack, n - i * P::pack));
 }
@@ -102,8 +100,9 @@ VIDATTN_INLINE void clear(V (&c)[R][NV]) {
 }
 
 // to[word * to_step + lane] = word of rows[lane], for `lanes` rows (whole vectors of them) of n values.
-template <class P, class In>
-VIDATTN_INLINE void transpose(const In* const* rows, int64_t lanes, int64_t n, typename P::Word* to, int64_t to_step) {
+template <class P>
+VIDATTN_INLINE void transpose(const typename P::Value* const* rows, int64_t lanes, int64_t n, typename P::Word* to,
+                              int64_t to_step) {
   using Word = typename P::Word;
   constexpr int L = kLanes<Word>;
   for (int64_t lane = 0; lane < lanes; lane += L)

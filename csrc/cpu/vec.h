@@ -385,11 +385,5 @@ VIDATTN_INLINE Vec<float> load_wide<float, f16>(const f16* from, int64_t n) {
 }
 #endif
 
-// n values of a row times a factor, rounded.
-template <class T, class Out>
-VIDATTN_INLINE void narrow_row(const T* from, T factor, Out* to, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) store_narrow<T>(to + i, load_first(from + i, n - i) * factor, n - i);
-}
-
 }  // namespace VIDATTN_ISA
 }  // namespace vidattn

@@ -2,7 +2,6 @@
 // leave behind.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -16,29 +15,28 @@
 namespace vidattn {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-const Window3dKernels& kernels(const Tensor& q) {
+const Window3dKernels& kernels(Element element) {
 #if defined(__x86_64__)
-  return kernels_for(q.scalar_type(), window3d_baseline, window3d_avx2, window3d_avx512, window3d_avx512bf16);
+  return kernels_for(element, window3d_baseline, window3d_avx2, window3d_avx512, window3d_avx512bf16);
 #else
-  return kernels_for(q.scalar_type(), window3d_baseline, window3d_baseline, window3d_baseline, window3d_baseline);
+  return kernels_for(element, window3d_baseline, window3d_baseline, window3d_baseline, window3d_baseline.float32);
 #endif
 }
 
 // A token tensor (B, D, H, W, h, d), or its last two dimensions merged (B, D, H, W, h * d).
 TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
   TokenTensor view;
-  view.data = t.data_ptr();
-  const bool merged = t.dim() == 5;
+  view.data = static_cast<char*>(t.data_ptr());
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
   STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
-  for (int axis = 0; axis < 4; ++axis) view.stride[axis] = t.stride(axis);
-  view.stride[4] = merged ? head_dim : t.stride(4);
+  for (int axis = 0; axis < 4; ++axis) view.stride[axis] = t.stride(axis) * bytes;
+  view.stride[4] = (t.dim() == 5 ? head_dim : t.stride(4)) * bytes;
   return view;
 }
 
@@ -52,6 +50,7 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                   "expected q, k and v of one dtype");
   Window3dArgs a{};
+  a.element = element_of(q);
   a.batch = q.size(0), a.heads = q.size(4), a.head_dim = q.size(5);
   STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
   a.tokens = 1, a.groups = a.batch;
@@ -69,7 +68,7 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.tensor[kQ] = token_tensor(q, a.head_dim);
   a.tensor[kK] = token_tensor(k, a.head_dim);
   a.tensor[kV] = token_tensor(v, a.head_dim);
-  if (pad_qkv) a.pad_qkv = pad_qkv->data_ptr();
+  if (pad_qkv) a.pad_qkv = static_cast<const char*>(pad_qkv->data_ptr());
   if (bias) {
     a.bias = bias->data_ptr();
     a.bias_is_table = !bias_window.empty();
@@ -104,7 +103,7 @@ void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vect
       make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
   a.tensor[kOut] = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& cpu = kernels(q);
+  const Window3dKernels& cpu = kernels(a.element);
   run(a, cpu, false, a.heads * a.groups, cpu.forward);
 }
 
@@ -162,10 +161,10 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> b
   a.tensor[kDk] = token_tensor(dk, a.head_dim);
   a.tensor[kDv] = token_tensor(dv, a.head_dim);
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
-  if (q.scalar_type() == ScalarType::Double)
-    backward_as(a, kernels(q), static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
+  if (a.element == Element::float64)
+    backward_as(a, kernels(a.element), static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
   else
-    backward_as(a, kernels(q), static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
+    backward_as(a, kernels(a.element), static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
 }
 
 }  // namespace

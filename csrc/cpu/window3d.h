@@ -15,12 +15,12 @@
 namespace vidattn {
 namespace VIDATTN_ISA {
 
-template <class P, class In>
-class Window3d {
+template <class P>
+class Window3d final : public Group<P> {
   using T = typename P::Acc;
-  using Engine = Attention<P, In>;
+  using Value = typename P::Value;
+  using Engine = Attention<P>;
   static constexpr int kWidth = Engine::kWidth;
-  static constexpr int kRows = Engine::kRows;
 
  public:
   // Lays out the scratch memory; with base == nullptr only bytes() may be called.
@@ -39,7 +39,8 @@ class Window3d {
       table_ = arena_.take<T>(a_.bias_size);
       expanded_ = arena_.take<T>(expanded_size_ + kWidth);  // the last tile of a row reads on
     }
-    tile_regions_ = arena_.take<int>(engine_.all_tiles().last);
+    tile_regions_ = arena_.take<int>(engine_.tiles());
+    unmasked_ = arena_.take<bool>(engine_.tiles());
     if (!backward) return;
     if (a_.dbias_partial && a_.bias_is_table) dexpanded_ = arena_.take<T>(expanded_size_);
     dpad_ = arena_.take<T>(2 * d_);
@@ -80,34 +81,55 @@ class Window3d {
 
   // ---- What attention.h asks for ----
 
-  int64_t query_count() const { return now_->query_count(); }
-  int64_t query(int64_t n) const { return now_->query(n); }
-  int64_t head() const { return head_; }
-  int64_t index() const { return now_->group(); }
-
-  const In* row(Slot slot, int64_t i) const { return rows_[slot].row(i); }
-
-  void put(Slot slot, int64_t i, int64_t c, const T* from, T factor, int64_t n) {
-    if (now_->real(i)) return narrow_row(from, factor, (In*)rows_[slot].row(i) + c, n);
-    T* to = dpad_ + (slot == kDv ? d_ : 0) + c;  // padding is no query: only keys and values have gradients
-    for (int64_t x = 0; x < n; ++x) to[x] += from[x] * factor;
+  void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const override {
+    for (int64_t r = 0; r < count; ++r)
+      rows[r] = read_row<P>(a_.element, rows_[slot].row(position(slot, first + r)), d_, spare + r * kMaxDim);
   }
 
-  void keep_lse(int64_t i, T m, T total) const { ((T*)a_.lse)[now_->token(i) * a_.heads + head_] = m + log(total); }
+  void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
+             T factor) override {
+    for (int64_t r = 0; r < count; ++r, from += step) {
+      if (is_of_keys(slot) && r + 8 < count) expect(slot, first + r + 8, 1);
+      const int64_t i = position(slot, first + r);
+      if (now_->real(i)) {
+        write_row<P>(a_.element, from, factor, rows_[slot].row(i) + c * bytes_of(a_.element), n);
+        continue;
+      }
+      T* to = dpad_ + (slot == kDv ? d_ : 0) + c;  // padding is no query: only keys and values have gradients
+      for (int64_t x = 0; x < n; ++x) to[x] += from[x] * factor;
+    }
+  }
+
+  void expect(Slot slot, int64_t first, int64_t count) const override {
+    for (int64_t n = first; n < first + count; ++n) {
+      const int64_t i = position(slot, n);
+      if (now_->real(i)) fetch_row<true>(rows_[slot].row(i), row_bytes());
+    }
+  }
 
   // The window after the current one is known in advance, so that its rows can be fetched while the current one is
   // computed: they are short (one head) and far apart, which no hardware prefetcher foresees.
-  void prefetch(int64_t begin, int64_t end, Slot last) const {
+  void prefetch(int64_t begin, int64_t end, Slot last) const override {
     if (!announced_) return;
     for (int slot = kQ; slot <= last; ++slot)
-      for (int64_t i = begin; i < end && i < n_; ++i) fetch_row(next_rows_[slot].row(i), d_);
+      for (int64_t i = begin; i < end; ++i) fetch_row(next_rows_[slot].row(i), row_bytes());
   }
 
-  void expect(Slot slot, int64_t i) const {
-    if (now_->real(i)) fetch_row<true>(rows_[slot].row(i), d_);
+  void describe(int64_t first, int64_t count, Query<T>* queries) const override {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = now_->query(first + r);
+      const T* bias = bias_ ? bias_ + bias_offset_[i] : nullptr;
+      queries[r] = {i, a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i),
+                    dbias_ ? dbias_ + bias_offset_[i] : nullptr};
+    }
   }
 
-  void keys_packed() {
+  void keep_lse(int64_t first, int64_t count, const T* m, const T* total) const override {
+    for (int64_t r = 0; r < count; ++r)
+      ((T*)a_.lse)[now_->token(now_->query(first + r)) * a_.heads + this->head] = m[r] + log(total[r]);
+  }
+
+  void keys_packed() override {
     if (!has_regions()) return;
     longest_key_ = engine_.longest_key();
     for (int64_t j = 0; j < n_; ++j) {
@@ -116,85 +138,42 @@ class Window3d {
     }
   }
 
-  // Notes whether the queries lie in one region. Tiles of other regions alone are left out where that cannot be seen in
-  // the result: a masked key's score is at most 2 max|q| max|k| + (bias range) + mask_value above that of the query
-  // itself, and at -40 its weight is e^-40 = 4e-18 of the largest. float64 could see it.
-  TileRange choose_tiles(int64_t first, int64_t count) {
-    TileRange range = engine_.all_tiles();
-    block_regions_ = 0;
-    if (!has_regions()) return range;
-    for (int64_t r = 0; r < count; ++r) block_regions_ |= 1 << now_->region(now_->query(first + r));
+  // Tiles of other regions alone are left out where that cannot be seen in the result: a masked key's score is at most
+  // 2 max|q| max|k| + (bias range) + mask_value above that of the query itself, and at -40 its weight is e^-40 = 4e-18
+  // of the largest. float64 could see it. A tile whose keys and queries all lie in one region has no mask.
+  void choose_tiles(int64_t first, int64_t count, Tiles& tiles) override {
+    if (!has_regions()) return;
+    int regions = 0;  // bit per region of the queries
+    for (int64_t r = 0; r < count; ++r) regions |= 1 << now_->region(now_->query(first + r));
+    const bool one_region = !(regions & (regions - 1));
+    for (int64_t tile = 0; tile < tiles.last; ++tile) unmasked_[tile] = one_region && tile_regions_[tile] == regions;
+    tiles.unmasked = unmasked_;
     const T score = T(__builtin_sqrt(engine_.longest_query(count) * longest_key_)) * T(__builtin_fabs(a_.scale));
     const bool unseen = 2 * score + bias_range_ < T(-40 - a_.mask_value);  // false for NaN
-    if (!unseen || (sizeof(T) == 8 && a_.mask_value != -__builtin_inf())) return range;
-    while (!(tile_regions_[range.first] & block_regions_)) ++range.first;
-    while (!(tile_regions_[range.last - 1] & block_regions_)) --range.last;
-    return range;
-  }
-
-  void set_row(int64_t r, int64_t i) {
-    bias_row_[r] = bias_ + bias_offset_[i];
-    mask_row_[r] = now_->mask_row(i);
-    if (dbias_) dbias_row_[r] = dbias_ + bias_offset_[i];
-  }
-
-  // The bias comes last, not as the start of the sums: a large one would round every partial sum.
-  template <int R, int NV>
-  VIDATTN_INLINE void finish_scores(int64_t row, int64_t tile, T scale, Vec<T> (&s)[R][NV]) const {
-    const T *const *bias = bias_row_ + row, *const *mask = mask_row_ + row;
-    const int64_t first = tile * kWidth;
-    if (bias_ && a_.bias_is_table) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) s[r][n] = s[r][n] * scale + load(bias[r] + first + n * kLanes<T>);
-    } else {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) s[r][n] *= scale;
-    }
-    const bool masked = mask[0] && !unmasked(tile);
-    if ((bias_ && !a_.bias_is_table) || masked) {
-      alignas(64) T rows[R][NV * kLanes<T>];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) store(rows[r] + n * kLanes<T>, s[r][n]);
-      if (bias_ && !a_.bias_is_table) add_rows(bias, first, R, NV, rows[0]);
-      if (masked) add_rows(mask, first, R, NV, rows[0]);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) s[r][n] = load(rows[r] + n * kLanes<T>);
-    }
-  }
-
-  VIDATTN_INLINE void add_score_gradients(int64_t r, int64_t key, int64_t n, Vec<T> gradients) const {
-    if (!dbias_) return;
-    T* to = dbias_row_[r] + key;
-    if (n >= kLanes<T>)
-      store(to, load(to) + gradients);
-    else
-      store_first(to, load_first(to, n) + gradients, n);
+    if (!unseen || (sizeof(T) == 8 && a_.mask_value != -__builtin_inf())) return;
+    while (!(tile_regions_[tiles.first] & regions)) ++tiles.first;
+    while (!(tile_regions_[tiles.last - 1] & regions)) --tiles.last;
   }
 
  private:
   // One head of a token tensor within a window: padding tokens share a row.
   struct Rows {
-    const In* base;
+    char* base;
     const int64_t* offset;
     const WindowTokens<T>* window;
-    const In* pad;
-    const In* row(int64_t i) const { return window->real(i) ? base + offset[i] : pad; }
+    char* pad;
+    char* row(int64_t i) const { return window->real(i) ? base + offset[i] : pad; }
   };
 
   Rows rows(Slot slot, WindowTokens<T>& window, int64_t head) const {
     const bool padded = a_.pad_qkv && slot <= kV;
-    return {(const In*)a_.tensor[slot].data + head * a_.tensor[slot].stride[4], window.offsets(slot), &window,
-            padded ? (const In*)a_.pad_qkv + (slot * a_.heads + head) * d_ : kZeros<In>};
+    const char* pad = padded ? a_.pad_qkv + (slot * a_.heads + head) * row_bytes() : kZeros;
+    return {a_.tensor[slot].data + head * a_.tensor[slot].stride[4], window.offsets(slot), &window,
+            const_cast<char*>(pad)};
   }
-  void find_rows(Slot slot) { rows_[slot] = rows(slot, *now_, head_); }
+  void find_rows(Slot slot) { rows_[slot] = rows(slot, *now_, this->head); }
+  int64_t row_bytes() const { return d_ * bytes_of(a_.element); }
+  int64_t position(Slot slot, int64_t n) const { return is_of_keys(slot) ? n : now_->query(n); }
 
   void announce(int64_t head, int64_t group) {
     next_->load(group);
@@ -206,6 +185,7 @@ class Window3d {
     WindowTokens<T>* window = now_;
     now_ = next_, next_ = window;
     announced_ = false;
+    this->queries = now_->query_count(), this->index = now_->group();
     for (Slot slot : {kQ, kK, kV}) find_rows(slot);
   }
 
@@ -234,8 +214,8 @@ class Window3d {
   }
 
   void load_head(int64_t head) {
-    if (head == head_) return;
-    head_ = head;
+    if (head == loaded_head_) return;
+    this->head = loaded_head_ = head;
     bias_ = nullptr;
     if (!a_.bias) return;
     bias_ = (const T*)a_.bias + head * a_.bias_size;
@@ -256,27 +236,10 @@ class Window3d {
 
   bool has_regions() const { return now_->has_regions() && !a_.mask; }
 
-  // Whether the mask is zero for a tile: its keys and all queries of the block lie in one region.
-  bool unmasked(int64_t tile) const {
-    const bool one_region = block_regions_ && !(block_regions_ & (block_regions_ - 1));
-    return one_region && tile_regions_[tile] == block_regions_;
-  }
-
-  // Adds keys [first, ...) of dense bias or mask rows to `vectors` vectors a row of scores. Not inlined: beside the
-  // unrolled loops above it would cost them registers.
-  __attribute__((noinline)) void add_rows(const T* const* rows, int64_t first, int count, int vectors,
-                                          T* scores) const {
-    for (int r = 0; r < count; ++r)
-      for (int n = 0; n < vectors; ++n, scores += kLanes<T>) {
-        const int64_t at = first + n * kLanes<T>;
-        store(scores, load(scores) + load_first(rows[r] + at, n_ - at));
-      }
-  }
-
   void start_gradients(int64_t chunk) {
     dbias_ = nullptr;
     if (a_.dbias_partial) {
-      T* partial = (T*)a_.dbias_partial + (chunk * a_.heads + head_) * a_.bias_size;
+      T* partial = (T*)a_.dbias_partial + (chunk * a_.heads + this->head) * a_.bias_size;
       for (int64_t i = 0; i < a_.bias_size; ++i) partial[i] = 0;
       dbias_ = a_.bias_is_table ? dexpanded_ : partial;
       for (int64_t i = 0; i < (a_.bias_is_table ? expanded_size_ : 0); ++i) dexpanded_[i] = 0;
@@ -286,14 +249,14 @@ class Window3d {
 
   void finish_gradients(int64_t chunk) {
     if (a_.dbias_partial && a_.bias_is_table) {
-      T* partial = (T*)a_.dbias_partial + (chunk * a_.heads + head_) * a_.bias_size;
+      T* partial = (T*)a_.dbias_partial + (chunk * a_.heads + this->head) * a_.bias_size;
       T* reversed_end = partial + a_.bias_size - 1;
       for_each_run([&](int64_t from, int64_t row, int64_t length) {
         for (int64_t i = 0; i < length; ++i) reversed_end[-(row + i)] += dexpanded_[from + i];
       });
     }
     if (a_.dpad_partial) {
-      T* partial = (T*)a_.dpad_partial + (chunk * a_.heads + head_) * 2 * d_;
+      T* partial = (T*)a_.dpad_partial + (chunk * a_.heads + this->head) * 2 * d_;
       for (int64_t c = 0; c < 2 * d_; ++c) partial[c] = dpad_[c];
     }
   }
@@ -305,32 +268,23 @@ class Window3d {
   Engine engine_;
   int64_t expanded_size_;
   bool announced_ = false;
-  int64_t head_ = -1;
+  int64_t loaded_head_ = -1;
   Rows rows_[kSlots], next_rows_[kDout + 1];  // of this window and head, of the announced ones
   const T* bias_ = nullptr;                   // of the current head
   T bias_range_ = 0;
-  T longest_key_ = 0;      // square of the largest |k| of the window
-  int block_regions_ = 0;  // bit per region of the block's queries; 0 when the mask has no regions
+  T longest_key_ = 0;  // square of the largest |k| of the window
 
   int64_t* bias_offset_;                      // [query]: start of its row in bias_ and dbias_
   T *table_ = nullptr, *expanded_ = nullptr;  // one head's table, reversed; and expanded
   T *dexpanded_ = nullptr, *dpad_ = nullptr;  // gradients of the expanded table and of pad_qkv
   T* dbias_ = nullptr;
   int* tile_regions_;  // [tile]: bit per region of its keys
-
-  const T *bias_row_[kRows], *mask_row_[kRows];
-  T* dbias_row_[kRows];
+  bool* unmasked_;     // [tile]: for the queries in work
 };
 
-template <class P, class In>
+template <class P>
 constexpr Window3dKernels window3d_kernels() {
-  return {[](const Window3dArgs& args, bool backward) { return Window3d<P, In>(args, backward, nullptr).bytes(); },
-          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) {
-            Window3d<P, In>(args, false, scratch).forward(begin, end);
-          },
-          [](const Window3dArgs& args, int64_t begin, int64_t end, char* scratch) {
-            Window3d<P, In>(args, true, scratch).backward(begin, end);
-          }};
+  return kernels_of<Window3d<P>, Window3dArgs>();
 }
 
 }  // namespace VIDATTN_ISA

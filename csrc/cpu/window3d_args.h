@@ -1,15 +1,14 @@
-// What window3d.cpp hands to the kernels of an instruction set: plain data, so that no torch header reaches files with
-// their own flags.
+// What window3d.cpp hands to the kernels of an instruction set.
 #pragma once
 #include <stdint.h>
 
-#include "slots.h"
+#include "call.h"
 
 namespace vidattn {
 
-struct TokenTensor {  // (batch, depth, height, width, heads, head_dim), last stride 1; null data = absent
-  void* data = nullptr;
-  int64_t stride[5] = {0, 0, 0, 0, 0};
+struct TokenTensor {  // (batch, depth, height, width, heads, head_dim), contiguous head_dim; null data = absent
+  char* data = nullptr;
+  int64_t stride[5] = {0, 0, 0, 0, 0};  // bytes
 };
 
 struct Window3dArgs {
@@ -20,8 +19,9 @@ struct Window3dArgs {
   int64_t tokens;       // of one window
   int64_t groups;       // windows in all, batch outermost
 
+  Element element;
   TokenTensor tensor[kSlots];
-  const void* pad_qkv;  // (3, heads, head_dim) in the type of q, or null: zeros
+  const char* pad_qkv;  // (3, heads, head_dim) of these elements, or null: zeros
   void* lse;            // (batch, depth, height, width, heads): log-sum-exp
 
   // Bias, in the accumulator's type. Dense: (heads, tokens, tokens). Table: (rows, heads), for the configured window
@@ -43,17 +43,9 @@ struct Window3dArgs {
   void* dpad_partial;   // (chunks, heads, 2, head_dim) or null
 };
 
-// Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost; [begin, end) runs on
-// one thread.
-struct Window3dKernels {
-  int64_t (*scratch_bytes)(const Window3dArgs&, bool backward);
-  void (*forward)(const Window3dArgs&, int64_t begin, int64_t end, char* scratch);
-  void (*backward)(const Window3dArgs&, int64_t begin, int64_t end, char* scratch);
-};
-
-struct Window3dTable {  // by element type; what an instruction set does not have is null
-  Window3dKernels float32, float64, bfloat16, float16;
-};
-extern const Window3dTable window3d_baseline, window3d_avx2, window3d_avx512, window3d_avx512bf16;
+// Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost.
+using Window3dKernels = Kernels<Window3dArgs>;
+extern const KernelTable<Window3dKernels> window3d_baseline, window3d_avx2, window3d_avx512;
+extern const Window3dKernels window3d_avx512bf16;
 
 }  // namespace vidattn

@@ -2,6 +2,5 @@
 #include "window3d.h"
 
 namespace vidattn {
-using namespace avx512bf16;
-const Window3dTable window3d_avx512bf16 = {{}, {}, window3d_kernels<Bf16Pairs, bf16>(), {}};
+const Window3dKernels window3d_avx512bf16 = avx512bf16::window3d_kernels<avx512bf16::Bf16Pairs>();
 }  // namespace vidattn

@@ -53,8 +53,8 @@ class WindowTokens {
     return border_ ? region_mask_ + region_[i] * padded_tokens_ : nullptr;
   }
 
-  // Element offsets of the tokens in a tensor; one with the strides of an earlier slot shares that one's array, as the
-  // three parts of a packed qkv do.
+  // Offsets of the tokens in a tensor, in bytes; one with the strides of an earlier slot shares that one's array, as
+  // the three parts of a packed qkv do.
   const int64_t* offsets(int slot) {
     const int64_t* stride = a_.tensor[slot].stride;
     for (int s = 0; s <= slot; ++s) {
