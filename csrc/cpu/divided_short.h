@@ -40,10 +40,9 @@ VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
 }
 
 // Sequences of up to L rows; L is a power of two. Missing rows are zeros.
-template <class P, int L>
+template <class P, class In, int L>
 class ShortSequences {
   using T = typename P::Acc;
-  using Value = typename P::Value;
   static constexpr int kVectors = L * L / kLanes<T>;                 // of an (L, L) matrix of scores
   static constexpr int kPerRow = L > kLanes<T> ? L / kLanes<T> : 1;  // or several rows a vector:
   static constexpr int kRowsTogether = kLanes<T> > L ? kLanes<T> / L : 1;
@@ -56,13 +55,12 @@ class ShortSequences {
         n_(args.patches),
         d_(args.head_dim),
         vectors_(ceil_div(n_, kRowsTogether) * kPerRow),
-        row_bytes_(d_ * bytes_of(args.element)),
-        in_place_(in_place<P>(args.element)),
         dropout_{args.dropout_p, args.seed} {
     for (int j = 0; j < L || j < kLanes<T>; ++j) beyond_[j] = j % L < n_ ? T(0) : -T(__builtin_inf());
     for (auto& row : from_)
-      for (auto& p : row) p = (const Value*)kZeros;
-    for (int64_t i = 0; i < L; ++i) to_[i] = results_ + i * kMaxDim;
+      for (auto& p : row) p = (const In*)kZeros;
+    for (auto& row : to_)
+      for (auto& p : row) p = unused_;
     for (int i = 0; i < L * L; ++i) weights_[i] = gradients_[i] = keep_[i] = 0;
   }
 
@@ -87,7 +85,8 @@ class ShortSequences {
 
  private:
   void attend() {
-    expect(kOut);
+    find_rows(kOut, to_[0]);
+    expect(to_[0]);
     Vec<T> p[kVectors];
     products(kQ, kK, p, kQ, kV);
     softmax(p);
@@ -95,18 +94,19 @@ class ShortSequences {
       if (dropout_.p > 0) p[w] *= load(keep_ + w * kLanes<T>);
       store(weights_ + w * kLanes<T>, p[w]);
     }
-    sums<L, 1>(weights_, kV, kOut);
+    sums<L, 1>(weights_, from_[kV], to_[0]);
   }
 
   void differentiate() {
     read_rows(kDout);
+    for (Slot slot : {kDq, kDk, kDv}) find_rows(slot, to_[slot - kDq]);
     Vec<T> p[kVectors], g[kVectors];
-    expect(kDq);
+    expect(to_[0]);
     products(kQ, kK, p, kQ, kK);
     softmax(p);
-    expect(kDk);
+    expect(to_[1]);
     products(kDout, kV, g, kV, kDout);
-    expect(kDv);
+    expect(to_[2]);
     for (int64_t w = 0; w < vectors_; w += kPerRow) {
       Vec<T> delta{};
       for (int64_t i = w; i < w + kPerRow; ++i) {
@@ -120,18 +120,18 @@ class ShortSequences {
         store(weights_ + i * kLanes<T>, p[i]);
       }
     }
-    sums<L, 1>(gradients_, kK, kDq);
-    sums<1, L>(gradients_, kQ, kDk);
-    sums<1, L>(weights_, kDout, kDv);
+    sums<L, 1>(gradients_, from_[kK], to_[0]);
+    sums<1, L>(gradients_, from_[kQ], to_[1]);
+    sums<1, L>(weights_, from_[kDout], to_[2]);
   }
 
   // s[i][j] = sum over the channels of a[i] b[j]. On the way, rows of the next head are fetched from the tensors
   // first .. last: a core can wait for few rows at a time.
-  __attribute__((noinline)) void products(Slot a, Slot b, Vec<T>* s, int first, int last) const {
+  VIDATTN_INLINE void products(Slot a, Slot b, Vec<T>* s, int first, int last) const {
     constexpr int step = kLanes<T> * P::pack;
     const int64_t d = d_;
     for (int64_t w = 0; w < vectors_; ++w) {
-      const Value *const *row = from_[a] + w * kLanes<T> / L, *const *column = from_[b] + w * kLanes<T> % L;
+      const In *const *row = from_[a] + w * kLanes<T> / L, *const *column = from_[b] + w * kLanes<T> % L;
       for (int slot = first; slot <= last; ++slot) fetch_next(Slot(slot), n_ * w / vectors_, n_ * (w + 1) / vectors_);
       Vec<T> partial[kLanes<T>] = {};
       const auto add = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
@@ -163,22 +163,16 @@ class ShortSequences {
     }
   }
 
-  // Row a of `to` = sum over b of w[a * AStep + b * BStep] times row b of `from`.
+  // to[a] = sum over b of w[a * AStep + b * BStep] from[b].
   template <int AStep, int BStep>
-  void sums(const T* w, Slot from, Slot to) {
-    char* const first = first_row(to, now_);
-    const int64_t step = row_step(to);
-    if (in_place_)
-      for (int64_t i = 0; i < n_; ++i) to_[i] = (Value*)(first + i * step);
+  VIDATTN_INLINE void sums(const T* w, const In* const* from, In* const* to) const {
     if (n_ == L)
-      sums<AStep, BStep>(w, from_[from], std::integral_constant<int, L>());
+      sums<AStep, BStep>(w, from, to, std::integral_constant<int, L>());
     else
-      sums<AStep, BStep>(w, from_[from], n_);
-    if (!in_place_)
-      for (int64_t i = 0; i < n_; ++i) write_row<P>(a_.element, (const T*)to_[i], T(1), first + i * step, d_);
+      sums<AStep, BStep>(w, from, to, n_);
   }
   template <int AStep, int BStep, class Count>
-  __attribute__((noinline)) void sums(const T* w, const Value* const* from, Count rows) const {
+  VIDATTN_INLINE void sums(const T* w, const In* const* from, In* const* to, Count rows) const {
     const int64_t d = d_;
     const auto column = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
       for (int first = 0; first < rows; first += kTogether) {
@@ -195,7 +189,7 @@ class ShortSequences {
           for (int b = 0; b < Count::value; ++b) add(b);
         }
 #pragma GCC unroll 16
-        for (int a = 0; a < kTogether; ++a) store_narrow<T>(to_[first + a] + c, total[a], left);
+        for (int a = 0; a < kTogether; ++a) store_narrow<T>(to[first + a] + c, total[a], left);
       }
     };
     int64_t c = 0;
@@ -214,54 +208,64 @@ class ShortSequences {
     return t.data + at.clip * t.stride[0] + at.row * t.stride[1] + at.head * t.stride[2];
   }
   VIDATTN_INLINE int64_t row_step(Slot slot) const { return a_.position_step * a_.tensor[slot].stride[1]; }
+  template <class Row>
+  VIDATTN_INLINE void find_rows(Slot slot, Row** rows) const {
+    char* row = first_row(slot, now_);
+    for (int64_t i = 0; i < n_; ++i) rows[i] = (Row*)(row + i * row_step(slot));
+  }
 
   // Rows a multiple of 4 KB apart fall into one set of the first cache, which has room for 8 to 12 of them. More of
-  // them are copied to where they lie next to each other, as those are that must be widened.
+  // them are copied to where they lie next to each other.
   VIDATTN_INLINE void read_rows(Slot slot) {
-    const char* row = first_row(slot, now_);
-    const int64_t step = row_step(slot);
-    const bool copied = n_ > 12 && step % 4096 == 0;
-    Value* copy = copies_[slot];
-    for (int64_t i = 0; i < n_; ++i, row += step, copy += d_) {
-      const Value* values = read_row<P>(a_.element, row, d_, copy);
-      from_[slot][i] = copied ? copy : values;
-      if (copied && in_place_)
-        for (int64_t c = 0; c < d_; ++c) copy[c] = values[c];
+    find_rows(slot, from_[slot]);
+    if (n_ <= 12 || row_step(slot) % 4096 != 0) return;
+    for (int64_t i = 0; i < n_; ++i) {
+      In* copy = copies_[slot] + i * d_;
+      for (int64_t c = 0; c < d_; ++c) copy[c] = from_[slot][i][c];
+      from_[slot][i] = copy;
     }
   }
 
   // Rows of one head are short, and neighbours in time may be far apart: no hardware prefetcher foresees them.
   VIDATTN_INLINE void fetch_next(Slot slot, int64_t begin, int64_t end) const {
     const char* row = first_row(slot, next_);
-    for (int64_t i = begin; i < end; ++i) fetch_row(row + i * row_step(slot), row_bytes_);
+    for (int64_t i = begin; i < end; ++i) fetch_row(row + i * row_step(slot), d_ * int64_t(sizeof(In)));
   }
-  VIDATTN_INLINE void expect(Slot slot) const {
-    char* row = first_row(slot, now_);
-    for (int64_t i = 0; i < n_; ++i) fetch_row<true>(row + i * row_step(slot), row_bytes_);
+  VIDATTN_INLINE void expect(In* const* rows) const {
+    for (int64_t i = 0; i < n_; ++i) fetch_row<true>((const char*)rows[i], d_ * int64_t(sizeof(In)));
   }
 
   const DividedArgs& a_;
   const int64_t n_, d_, vectors_;  // vectors that hold rows in use
-  const int64_t row_bytes_;
-  const bool in_place_;
   const Dropout dropout_;
   Place now_, next_;
-  const Value* from_[kDout + 1][L];
-  Value* to_[L];  // rows of the result in work
-  alignas(64) Value copies_[kDout + 1][L * kMaxDim];
-  alignas(64) Value results_[L * kMaxDim];  // of missing rows, and of those that must be narrowed
+  const In* from_[kDout + 1][L];
+  In* to_[3][L];
+  In unused_[kMaxDim];  // where missing rows are written to
+  alignas(64) In copies_[kDout + 1][L * kMaxDim];
   alignas(64) T weights_[L * L], gradients_[L * L], keep_[L * L], beyond_[L < kLanes<T> ? kLanes<T> : L];
 };
 
-template <class P>
+template <class P, class In>
 void run_short_sequences(const DividedArgs& args, bool backward, int64_t begin, int64_t end) {
   static_assert(kShortSequence == 16);
   if (args.patches <= 4)
-    ShortSequences<P, 4>(args).run(backward, begin, end);
+    ShortSequences<P, In, 4>(args).run(backward, begin, end);
   else if (args.patches <= 8)
-    ShortSequences<P, 8>(args).run(backward, begin, end);
+    ShortSequences<P, In, 8>(args).run(backward, begin, end);
   else
-    ShortSequences<P, 16>(args).run(backward, begin, end);
+    ShortSequences<P, In, 16>(args).run(backward, begin, end);
+}
+
+// These are bound by memory, so rows of 16 bits are widened in registers: there is a kernel for each type of tensor.
+template <class P>
+void run_short_sequences(const DividedArgs& args, bool backward, int64_t begin, int64_t end) {
+  using Value = typename P::Value;
+  if constexpr (sizeof(Value) == 4) {
+    if (args.element == Element::bfloat16) return run_short_sequences<P, bf16>(args, backward, begin, end);
+    if (args.element == Element::float16) return run_short_sequences<P, f16>(args, backward, begin, end);
+  }
+  run_short_sequences<P, Value>(args, backward, begin, end);
 }
 
 }  // namespace VIDATTN_ISA

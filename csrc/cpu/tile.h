@@ -23,7 +23,10 @@ struct Plain {
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
   static VIDATTN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
 
-  static VIDATTN_INLINE Vec<T> load_words(const T* row, int64_t n) { return load_first(row, n); }
+  template <class In>
+  static VIDATTN_INLINE Vec<T> load_words(const In* row, int64_t n) {
+    return load_wide<T>(row, n);
+  }
   static VIDATTN_INLINE void column_words(const T* const* rows, int64_t n, int64_t padded, Word* to) {
     for (int64_t i = 0; i < padded; i += kLanes<T>) store(to + i, load_first(rows[0] + i, n - i));
   }
