@@ -1,6 +1,6 @@
 """Small video transformers learn which way a texture moves, with the reference attention and with the fused ops.
 
-Run as ``python examples/train_motion.py`` (``pip install "vidattn[demo]"`` brings rich and matplotlib). A single frame
+Run as ``python examples/train_motion.py`` (needs rich and matplotlib: ``pip install rich matplotlib``). A single frame
 does not tell the direction, so a model must compare frames. Each model is trained twice side by side, from the same
 weights on the same clips: what differs is only how its attention is computed, forward and backward. If the fused
 gradients are right, the two loss curves are one.

@@ -172,6 +172,7 @@ def test_a_cpu_call_that_ends_on_the_reference_warns_once_with_the_command(monke
     with pytest.warns(UserWarning, match="needs much memory .cpu: it is not built. This builds them: ") as caught:
         vidattn.window3d_attention(QKV, window_size=2)
     assert installation.build_command() in str(caught[0].message)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vidattn.window3d_attention(QKV, window_size=2)

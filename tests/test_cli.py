@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from video_files import numbered_frames, write_video
 
 import vidattn
 import vidattn.models
-from vidattn import cli, demo
+from vidattn import backends, cli, cli_classify, cli_info, demo, installation
 from vidattn.labels import default_labels
 from vidattn.memory import PeakMemory, format_bytes
 from vidattn.video import load_views
@@ -65,33 +66,78 @@ def printed_classes(output: str) -> list[tuple[float, str]]:
 # --- info -------------------------------------------------------------------------------------------
 
 
-def test_info_says_what_runs_and_why_not():
+def test_info_is_one_screen():
     result = run("info")
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert f"vidattn     {vidattn.__version__}" in result.stdout
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 24 and all(len(line) <= 120 or line.startswith("vidattn ") for line in lines), result.stdout
+    assert lines[0].startswith(f"vidattn      {vidattn.__version__}, ")
     assert torch.__version__ in result.stdout
+    assert re.search(r"^CPU products float32 \d+, bfloat16 \d+, float16 \d+ GFLOP/s", result.stdout, re.MULTILINE)
+    heading = next(line for line in lines if line.startswith("op "))
+    assert heading.split()[1:] == vidattn.list_backends()
     for op in vidattn.ops.__all__:
-        block = result.stdout.split(f"\n{op}\n")[1].split("\n\n")[0].splitlines()
+        row = next(line for line in lines if line.startswith(f"{op} "))
+        for backend in vidattn.list_backends():
+            cell = row[heading.index(backend) :][:12].strip()
+            assert (cell == "✓") == (not vidattn.why_not(op, backend=backend)), row
+            assert cell in ("✓", "not built", "no kernels", "no triton", "no GPU", "old GPU")
+
+
+def test_info_verbose_gives_the_reasons_in_full(capsys):
+    assert cli.main(["info", "--verbose"]) == 0
+    output = capsys.readouterr().out
+    for op in vidattn.ops.__all__:
+        block = output.split(f"\n{op}\n")[1].split("\n\n")[0].splitlines()
         assert [line.split()[0] for line in block] == vidattn.list_backends()
         for line in block:
             name, answer = line.split(maxsplit=1)
             assert answer == ("; ".join(vidattn.why_not(op, backend=name)) or "available")
-        assert "reference available" in " ".join(block[-1].split())
 
 
-def test_info_survives_wrong_settings_and_missing_extras():
-    result = run("info", VIDATTN_BACKEND="nonsense")
-    assert result.returncode == 0 and "nonsense" in result.stdout, result.stderr
+def test_info_for_programs(capsys, monkeypatch):
+    monkeypatch.setenv("VIDATTN_CACHE", "here")
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["vidattn"] == vidattn.__version__ and found["torch"] == torch.__version__
+    assert found["environment"]["VIDATTN_CACHE"] == "here"
+    assert set(found["product_gflops"]) == {"float32", "bfloat16", "float16"}
+    assert found["why_not"]["window_attention"]["reference"] == []
+    assert (found["instruction_set"] in found["instruction_sets"]) == (not found["why_not"]["window_attention"]["cpu"])
+
+
+def test_info_survives_a_reader_that_goes():
+    read, write = os.pipe()
+    os.close(read)  # as of `vidattn info | head -1`
+    command = [sys.executable, "-m", "vidattn", "info"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert result.returncode == 141 and result.stderr == ""
+
+
+def test_info_survives_missing_extras():
     absent = ["av", "rich", "numpy", "matplotlib", "triton", "safetensors", "vidattn._C"]
     bare = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}));"
         "sys.argv = ['vidattn', 'info']; import vidattn.cli; sys.exit(vidattn.cli.main())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VIDATTN_BUILD_EXT": ""}
     result = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "extension   not in use" in result.stdout and "CPU kernels none" in result.stdout
-    assert "reference  available" in result.stdout and "vidattn._C is not built" in result.stdout
+    assert (
+        "none: not built" in result.stdout and f"This builds them:\n  {installation.build_command()}" in result.stdout
+    )
+
+
+def test_info_survives_wrong_settings_and_takes_a_pure_install_for_one(capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_selected", "nonsense")
+    monkeypatch.setattr(cli_info, "pure_by_choice", lambda: True)
+    for op in vidattn.ops.__all__:
+        monkeypatch.setitem(backends._kernel_missing, (op, "cpu"), lambda: "vidattn._C is not built")
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "got 'nonsense'" in output and "none: not wanted" in output and "This builds" not in output
 
 
 def test_version_and_help():
@@ -127,7 +173,7 @@ def test_classify_averages_the_probabilities_of_all_views(clip: Path, tmp_path: 
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"name {index}" for index in range(7)))
     files = ("--checkpoint", tmp_path / "model.pt", "--labels", names)
-    options = ("--model", "video_swin_t", "--views", "2x3", "--topk", 7, "--backend", backend)
+    options = ("--model", "video_swin_t", "--views", "2x3", "--topk", 7, "--backend", backend, "--dtype", "float32")
     assert classify(clip, *options, *files) == 0
     output = capsys.readouterr().out
 
@@ -228,14 +274,14 @@ def test_classify_reports_lack_of_memory(clip: Path, capsys, monkeypatch):
     def fail(*arguments, **keywords):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
-    monkeypatch.setattr(cli, "_average_views", fail)
+    monkeypatch.setattr(cli_classify, "_average_views", fail)
     assert classify(clip, "--model", "video_swin_t") == 2
     assert "not enough memory" in capsys.readouterr().err
 
 
 ERRORS = {
     "missing file": (("nowhere.mp4",), ("no such file", "nowhere.mp4")),
-    "a folder": ((".",), ("no such file",)),
+    "a folder without videos": ((".",), ("CLIP: no video file in the folder",)),
     "not a video": (("{text}",), ("is not a video",)),
     "too short": (("{clip}",), ("20 frames", "need 63", "--frames 10")),
     "too short for the stride": (("{clip}", "--frames", "16"), ("need 31", "--frames 10 or --stride 1")),
@@ -281,7 +327,7 @@ def test_missing_extras_are_named_with_the_pip_command(clip: Path, capsys, monke
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
     assert classify(clip, "--model", "video_swin_t") == 2
-    assert 'needs rich: pip install "vidattn[cli]"' in capsys.readouterr().err
+    assert "needs rich: pip install rich\n" in capsys.readouterr().err
 
 
 def test_no_command_is_an_error():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from vidattn.installation import build_command, pure_by_choice
+from vidattn.installation import PACKAGE, build_command, pure_by_choice
 from vidattn.messages import describe, shorten
 
 __all__ = ["current_backend", "list_backends", "set_backend", "use_backend", "warmup", "why_not"]
@@ -372,16 +372,16 @@ def _reasons(op: str, name: str, call: AttentionCall | None) -> list[str]:
 
 def _warn_about_fallback(call: AttentionCall) -> None:
     global _warned_about_fallback
-    if (
-        _warned_about_fallback
-        or call.device_type not in ("cpu", "cuda")
-        or (call.device_type == "cpu" and pure_by_choice())
-    ):
+    wanted = call.device_type == "cuda" or (call.device_type == "cpu" and not pure_by_choice())
+    if _warned_about_fallback or not wanted:
         return
     _warned_about_fallback = True
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(str(PACKAGE)):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         f"{call.op}: no kernel runs this call on {call.device_type}, so it takes the reference, which is slow and needs"
         f" much memory ({why_reference(call)}). Who wants the reference names it: VIDATTN_BACKEND=reference,"
         " vidattn.use_backend. This warning is shown once",
-        stacklevel=4,
+        stacklevel=level,  # of the caller's own code
     )

@@ -22,19 +22,8 @@ import torch
 from torch import Tensor
 
 import vidattn.models
-from vidattn.cli import (
-    CommandError,
-    Parser,
-    accelerate_model,
-    check_picture,
-    explained,
-    fail,
-    load_model,
-    need,
-    positive,
-    progress,
-    read_views,
-)
+from vidattn.cli import CommandError, Parser, check_picture, explained, fail, need, positive, progress
+from vidattn.cli_classify import accelerate_model, load_model, read_views
 from vidattn.memory import PeakMemory, format_bytes
 
 VARIANTS = ("reference", "accelerated")
@@ -108,7 +97,7 @@ def _demo(options: argparse.Namespace) -> int:
             options.clip = render_shapes(Path(folder) / "shapes.mp4", num_frames=length)
         views = read_views(options, spec)
         batch = views.stack()  # one view: the centre crop of the middle clip
-        model, weights = load_model(options, spec, spec.num_classes)
+        model, weights = load_model(options, spec.num_classes)
         print(f"clip      {title}; {views.video_frames} frames, input {tuple(batch.shape)}")
         print(f"model     {options.model}")
         print(f"weights   {weights}")
@@ -155,7 +144,8 @@ def compare(model: torch.nn.Module, batch: Tensor, options: argparse.Namespace, 
     print(f"attention {accelerate_model(accelerated, options)}", flush=True)
     models = (model, accelerated)
     steps = len(models) * (options.rounds + 2)
-    with progress(plain=True) as advance, torch.inference_mode():
+    with progress("run", plain=True) as advance, torch.inference_mode():
+        advance("run", 0, steps)
         logits: list[Tensor] = []
         best = [float("inf")] * len(models)
         for run in range(options.rounds + 1):  # the first round warms up, and its logits are compared
@@ -192,7 +182,7 @@ def _measure(options: argparse.Namespace) -> int:
     """Prints the peak memory in bytes of one forward in this process, beyond model, input and loaded code."""
     variant, file = options.measure
     spec = vidattn.models.get_input_spec(options.model)
-    model, _ = load_model(options, spec, spec.num_classes)
+    model, _ = load_model(options, spec.num_classes)
     if variant == "accelerated":
         accelerate_model(model, options)
     batch = torch.load(file, weights_only=True)

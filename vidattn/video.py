@@ -6,7 +6,7 @@ and cropped to 224 x 224 at three places along the long side. On Something-Somet
 spread over the whole video, x 3 crops. TimeSformer (arXiv 2102.05095) and ViViT (arXiv 2103.15691) differ as their
 ``InputSpec`` says.
 
-Decoding needs PyAV and NumPy (``pip install "vidattn[cli]"``); sampling and cropping need neither.
+Decoding needs PyAV and NumPy (``pip install av numpy``); sampling and cropping need neither.
 """
 
 from __future__ import annotations
@@ -446,7 +446,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError as error:
-        raise ImportError('reading videos needs PyAV: pip install "vidattn[cli]"') from error
+        raise ImportError("reading videos needs PyAV: pip install av numpy") from error
     if not Path(path).exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:

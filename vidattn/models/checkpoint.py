@@ -163,11 +163,7 @@ def load_checkpoint(
         >>> print(load_checkpoint(model, {"state_dict": model.state_dict()}))
         loaded 39 tensors from a checkpoint of layout 'official'
     """
-    registered = next((_converters[base] for base in type(model).__mro__ if base in _converters), None)
-    if registered is None:
-        known = ", ".join(sorted(known_class.__name__ for known_class in _converters))
-        raise TypeError(f"load_checkpoint: model: expected one of {known}, got {type(model).__name__}")
-    converter, configuration = registered
+    _find_converter(model)
     config = None
     if isinstance(path_or_state, Mapping):
         content: Any = path_or_state
@@ -177,12 +173,28 @@ def load_checkpoint(
         raise TypeError(
             f"load_checkpoint: path_or_state: expected a path or a state dict, got {describe(path_or_state)}"
         )
+    return fill_model(model, convert_checkpoint(model, content, config, strict), strict)
+
+
+def convert_checkpoint(
+    model: nn.Module, content: Any, config: Mapping[str, Any] | None = None, strict: bool = True
+) -> Conversion:
+    """Bring what a file holds under the names of a model, for :func:`fill_model`; both as :func:`load_checkpoint`."""
+    converter, configuration = _find_converter(model)
     conversion, beside, outside = convert(unwrap(content), lambda state: converter(model, state))
     conversion.ignored += beside
     conversion.outside += outside
     if config is not None and configuration is not None:
         _check_config(model, config, configuration(model), strict)
-    return _fill(model, conversion, strict)
+    return conversion
+
+
+def _find_converter(model: nn.Module) -> tuple[Converter, Configuration | None]:
+    registered = next((_converters[base] for base in type(model).__mro__ if base in _converters), None)
+    if registered is None:
+        known = ", ".join(sorted(known_class.__name__ for known_class in _converters))
+        raise TypeError(f"load_checkpoint: model: expected one of {known}, got {type(model).__name__}")
+    return registered
 
 
 def describe_layers(blocks: nn.Module, norm: nn.Module) -> dict[str, Any]:
@@ -232,7 +244,7 @@ def _agrees(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-def _fill(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
+def fill_model(model: nn.Module, conversion: Conversion, strict: bool) -> LoadReport:
     """Compare a converted state dict with the model, and load it if it fits."""
     own = model.state_dict()
     state, ignored = dict(conversion.state), list(conversion.ignored)
