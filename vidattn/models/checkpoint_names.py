@@ -193,7 +193,7 @@ def _is_beside(name: str) -> bool:
 def _is_clearly_beside(name: str, prefix: str, tensor: Tensor) -> bool:
     """Tell the same of a name that does not have the prefix of the model, but may have the beginning of it."""
     words, common = name.split("."), prefix.split(".")
-    while len(words) > 1 and words[0] == common[0]:
+    while len(words) > 1 and common and words[0] == common[0]:
         words, common = words[1:], common[1:]
     if _is_beside(".".join(words)):
         return True
