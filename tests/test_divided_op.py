@@ -188,17 +188,6 @@ def test_only_inputs_are_saved(backend: str, kind: str) -> None:
 
 @backends
 @kinds
-def test_second_derivatives_are_refused(backend: str, kind: str) -> None:
-    case = Case(kind)
-    qkv = to(case.inputs(torch.float32), device_of(backend))["qkv"].requires_grad_()
-    out = case.function()(qkv, **case.options(), backend=backend)
-    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"vidattn\.reference"):
-        grad.sum().backward()
-
-
-@backends
-@kinds
 def test_inference_mode_and_no_grad(backend: str, kind: str) -> None:
     case = Case(kind)
     qkv = to(case.inputs(torch.float32), device_of(backend))["qkv"]

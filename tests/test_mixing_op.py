@@ -160,15 +160,6 @@ def test_only_inputs_are_saved(backend: str) -> None:
     assert [x.data_ptr() for x in saved] == [qkv.data_ptr()]
 
 
-@backends
-def test_second_derivatives_are_refused(backend: str) -> None:
-    qkv = to(CASE.inputs(torch.float32), device_of(backend))["qkv"].requires_grad_()
-    out = vidattn.space_time_mixing_attention(qkv, 3, backend=backend)
-    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"vidattn\.reference"):
-        grad.sum().backward()
-
-
 def test_meta_tensors_compute_shapes() -> None:
     qkv = torch.empty(6, 5, 3, 2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
     out = vidattn.space_time_mixing_attention(qkv, 3)

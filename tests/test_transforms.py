@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import BACKENDS, device_of, full_precision
+from model_cases import clips, tiny
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import vidattn
 from vidattn import reference
@@ -113,8 +117,153 @@ def test_vmap_of_every_op(case: Any, which: str) -> None:
         torch.testing.assert_close(found, torch.func.vmap(transform(plain), in_dims, out_dims=-1)(*stacked))
 
 
-def test_second_and_third_derivatives_by_autograd(case: Any) -> None:
+def test_derivatives_by_autograd_are_those_of_differences(case: Any) -> None:
     function, _, inputs = case
     leaves = tuple(x.clone().requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True, check_fwd_over_rev=True)
+
+
+def _penalty(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of the squared gradients, as in a gradient penalty."""
+    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_on_every_backend(case: Any, backend: str) -> None:
+    function, plain, inputs = case
+    if inputs[0].dtype != full_precision(backend):
+        inputs = tuple(x.to(device_of(backend), torch.float32) for x in inputs)
+    with vidattn.use_backend(backend):
+        found = _penalty(function, inputs)
+    torch.testing.assert_close(found, _penalty(plain, inputs))
+    with vidattn.use_backend(backend):
+        again = _penalty(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs)
+    torch.testing.assert_close(again, found)
+
+
+def test_the_first_pass_saves_nothing_for_second_derivatives(case: Any) -> None:
+    """Nothing bigger than an input, that is, though there are more scores than that."""
+    function, _, inputs = case
+    saved: list[int] = []
+    leaves = tuple(torch.cat([x] * 3).requires_grad_() if len(inputs) == 1 else x.clone() for x in inputs)
+    leaves[0].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
+        out = function(*leaves)
+        torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    assert saved and max(saved) <= leaves[0].numel()
+
+
+def test_dropout_of_second_derivatives_and_tangents_is_that_of_the_first_pass() -> None:
+    qkv = torch.randn(2, 6, 3, 2, 4, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return vidattn.temporal_attention(x, 3, dropout_p=0.4)
+
+    torch.manual_seed(3)
+    seed = torch.randint(0, 2**63 - 1, (1,))
+
+    def plain(x: Tensor) -> Tensor:
+        return reference.temporal_attention(x, 3, dropout_p=0.4, seed=seed)
+
+    torch.testing.assert_close(_penalty(function, (qkv,)), _penalty(plain, (qkv,)))
+    for attend in (function, plain):
+        torch.testing.assert_close(TRANSFORMS["grad"](attend, (qkv,)), TRANSFORMS["grad"](plain, (qkv,)))
+        found = torch.func.jacfwd(attend, randomness="same")(qkv)
+        torch.testing.assert_close(found, torch.func.jacfwd(plain)(qkv))
+
+
+def test_dropout_of_vmap_follows_its_randomness() -> None:
+    """The same mask for each call, or one for each, as ``randomness`` says."""
+    qkv = torch.randn(1, 6, 3, 2, 4).expand(2, 1, 6, 3, 2, 4)
+
+    def function(x: Tensor) -> Tensor:
+        return vidattn.temporal_attention(x, 3, dropout_p=0.4)
+
+    one, other = torch.func.vmap(function, randomness="same")(qkv)
+    assert torch.equal(one, other)
+    one, other = torch.func.vmap(function, randomness="different")(qkv)
+    assert not torch.equal(one, other)
+
+
+def test_second_derivatives_under_autocast() -> None:
+    qkv = torch.randn(2, 6, 3, 2, 8)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return vidattn.temporal_attention(x, 3).float()
+
+    found = _penalty(function, (qkv,))
+    expected = _penalty(lambda x: reference.temporal_attention(x.bfloat16(), 3).float(), (qkv,))
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7 * float(expected[0].abs().max()))
+
+
+def test_a_gradient_that_is_not_asked_for_is_none() -> None:
+    """Of two gradients one goes on: the other is no tensor when the second derivative is taken."""
+    function, shapes = CASES["window3d"]
+    qkv, table, pad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    leaves = qkv.requires_grad_(), table.requires_grad_()
+    for which in (0, 1):
+        found, expected = (
+            torch.autograd.grad(
+                torch.autograd.grad(function(ops, qkv, table, pad).square().sum(), leaves[which], create_graph=True)[0]
+                .square()
+                .sum(),
+                leaves,
+            )
+            for ops in (vidattn, reference)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_direct_calls_of_ops_in_forward_mode() -> None:
+    qkv, tangent = torch.randn(1, 8, 3, 2, 4), torch.randn(1, 8, 3, 2, 4)
+
+    def direct(x: Tensor) -> Tensor:
+        op = torch.ops.vidattn.divided_attention
+        return op(x, None, None, None, 4, "thw", 2, None, 0.5, 0.0, "reference")[0]
+
+    expected = torch.func.jvp(lambda x: reference.temporal_attention(x, 4, scale=0.5), (qkv,), (tangent,))
+    torch.testing.assert_close(torch.func.jvp(direct, (qkv,), (tangent,)), expected)
+    torch.testing.assert_close(torch.func.vmap(direct)(qkv[None])[0], expected[0])
+    compiled = torch.compile(lambda x, t: torch.func.jvp(direct, (x,), (t,)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(qkv, tangent), expected)
+
+
+@pytest.mark.parametrize("name", ["window3d", "temporal", "mixing", "shift"])
+def test_transforms_inside_a_compiled_function(name: str) -> None:
+    attend, shapes = CASES[name]
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+
+    def transforms(ops: Any, x: tuple[Tensor, ...]) -> Any:
+        function = partial(attend, ops)
+        return torch.func.jvp(function, x, x), torch.func.grad(_scalar(function))(*x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: transforms(vidattn, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs), transforms(reference, inputs))
+
+
+FAMILIES = ("video_swin_t", "timesformer_base", "vivit_b_factorized_self_attention", "xvit_b16_8f")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transforms_of_accelerated_models(name: str) -> None:
+    model, fast = tiny(name), tiny(name)
+    assert vidattn.accelerate(fast).swapped
+    x, tangent = clips(2), clips(2).flip(0)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(torch.func.jvp(fast, (x,), (tangent,)), torch.func.jvp(model, (x,), (tangent,)), **close)
+    values = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(module: nn.Module, clip: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda parameters: torch.func.functional_call(module, parameters, (clip[None],)).square().sum()
+
+    def per_sample(module: nn.Module) -> dict[str, Tensor]:
+        return torch.func.vmap(lambda clip: torch.func.grad(loss(module, clip))(values))(x)
+
+    torch.testing.assert_close(per_sample(fast), per_sample(model), **close)
+    torch.testing.assert_close(_penalty(fast, (x,)), _penalty(model, (x,)), **close)

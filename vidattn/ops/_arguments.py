@@ -127,12 +127,12 @@ def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool 
     """
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
-    least = -_INFINITY if minus_infinity else -_LARGEST
+    number = value if isinstance(value, (int, torch.SymFloat)) else float(value)
     # Compared, because a compiler may not know it yet; false for NaN too.
-    if not least <= value <= _LARGEST:  # type: ignore[operator]
+    if not (-_INFINITY if minus_infinity else -_LARGEST) <= number <= _LARGEST:
         expected = "a finite number or -inf" if minus_infinity else "a finite number"
-        raise ValueError(f"{function}: {name}: expected {expected}, got {value}")
-    return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]
+        raise ValueError(f"{function}: {name}: expected {expected}, got {number}")
+    return number if isinstance(number, torch.SymFloat) else float(number)  # type: ignore[return-value]
 
 
 def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
