@@ -4,6 +4,9 @@ A backend named by argument, by :func:`use_backend` / :func:`set_backend` or by 
 cannot run raises with all the reasons. Only "auto" falls through to the next. The argument of a call goes before
 ``use_backend``, which goes before the environment variable.
 
+Kernels compute values and first derivatives: forward mode, second derivatives, traces and ONNX programs are computed by
+the reference whatever the backend, in the memory that it needs.
+
 A family of ops adds itself with :func:`register_op`, and each of its kernels with :func:`register_kernel`; nothing in
 this file names a family.
 """

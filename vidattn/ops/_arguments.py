@@ -121,12 +121,13 @@ def check_dropout(function: str, dropout_p: float) -> float:
 
 def integer(function: str, name: str, value: Any) -> int:
     """Return ``value`` as an int, which may be one of NumPy or of ``torch.compile``, or raise."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
-        return int(value)  # there, sizes are tensors
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
+    if type(value) is not int:  # the rest is slow to tell
+        if isinstance(value, torch.SymInt):
+            return value  # type: ignore[return-value]
+        if torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
+            return int(value)  # there, sizes are tensors
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{function}: {name}: expected an integer, got {_describe(value)}")
     number = int(value)
     if not -_INT64 <= number < _INT64:
         raise ValueError(f"{function}: {name}: expected an integer of 64 bits, got {number}")
@@ -149,14 +150,14 @@ def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool 
         TypeError: it is none.
         ValueError: it is not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
-    least = -_INFINITY if minus_infinity else -_LARGEST
+    number = value if isinstance(value, (int, torch.SymFloat)) else float(value)
     # Compared, because a compiler may not know it yet; false for NaN too.
-    if not least <= value <= _LARGEST:  # type: ignore[operator]
+    if not (-_INFINITY if minus_infinity else -_LARGEST) <= number <= _LARGEST:
         expected = "a finite number or -inf" if minus_infinity else "a finite number"
-        raise ValueError(f"{function}: {name}: expected {expected}, got {value}")
-    return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]
+        raise ValueError(f"{function}: {name}: expected {expected}, got {number}")
+    return number if isinstance(number, torch.SymFloat) else float(number)  # type: ignore[return-value]
 
 
 def draw_seed(like: Tensor, dropout_p: float) -> Tensor | None:
