@@ -40,10 +40,19 @@ class Config(NamedTuple):
     num_stages: int = 2
 
 
-def over_all_keys(config: Config, keys: int) -> Config:
-    """Widen a tile to all keys of a row, and leave it as few queries as the registers hold rows."""
-    queries = max(16, 4096 // keys)
-    return config._replace(block_m=min(config.block_m, keys, queries), block_n=keys, num_warps=max(1, keys // 16))
+def over_all_keys(keys: int, block_d: int, itemsize: int) -> Config:
+    """Make a tile of all keys of a row, and as few queries as the registers hold beside its gradients.
+
+    Args:
+        keys: their number, rounded up to a power of two.
+        block_d: head dimension, rounded up likewise.
+        itemsize: bytes of an element of q.
+
+    Returns:
+        The configuration; it was found by compiling.
+    """
+    large = max(keys, block_d) > 64
+    return Config(16 if large or itemsize == 4 else keys, keys, num_warps=8 if large else keys // 16, num_stages=1)
 
 
 def architecture(device: torch.device) -> str:

@@ -155,7 +155,7 @@ def _fit(kernel: str, config: Config, shape: ShapeClass) -> Config:
     length = shape.length
     longest = max(16, triton.next_power_of_2(length))
     if shape.whole and kernel == "divided_backward_keys":
-        return over_all_keys(config, longest)
+        return over_all_keys(longest, shape.block_d, shape.itemsize)
     block_m, block_n = min(config.block_m, longest), min(config.block_n, longest)
     while block_n > 64:
         wide, narrow = (

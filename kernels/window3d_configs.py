@@ -128,7 +128,10 @@ def _fit(kernel: str, config: Config, shape: ShapeClass) -> Config:
     num_tokens = shape.num_tokens
     longest = max(16, triton.next_power_of_2(num_tokens))
     if shape.whole and kernel in _OVER_ALL_KEYS:
-        return over_all_keys(config, longest)
+        found = over_all_keys(longest, shape.block_d, shape.itemsize)
+        if kernel == "window3d_backward_bias":  # which has no other gradients in its registers
+            found = found._replace(block_m=min(longest, 4096 // longest), num_warps=longest // 16)
+        return found
     block_m, block_n = min(config.block_m, longest), min(config.block_n, longest)
     while block_n > 64:
         wide, narrow = (
