@@ -82,6 +82,22 @@ def test_saturated_softmax(backend: str, spread: float, dropout_p: float) -> Non
         assert_as_exact_as_plain(on_cpu(actual), plain, exact)
 
 
+@pytest.mark.needs_triton
+def test_saturated_softmax_of_rows_that_are_streamed() -> None:
+    """The limit that the documentation states: dq and dk are off by the rounding of sum(dO O), and by no more."""
+    tokens, head_dim = 144, 8
+    inputs = window_inputs(2, tokens, 1, head_dim, torch.float32, bias=False)
+    inputs["qkv"][:, :, :2] = (inputs["qkv"][:, :, :2] * 30).round()
+    inputs["grad_out"] *= 100.0
+    exact = evaluate(reference.window_attention, to(inputs, torch.float64), {})
+    actual = on_cpu(evaluate(vidattn.window_attention, to(inputs, device_of("triton")), {"backend": "triton"}))
+    delta = (inputs["grad_out"].double() * exact["out"]).abs().sum(-1).max()
+    other = inputs["qkv"][:, :, :2].double().abs().max()
+    allowed = 4 * torch.finfo(torch.float32).eps * head_dim**-0.5 * delta * other * tokens**0.5
+    error = (actual["qkv"].double() - exact["qkv"])[:, :, :2].abs().max()
+    assert error <= allowed, f"off by {error:.3e}, allowed {allowed:.3e}"
+
+
 @backends
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64])
 def test_bias_of_another_dtype(backend: str, bias_dtype: torch.dtype) -> None:
