@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     call = AttentionCall("window3d_attention", "cpu", torch.float32, head_dim=16)
     print(f"attention fused by backend {choose_backend(call, None)}", flush=True)
-    with progress() as advance:
+    with progress(options.models[0], plain=True) as advance:
         results = {name: train(name, options.seed, options.steps, advance=advance) for name in options.models}
     print(f"{'':<14}{'step, ms':^22}{'times as':>10}{'largest difference':>20}{'held-out clips right':>30}")
     print(f"{'':<14}{RUNS[0]:>12}{RUNS[1]:>10}{'fast':>10}{'of the losses':>20}", end="")
