@@ -198,8 +198,11 @@ def test_saturated_softmax(backend: str, kind: str, spread: float) -> None:
 @backends
 @kinds
 def test_large_logits(backend: str, kind: str) -> None:
-    """Scores of thousands, where each row is all but one-hot."""
-    check(Case(kind, 9, 20, head_dim=16, spread=60.0), torch.float32, backend)
+    """Scores of thousands, where each row is all but one-hot.
+
+    Many rows: in the few that are not, the order in which a product is summed decides, and no implementation's is best.
+    """
+    check(Case(kind, 9, 40, head_dim=16, spread=60.0), torch.float32, backend)
 
 
 @backends_and_dtypes
