@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import LEVELS, GoldenCase, UnknownCaseError, assert_golden, compare_case, find_cases, run_case
-from torch.utils._python_dispatch import TorchDispatchMode
+from twin_cases import CalledOps
 
 import vidattn
 
@@ -47,18 +47,6 @@ def _runs() -> Iterator[Any]:
             yield pytest.param(case, kind, dtype, id=f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}")
 
 
-class _CalledOps(TorchDispatchMode):
-    """Names of the ops that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("case", "kind", "dtype"), list(_runs()))
 def test_golden(case: GoldenCase, kind: str, dtype: torch.dtype) -> None:
     assert case.level in LEVELS, f"level must be one of {', '.join(LEVELS)}, got {case.level!r}"
@@ -73,7 +61,7 @@ def test_golden(case: GoldenCase, kind: str, dtype: torch.dtype) -> None:
             return
         first = run_case(case, run, dtype, _device()) if not run.swaps else None
         acceleration = vidattn.accelerate(run.module)
-        with _CalledOps() as called:
+        with CalledOps() as called:
             second = run_case(case, run, dtype, _device())
     compare_case(case, *second)
     ours = {name for name in called.names if name.startswith("vidattn::")}

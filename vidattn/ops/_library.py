@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -68,13 +68,6 @@ def register_function(name: str, *, arguments: Callable[..., Any], native: str, 
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else None)
 
 
-def save_everything(ctx: Any, tensors: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
-    """Keep an op's tensors, context and log-sum-exp for its backward pass."""
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[-1])
-    ctx.set_materialize_grads(False)
-
-
 def register_attention(
     name: str,
     *,
@@ -83,10 +76,10 @@ def register_attention(
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
     flops: Callable[..., int],
+    save: Callable[..., None],
     num_tensors: int,
     num_outputs: int = 2,
     num_gradients: int = 1,
-    save: Callable[..., None] = save_everything,
 ) -> None:
     """Give the ops ``name`` and ``name_backward``, whose schemas are defined, all they need besides kernels.
 
