@@ -11,6 +11,7 @@ import torch
 from attention_cases import BACKENDS, device_of, full_precision
 from model_cases import clips, tiny
 from torch import Tensor, nn
+from torch._inductor import lowering
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -245,6 +246,22 @@ def test_transforms_inside_a_compiled_function(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: transforms(vidattn, x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(inputs), transforms(reference, inputs))
+
+
+@pytest.mark.parametrize("name", ["window3d", "window", "temporal", "spatial", "mixing", "shift"])
+def test_compile_where_the_environment_has_ci(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor refuses there to call an op that has a decomposition, unless it was told to."""
+    attend, shapes = CASES[name]
+    inputs = tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
+    monkeypatch.setenv("CI", "true")
+    for op in [op for op in lowering.lowerings if str(op).startswith("vidattn")]:
+        monkeypatch.delitem(lowering.lowerings, op)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(partial(attend, vidattn), fullgraph=True)
+        results = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    torch.testing.assert_close(results, torch.autograd.grad(attend(vidattn, *inputs).square().sum(), inputs))
+    assert any(str(op).startswith("vidattn") for op in lowering.lowerings)
 
 
 FAMILIES = ("video_swin_t", "timesformer_base", "vivit_b_factorized_self_attention", "xvit_b16_8f")

@@ -12,6 +12,7 @@ Plain PyTorch needs memory for all scores.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch._library.autograd import Info, make_autograd_impl
+from torch._library.utils import get_layout_constraint_tag
 from torch.autograd import forward_ad
 
 from vidattn.tracing import is_symbolic
@@ -215,9 +217,15 @@ def _register(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
+    op = getattr(torch.ops.vidattn, name).default
+
+    def fake_and_kept(*args: Any) -> Any:
+        _keep_op(op)
+        return fake(*args)
+
     library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vidattn::{name}", fake, lib=library)
-    known = make_autograd_impl(getattr(torch.ops.vidattn, name).default, Info(backward, setup_context))
+    torch.library.register_fake(f"vidattn::{name}", fake_and_kept, lib=library)
+    known = make_autograd_impl(op, Info(backward, setup_context))
 
     # What autograd sees of a call that came by no public function.
     def autograd(keyset: Any, *args: Any) -> Any:
@@ -226,6 +234,19 @@ def _register(
         return known(keyset, *args)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _keep_op(op: torch._ops.OpOverload) -> None:
+    """Tell inductor to call an op, where the environment has ``CI``.
+
+    Inductor calls an op that it cannot lower. With ``CI`` set (as GitHub Actions does) it raises instead where the op
+    has a decomposition, even one that only ONNX asks for. It traces the op before, so that the fake is in time to say
+    so; the package does not load inductor itself, which takes a second.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and op not in lowering.lowerings:
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+        lowering.make_fallback(op, layout_constraint=constraint, warn=False)
 
 
 def _first(x: Tensor, dim: int | None, size: int) -> Tensor:
