@@ -18,11 +18,10 @@ namespace VIDATTN_ISA {
 // What is added to the scores of a query; null: nothing.
 template <class T>
 struct Query {
-  int64_t position;  // for the dropout mask
-  const T* table;    // a row of biases that can be read up to the end of the last tile
-  const T* bias;     // rows of as many numbers as there are keys
-  const T* mask;
-  T* table_gradient;  // of as many as there are keys: takes the gradients of the scores
+  const T* table = nullptr;  // a row of biases that can be read up to the end of the last tile
+  const T* bias = nullptr;   // rows of as many numbers as there are keys
+  const T* mask = nullptr;
+  T* gradient = nullptr;  // of as many as there are keys: takes the gradients of the scores
 };
 
 struct Tiles {
@@ -43,17 +42,16 @@ class Group {
 
   // Points to rows [first, first + count); those that must be put together go to `spare`, kMaxDim apart.
   virtual void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const = 0;
-  // Takes channels [c, c + n) of results, their rows `step` apart, each to be multiplied by factor.
-  virtual void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
-                     T factor) = 0;
+  // Takes rows of a result, `step` apart, to be multiplied by factor.
+  virtual void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) = 0;
   // Fetches rows of a result before they are written.
   virtual void expect(Slot slot, int64_t first, int64_t count) const = 0;
   // Fetches positions [begin, end) of the next group in the tensors up to slot `last`.
   virtual void prefetch(int64_t begin, int64_t end, Slot last) const = 0;
 
-  virtual void describe(int64_t first, int64_t count, Query<T>* queries) const {
-    for (int64_t r = 0; r < count; ++r) queries[r] = {first + r, nullptr, nullptr, nullptr, nullptr};
-  }
+  // Its position among the keys.
+  virtual int64_t position(int64_t query) const { return query; }
+  virtual void describe(int64_t, int64_t, Query<T>*) const {}
   // Is told that longest_key() may be asked.
   virtual void keys_packed() {}
   // Narrows the tiles of keys that these queries need; may ask longest_query().
@@ -194,13 +192,13 @@ class Attention {
   VIDATTN_INLINE void finish_scores(int64_t r, int64_t tile, Vec<T> (&s)[R][NV]) const;
   void add_rows(const T* Query<T>::* which, int64_t r, int64_t tile, int count, int vectors, T* scores) const;
   template <int R, int NV>
-  void sum_over_keys(const T* panels, const Word* in_rows, int64_t r, int64_t c, T* to) const;
+  void sum_over_keys(const T* panels, const Word* in_rows, int64_t r, int64_t c, const T* factors, T* to) const;
 
   template <int R>
   void forward_block(Group<P>& group, int64_t first);
   void backward_rows(Group<P>& group, int64_t first, int64_t count);
   template <int R>
-  void softmax_gradient(const Group<P>& group, int64_t r, const Vec<T>* top);
+  void softmax_gradient(const Group<P>& group, int64_t first, int64_t r, const Vec<T>* top);
   template <int NV>
   void add_key_gradients(int64_t key, int64_t c, int64_t count);
 

@@ -17,8 +17,8 @@ void Attention<P>::backward(Group<P>& group) {
     const int64_t left = group.queries - first;
     backward_rows(group, first, left < kRows ? left : kRows);
   }
-  group.write(kDk, 0, n_, 0, d_, dk_, padded_, scale_);
-  group.write(kDv, 0, n_, 0, d_, dv_, padded_, T(1));
+  group.write(kDk, 0, n_, dk_, padded_, scale_);
+  group.write(kDv, 0, n_, dv_, padded_, T(1));
 }
 
 // Queries [first, first + count): their gradients, and what they add to those of the keys and values.
@@ -48,9 +48,9 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
   });
   for (int64_t r = 0; r < count; r += P::pack) {
     if (P::pack == 2 && r + 1 < count)
-      softmax_gradient<2>(group, r, top);
+      softmax_gradient<2>(group, first, r, top);
     else
-      softmax_gradient<1>(group, r, top);
+      softmax_gradient<1>(group, first, r, top);
   }
   for (int64_t key = range_.first * kWidth; key < range_.last * kWidth && key < n_; key += kKeyRows)
     for_each_column([&](int64_t c, auto vectors) {
@@ -58,16 +58,16 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
       this->template add_key_gradients<decltype(vectors)::value>(key, c, count);
     });
 
+  T scales[kQueryRows];
+  for (auto& s : scales) s = scale_;
   for_each_block(count, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
+    alignas(64) T dq[R * kMaxDim];
     for_each_column([&](int64_t c, auto vectors) {
-      constexpr int NV = decltype(vectors)::value;
       fetch_ahead(group, kDout);
-      alignas(64) T g[R * kWidth];
-      this->template sum_over_keys<R, NV>(dscores_, keys_in_rows_, r, c, g);
-      group.write(kDq, first + r, count - r < R ? count - r : R, c, d_ - c < NV * kLanes<T> ? d_ - c : NV * kLanes<T>,
-                  g, kWidth, scale_);
+      this->template sum_over_keys<R, decltype(vectors)::value>(dscores_, keys_in_rows_, r, c, scales, dq);
     });
+    group.write(kDq, first + r, count - r < R ? count - r : R, dq, padded_, T(1));
   });
 }
 
@@ -77,14 +77,14 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
 // where words are rounded: the gradient of a bias is not.
 template <class P>
 template <int R>
-void Attention<P>::softmax_gradient(const Group<P>& group, int64_t r, const Vec<T>* top) {
+void Attention<P>::softmax_gradient(const Group<P>& group, int64_t first, int64_t r, const Vec<T>* top) {
   const bool drop = dropout_.p > 0;
   T inverse[R], delta[R];
   for (int i = 0; i < R; ++i) {
     T m = largest<T>(top[r + i]);
     if (m == -kInfinity) m = 0;  // a fully masked row: all weights become 0, not NaN
     T* const keep = keep_ + i * tiles_ * kWidth;
-    if (drop) dropout_.factors(0, tiles_ * kWidth, queries_[r + i].position, group.head, group.index, keep);
+    if (drop) dropout_.factors(0, tiles_ * kWidth, group.position(first + r + i), group.head, group.index, keep);
     Vec<T> products[2] = {};
     const Vec<T> sums = exponentials<typename ExpOf<T>::type>(r + i, m, [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T *weight = panel(scores_, tile, r + i), *gradient = panel(dscores_, tile, r + i);
@@ -115,7 +115,7 @@ void Attention<P>::softmax_gradient(const Group<P>& group, int64_t r, const Vec<
         p[i][n] = load(weights + at) * inverse[i];
         ds[i][n] = p[i][n] * (load(gradients + at) - delta[i]);
         if (drop) p[i][n] *= load(keep_ + i * tiles_ * kWidth + key);
-        if (T* to = queries_[r + i].table_gradient)
+        if (T* to = queries_[r + i].gradient)
           store_first(to + key, load_first(to + key, n_ - key) + ds[i][n], n_ - key);
       }
     if constexpr (P::pack == 1) {

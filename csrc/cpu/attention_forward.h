@@ -29,7 +29,7 @@ void Attention<P>::forward_block(Group<P>& group, int64_t first) {
     this->template multiply_rows<R, decltype(vectors)::value>(q_, keys_in_lanes_, 0, tile, scores_, top);
   });
   // Three loops, so that the latency of one row's reductions hides behind the other rows'.
-  T m[R], total[R], inverse[R];
+  T m[R], total[R], inverse[R] = {};
   for (int r = 0; r < count; ++r) {
     m[r] = largest<T>(top[r]);
     if (m[r] == -kInfinity) m[r] = 0;  // a fully masked row: all weights become 0, not NaN
@@ -37,7 +37,7 @@ void Attention<P>::forward_block(Group<P>& group, int64_t first) {
   const bool drop = dropout_.p > 0;
   T* const keep = keep_;
   for (int r = 0; r < count; ++r) {
-    if (drop) dropout_.factors(0, tiles_ * kWidth, queries_[r].position, group.head, group.index, keep);
+    if (drop) dropout_.factors(0, tiles_ * kWidth, group.position(first + r), group.head, group.index, keep);
     top[r] = exponentials<typename P::Exp>(r, m[r], [&](int64_t tile, Vec<T>(&p)[2], auto vectors) {
       T* to = panel(scores_, tile, r);
 #pragma GCC unroll 2
@@ -53,19 +53,12 @@ void Attention<P>::forward_block(Group<P>& group, int64_t first) {
     inverse[r] = total[r] == 0 ? T(0) : 1 / total[r];
   }
   group.keep_lse(first, count, m, total);
+  alignas(64) T o[R * kMaxDim];
   for_each_column([&](int64_t c, auto vectors) {
-    constexpr int NV = decltype(vectors)::value;
     fetch_ahead(group, kV);
-    alignas(64) T o[R * kWidth];
-    this->template sum_over_keys<R, NV>(scores_, values_in_rows_, 0, c, o);
-    for (int r = 0; r < count; ++r)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) {
-        T* row = o + r * kWidth + n * kLanes<T>;
-        store(row, load(row) * inverse[r]);
-      }
-    group.write(kOut, first, count, c, d_ - c < NV * kLanes<T> ? d_ - c : NV * kLanes<T>, o, kWidth, T(1));
+    this->template sum_over_keys<R, decltype(vectors)::value>(scores_, values_in_rows_, 0, c, inverse, o);
   });
+  group.write(kOut, first, count, o, padded_, T(1));
 }
 
 }  // namespace VIDATTN_ISA

@@ -150,12 +150,12 @@ __attribute__((noinline)) void Attention<P>::add_rows(const T* Query<T>::* which
     }
 }
 
-// R rows of NV vectors, kWidth apart: words of the panels from row r on, times channels [c, ...) of rows packed in
-// rows, summed over the keys of the chosen tiles.
+// Channels [c, ...) of R rows that are padded_ apart: words of the panels from row r on, times rows packed in rows,
+// summed over the keys of the chosen tiles, times a factor each.
 template <class P>
 template <int R, int NV>
 __attribute__((noinline)) void Attention<P>::sum_over_keys(const T* panels, const Word* in_rows, int64_t r, int64_t c,
-                                                           T* to) const {
+                                                           const T* factors, T* to) const {
   Vec<T> o[R][NV];
   clear(o);
   for (int64_t tile = range_.first; tile < range_.last; ++tile)
@@ -164,7 +164,7 @@ __attribute__((noinline)) void Attention<P>::sum_over_keys(const T* panels, cons
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) store(to + i * kWidth + n * kLanes<T>, o[i][n]);
+    for (int n = 0; n < NV; ++n) store(to + i * padded_ + c + n * kLanes<T>, o[i][n] * factors[i]);
 }
 
 }  // namespace VIDATTN_ISA

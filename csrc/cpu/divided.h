@@ -49,18 +49,17 @@ class LongSequences final : public Group<P> {
       rows[r] = read_row<P>(a_.element, row(slot, first + r), a_.head_dim, spare + r * kMaxDim);
   }
 
-  void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
-             T factor) override {
+  void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
     for (int64_t i = first; i < first + count; ++i, from += step) {
       if (is_of_keys(slot) && i + 8 < first + count) expect(slot, i + 8, 1);
       if (i >= a_.cls) {
-        write_row<P>(a_.element, from, factor, row(slot, i) + c * bytes_of(a_.element), n);
+        write_row<P>(a_.element, from, factor, row(slot, i), a_.head_dim);
         continue;
       }
       const int64_t which = slot == kOut ? 0 : slot - kDq;
       T* to = (T*)(slot == kOut ? a_.cls_out : a_.cls_gradients);
-      to += (((which * a_.batch + clip_) * a_.frames + frame_) * a_.heads + this->head) * a_.head_dim + c;
-      for (int64_t x = 0; x < n; ++x) to[x] = from[x] * factor;
+      to += (((which * a_.batch + clip_) * a_.frames + frame_) * a_.heads + this->head) * a_.head_dim;
+      for (int64_t c = 0; c < a_.head_dim; ++c) to[c] = from[c] * factor;
     }
   }
 
@@ -71,8 +70,8 @@ class LongSequences final : public Group<P> {
 
   void prefetch(int64_t begin, int64_t end, Slot last) const override {
     if (!has_next_) return;
-    for (int slot = kQ; slot <= last; ++slot)
-      for (int64_t i = begin; i < end && i < a_.patches; ++i) fetch_row(next_rows_[slot].patch(i), row_bytes());
+    for (int64_t i = begin; i < end && i < a_.patches; ++i)
+      for (int slot = kQ; slot <= last; ++slot) fetch_row(next_rows_[slot].patch(i), row_bytes());
   }
 
  private:

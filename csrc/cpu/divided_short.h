@@ -177,16 +177,10 @@ class ShortSequences {
     const auto column = [&](int64_t c, int64_t left) __attribute__((always_inline)) {
       for (int first = 0; first < rows; first += kTogether) {
         Vec<T> total[kTogether] = {};
-        const auto add = [&](int b) __attribute__((always_inline)) {
+        for (int b = 0; b < rows; ++b) {
           const Vec<T> x = load_wide<T>(from[b] + c, left);
 #pragma GCC unroll 16
           for (int a = 0; a < kTogether; ++a) total[a] += splat(w[(first + a) * AStep + b * BStep]) * x;
-        };
-        if constexpr (std::is_integral_v<Count>) {
-          for (int b = 0; b < rows; ++b) add(b);
-        } else {
-#pragma GCC unroll 16
-          for (int b = 0; b < Count::value; ++b) add(b);
         }
 #pragma GCC unroll 16
         for (int a = 0; a < kTogether; ++a) store_narrow<T>(to[first + a] + c, total[a], left);

@@ -53,16 +53,15 @@ class MixedFrames final : public Group<P> {
       }
   }
 
-  void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
-             T factor) override {
+  void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
     const int64_t bytes = bytes_of(a_.element);
     for (int64_t i = first; i < first + count; ++i, from += step) {
       if (!is_of_keys(slot)) {
-        write_row<P>(a_.element, from, factor, at(slot, this->index, i) + c * bytes, n);
+        write_row<P>(a_.element, from, factor, at(slot, this->index, i), a_.head_dim);
         continue;
       }
       if (i + 8 < first + count) expect(slot, i + 8, 1);
-      for (int64_t r = 0; r < num_runs_; ++r) {  // gradients of keys and values come whole: c is 0
+      for (int64_t r = 0; r < num_runs_; ++r) {
         const Run& run = runs_[r];
         const int64_t length = run.last - run.first;
         char* to = at(slot, run.frame, i) + run.first * bytes;

@@ -34,7 +34,9 @@ VIDATTN_INLINE const Value* read_row(Element element, const char* row, int64_t n
 template <class P, class T = typename P::Acc>
 VIDATTN_INLINE void write_row(Element element, const T* from, T factor, char* to, int64_t n) {
   const auto write = [&](auto row) {
-    for (int64_t i = 0; i < n; i += kLanes<T>) store_narrow<T>(row + i, load_first(from + i, n - i) * factor, n - i);
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store_narrow<T>(row + i, load(from + i) * factor, kLanes<T>);
+    if (i < n) store_narrow<T>(row + i, load_first(from + i, n - i) * factor, n - i);
   };
   if (in_place<P>(element)) return write((typename P::Value*)to);
   if constexpr (sizeof(typename P::Value) == 4) element == Element::bfloat16 ? write((bf16*)to) : write((f16*)to);

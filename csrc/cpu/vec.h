@@ -372,7 +372,11 @@ VIDATTN_INLINE Vec<float> load_wide<float, bf16>(const bf16* from, int64_t n) {
     for (int64_t i = 0; i < n; ++i) part[i] = from[i];
     from = part;
   }
-  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+  const __m256i words = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));  // in both halves
+  constexpr char zero = -1;
+  return (Vec<float>)_mm256_shuffle_epi8(
+      words, _mm256_setr_epi8(zero, zero, 0, 1, zero, zero, 2, 3, zero, zero, 4, 5, zero, zero, 6, 7,  //
+                              zero, zero, 8, 9, zero, zero, 10, 11, zero, zero, 12, 13, zero, zero, 14, 15));
 }
 template <>
 VIDATTN_INLINE Vec<float> load_wide<float, f16>(const f16* from, int64_t n) {
@@ -382,6 +386,25 @@ VIDATTN_INLINE Vec<float> load_wide<float, f16>(const f16* from, int64_t n) {
     from = part;
   }
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+template <class Out>
+VIDATTN_INLINE void store_first_words(Out* to, __m128i v, int64_t n) {
+  if (n >= 8) return _mm_storeu_si128((__m128i*)to, v);
+  alignas(16) Out part[8];
+  _mm_store_si128((__m128i*)part, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = part[i];
+}
+template <>
+VIDATTN_INLINE void store_narrow<float, f16>(f16* to, Vec<float> v, int64_t n) {
+  store_first_words(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
+}
+template <>
+VIDATTN_INLINE void store_narrow<float, bf16>(bf16* to, Vec<float> v, int64_t n) {
+  const __m256i u = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i even = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i is_nan = (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(even, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+  store_first_words(to, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)), n);
 }
 #endif
 

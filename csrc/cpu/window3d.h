@@ -86,17 +86,16 @@ class Window3d final : public Group<P> {
       rows[r] = read_row<P>(a_.element, rows_[slot].row(position(slot, first + r)), d_, spare + r * kMaxDim);
   }
 
-  void write(Slot slot, int64_t first, int64_t count, int64_t c, int64_t n, const T* from, int64_t step,
-             T factor) override {
+  void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
     for (int64_t r = 0; r < count; ++r, from += step) {
       if (is_of_keys(slot) && r + 8 < count) expect(slot, first + r + 8, 1);
       const int64_t i = position(slot, first + r);
       if (now_->real(i)) {
-        write_row<P>(a_.element, from, factor, rows_[slot].row(i) + c * bytes_of(a_.element), n);
+        write_row<P>(a_.element, from, factor, rows_[slot].row(i), d_);
         continue;
       }
-      T* to = dpad_ + (slot == kDv ? d_ : 0) + c;  // padding is no query: only keys and values have gradients
-      for (int64_t x = 0; x < n; ++x) to[x] += from[x] * factor;
+      T* to = dpad_ + (slot == kDv ? d_ : 0);  // padding is no query: only keys and values have gradients
+      for (int64_t c = 0; c < d_; ++c) to[c] += from[c] * factor;
     }
   }
 
@@ -115,11 +114,13 @@ class Window3d final : public Group<P> {
       for (int64_t i = begin; i < end; ++i) fetch_row(next_rows_[slot].row(i), row_bytes());
   }
 
+  int64_t position(int64_t query) const override { return now_->query(query); }
+
   void describe(int64_t first, int64_t count, Query<T>* queries) const override {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = now_->query(first + r);
       const T* bias = bias_ ? bias_ + bias_offset_[i] : nullptr;
-      queries[r] = {i, a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i),
+      queries[r] = {a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i),
                     dbias_ ? dbias_ + bias_offset_[i] : nullptr};
     }
   }
@@ -173,7 +174,7 @@ class Window3d final : public Group<P> {
   }
   void find_rows(Slot slot) { rows_[slot] = rows(slot, *now_, this->head); }
   int64_t row_bytes() const { return d_ * bytes_of(a_.element); }
-  int64_t position(Slot slot, int64_t n) const { return is_of_keys(slot) ? n : now_->query(n); }
+  int64_t position(Slot slot, int64_t n) const { return is_of_keys(slot) ? n : position(n); }
 
   void announce(int64_t head, int64_t group) {
     next_->load(group);
