@@ -1,0 +1,99 @@
+"""What an op hands to the kernels of a backend: one value a family, made once a pass, in the order of its native ops.
+
+A launch function takes the value, then the tensors that belong to the pass alone. Tensors have a dense last dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["DividedCall", "MixingCall", "WindowCall"]
+
+
+class WindowCall(NamedTuple):
+    """Attention in the windows of a token grid; windows that came partitioned are grids (G, 1, 1, N) of one window.
+
+    Attributes:
+        q: (B, D, H, W, h, d).
+        k: like ``q``.
+        v: like ``q``.
+        bias: table (rows, h) if ``bias_window`` is not empty, else dense (h, N, N); None without.
+        bias_window: configured window, then the two extents that unravel a token number.
+        mask: (nW, N, N), added to window g as ``mask[g % nW]``; None without.
+        pad_qkv: (3, h, d), contiguous, what a padding token holds; None for zeros.
+        seed: int64 (1,), key of the dropout mask; None without dropout.
+        window: effective window.
+        shift: effective shift.
+        wrap: which axes are cyclic.
+        scale: factor of q k^T.
+        mask_value: added to the scores of tokens of different regions.
+        dropout_p: dropout probability.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    bias_window: Sequence[int]
+    mask: Tensor | None
+    pad_qkv: Tensor | None
+    seed: Tensor | None
+    window: Sequence[int]
+    shift: Sequence[int]
+    wrap: Sequence[bool]
+    scale: float
+    mask_value: float
+    dropout_p: float
+
+
+class DividedCall(NamedTuple):
+    """Attention over the frames of each site with the first heads, over the sites of each frame with the others.
+
+    Attributes:
+        q: (B, S, h, d); S is T * N, one more with a cls token, which is row 0.
+        k: like ``q``.
+        v: like ``q``.
+        seed: int64 (1,), key of the dropout mask; None without dropout.
+        num_frames: T.
+        time_fastest: whether the T frames of a site are neighbours, or the N sites of a frame.
+        temporal_heads: heads that attend over time, the first ones; 0 with a cls token.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seed: Tensor | None
+    num_frames: int
+    time_fastest: bool
+    temporal_heads: int
+    scale: float
+    dropout_p: float
+
+
+class MixingCall(NamedTuple):
+    """Attention in each frame, with channels of keys and values from other frames.
+
+    Attributes:
+        q: (B * T, N, h, d).
+        k: like ``q``.
+        v: like ``q``.
+        seed: int64 (1,), key of the dropout mask; None without dropout.
+        num_frames: T, frames of a segment.
+        channel_shifts: first, last and frame offset of each range of concatenated channels, in ascending order, flat.
+        scale: factor of q k^T.
+        dropout_p: dropout probability.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seed: Tensor | None
+    num_frames: int
+    channel_shifts: Sequence[int]
+    scale: float
+    dropout_p: float
