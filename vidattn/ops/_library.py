@@ -83,7 +83,7 @@ def call_attention(function: str, op: str, inputs: Any, options: Any, backend: s
 
 def native_pass(op: str) -> Callable[..., None]:
     """Give a native op as a launch function: it takes the value of :mod:`vidattn.calls` as one argument."""
-    native = getattr(torch.ops.vidattn, op)
+    native = getattr(torch.ops.vidattn, op).default
     return lambda call, *rest: native(*call, *rest)
 
 

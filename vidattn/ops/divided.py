@@ -229,11 +229,13 @@ def _attend(
             f"{name}: qkv: expected a cls token and num_frames * N = 1 + {frames} * N tokens with N >= 1, got {tokens}"
         )
     arguments.check_choice(name, "token_order", options.token_order, TOKEN_ORDERS)
-    options = options._replace(
-        num_frames=frames,
-        temporal_heads=temporal_heads(heads),
-        scale=arguments.check_scale(name, options.scale, head_dim),
-        dropout_p=arguments.check_dropout(name, options.dropout_p),
+    options = Options(
+        frames,
+        options.token_order,
+        temporal_heads(heads),
+        options.cls_token,
+        arguments.check_scale(name, options.scale, head_dim),
+        arguments.check_dropout(name, options.dropout_p),
     )
     out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend)
     return out, cls
@@ -271,6 +273,8 @@ LIBRARY.define(
     " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
 )
 
+_NATIVE = native_pass(NATIVE_FORWARD), native_pass("_divided_attention_backward")
+
 
 # ---- Implementations ----
 
@@ -288,7 +292,7 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
         from vidattn.kernels import divided  # Triton is imported on first use, if ever
 
         return divided.forward, divided.backward
-    return native_pass(NATIVE_FORWARD), native_pass("_divided_attention_backward")
+    return _NATIVE
 
 
 def _call(inputs: Inputs, options: Options) -> DividedCall:

@@ -239,6 +239,12 @@ LIBRARY.define(
 NATIVE_SHIFT = "_temporal_shift"
 LIBRARY.define(f"{NATIVE_SHIFT}(Tensor x, int num_frames, int[] channel_shifts, Tensor(a!) out) -> ()")
 
+_NATIVE = (
+    native_pass(NATIVE_FORWARD),
+    native_pass("_space_time_mixing_attention_backward"),
+    getattr(torch.ops.vidattn, NATIVE_SHIFT).default,
+)
+
 
 # ---- Implementations ----
 
@@ -256,8 +262,7 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
         from vidattn.kernels import mixing  # Triton is imported on first use, if ever
 
         return mixing.forward, mixing.backward, mixing.temporal_shift
-    shift = getattr(torch.ops.vidattn, NATIVE_SHIFT)
-    return native_pass(NATIVE_FORWARD), native_pass("_space_time_mixing_attention_backward"), shift
+    return _NATIVE
 
 
 def _call(inputs: Inputs, options: Options) -> MixingCall:

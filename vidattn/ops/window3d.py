@@ -118,7 +118,7 @@ class Options(NamedTuple):
 
 
 def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
-    q, _, _, bias_table, pad_qkv, _ = inputs
+    q, k, v, bias_table, pad_qkv, _ = inputs
     heads, head_dim = q.shape[-2:]
     window, shift = geo.window_sizes(NAME, options.window_size, options.shift_size)
     if bias_table is not None:
@@ -135,13 +135,14 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
     wrap = (wrap,) * 3 if isinstance(wrap, bool) else wrap
     if not isinstance(wrap, (tuple, list)) or len(wrap) != 3 or not all(isinstance(axis, bool) for axis in wrap):
         raise TypeError(f"{NAME}: wrap: expected a bool or three, got {describe(options.wrap)}")
-    return inputs._replace(pad_qkv=pad_qkv), options._replace(
-        window_size=window,
-        shift_size=shift,
-        wrap=wrap,
-        mask_value=arguments.finite_number(NAME, "mask_value", options.mask_value, minus_infinity=True),
-        scale=arguments.check_scale(NAME, options.scale, head_dim),
-        dropout_p=arguments.check_dropout(NAME, options.dropout_p),
+    return Inputs(q, k, v, bias_table, pad_qkv), Options(
+        window,
+        shift,
+        wrap,
+        options.bias_index,
+        arguments.finite_number(NAME, "mask_value", options.mask_value, minus_infinity=True),
+        arguments.check_scale(NAME, options.scale, head_dim),
+        arguments.check_dropout(NAME, options.dropout_p),
     )
 
 
@@ -172,6 +173,8 @@ LIBRARY.define(
     " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dpad) -> ()"
 )
 
+_NATIVE = native_pass(NATIVE_FORWARD), native_pass("_window3d_attention_backward")
+
 
 # ---- Implementations ----
 
@@ -189,7 +192,7 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
         from vidattn.kernels import window3d  # Triton is imported on first use, if ever
 
         return window3d.forward, window3d.backward
-    return native_pass(NATIVE_FORWARD), native_pass("_window3d_attention_backward")
+    return _NATIVE
 
 
 def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
