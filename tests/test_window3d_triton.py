@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,23 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 from attention_cases import device_of, evaluate, to
 from torch import Tensor
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 from window3d_cases import Case
 
 import vidattn
+from benchmarks.gpu_audit import plan_window3d, specialisation
+from benchmarks.shapes import GPU_WINDOW_CASES
 from vidattn import backends, reference
 from vidattn import geometry as geo
 from vidattn.calls import WindowCall
 from vidattn.kernels import configs, window3d, window3d_planes, window3d_tables
 from vidattn.kernels.configs import Config
-from vidattn.kernels.launch import INTERPRETED, Launch
+from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.kernels.rows import Rows
+from vidattn.kernels.softmax import dropout_of
 from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, default_config, padded_length
+from vidattn.kernels.window3d_tiles import Planes, Windows
 from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
@@ -201,6 +208,47 @@ def test_strides_past_two_to_the_31_are_passed_in_64_bits() -> None:
     (attend,) = window3d.plan_forward(call, out, lse, arch="sm_90")
     kinds = attend.source().signature
     assert [kinds[name] for name in "qkv"] == [Rows("*bf16", "i64", "i32", "i32")] * 3
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_launch_is_specialised_alike_whether_it_is_run_or_compiled_ahead() -> None:
+    """By type, alignment and divisibility of each argument and each part of one, as Triton itself looks at them."""
+    q = torch.zeros(2 * 3 * 24 + 1)
+    rows = (
+        Rows(q, 1, 16, 24),
+        Rows(q[1:], 2**31, 17, 0),
+        Rows(q[4:].to(torch.bfloat16), 32, 1, 8),
+    )
+    backend = make_backend(TARGETS["sm_90"])
+    kernel = window3d.window3d_forward
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    for numbers in ((1, 16, 3), (32, 1, 2**31)):
+        for planes, dropout in ((None, None), (Planes(q, 0, 448, None), dropout_of(torch.zeros(1).long(), 0.5))):
+            options = dict.fromkeys(kernel.arg_names, 1)  # the constants
+            options |= dict(zip("qkv", rows)) | {"pad_qkv": q, "planes": planes, "hiding": None, "dropout": dropout}
+            options |= {"out": q[1:], "lse": q, "windows": Windows(*[torch.zeros(4).int()] * 3), "scale": 1.0}
+            options |= dict(zip(("heads", "num_windows", "grid_tokens"), numbers)) | {"full_tiles": 16}
+            source = Launch(kernel, 1, options).source()
+            bound, specialisation, _ = binder(**options)
+            _, signature, constants, attributes = kernel._pack_args(backend, {}, bound, specialisation, {})
+            assert source.signature == signature and source.constants == constants
+            assert [type(kind) for kind in source.signature.values()] == [type(kind) for kind in signature.values()]
+            assert source.attrs == {place: found for place, found in attributes.items() if found}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_kernel_is_compiled_once_for_all_batches_heads_and_grids(direction: str, dropout_p: float) -> None:
+    def kernels(dropout_p: float = dropout_p, **changes: Any) -> list[str]:
+        case = replace(GPU_WINDOW_CASES["swin_t_stage1_shifted"], **changes)
+        launches = plan_window3d(case, direction, torch.bfloat16, "sm_90", dropout_p=dropout_p)
+        return [specialisation(launch) for launch in launches]
+
+    expected = kernels()
+    for changes in ({"batch": 3}, {"heads": 1}, {"heads": 6}, {"grid": (24, 63, 70)}, {"grid": (32, 28, 28)}):
+        assert kernels(**changes) == expected, changes
+    if dropout_p > 0:
+        assert kernels(0.5) == kernels(0.3) == expected
 
 
 @pytest.mark.parametrize(
@@ -451,6 +499,19 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
 
 
 # ---- Planes ----
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1, 4096, 5000])
+def test_planes_know_the_largest_bias(size: int) -> None:
+    device = device_of("triton")
+    table = torch.randn(size, 1, device=device, generator=torch.Generator(device).manual_seed(0)) - 5
+    for value in (None, -math.inf, math.nan):
+        if value is not None:
+            table[size // 2] = value
+        largest, launch = window3d_planes._plan_largest(table)
+        launch.run()
+        torch.testing.assert_close(largest, table.amax().reshape(1), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_triton
