@@ -112,8 +112,8 @@ def plan_backward(
     Args:
         call: inputs and options.
         dout: like ``out``, any strides.
-        out: context of the forward pass, contiguous; it and ``lse`` may be None where rows are seen whole.
-        lse: its log-sum-exp, contiguous.
+        out: context of the forward pass; it and ``lse`` may be None where rows are seen whole.
+        lse: its log-sum-exp.
         dq: (B, D, H, W, h, d), dense but for one stride from token to token, batch elements too, which all three share.
         dk: like ``dq``.
         dv: like ``dq``.
@@ -125,6 +125,7 @@ def plan_backward(
         The launches.
     """
     dout = dout.contiguous()
+    out, lse = (None if x is None else x.contiguous() for x in (out, lse))
     problem = _describe(_addressable(call), arch)
     token = dq.stride(0) // problem.grid_tokens
     launches, kept = [*problem.planned.launches], None
