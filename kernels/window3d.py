@@ -281,12 +281,12 @@ def _shared_arguments(problem: _Problem) -> dict[str, Any]:
     }
 
 
-def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding | None, float]:
+def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding, float]:
     """Which tiles of ``step`` tokens a tile of ``rows`` tokens may leave out, and how many it sees on average."""
     mask_value = problem.call.mask_value
     visible, steps = problem.tables.visible(rows, step)
     if visible is None or mask_value > _DEEP_MASK:
-        return None, problem.num_tokens // step
+        return Hiding(None, None, None), problem.num_tokens // step
     if mask_value == -math.inf:  # needs no proof
         return Hiding(visible, None, None), steps
     return Hiding(visible, mask_value, problem.planned.bias_max), steps

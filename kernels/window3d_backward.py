@@ -78,7 +78,7 @@ def _queries_tile(
     """Add what ``BLOCK`` keys give to dq of every window."""
     keys = first_key + tl.arange(0, BLOCK)
     added = None
-    if queries.planes is not None:
+    if queries.planes.bias is not None:
         added = added_to_scores(
             queries.planes,
             queries.plane,
@@ -189,7 +189,7 @@ def window3d_backward_queries(
             sums, FULL * BLOCK_N, queries, given,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:
             proven = hidden_keys_are_negligible(
@@ -277,7 +277,7 @@ def _keys_tile(
     """Add what ``BLOCK`` queries give to dk and dv; store their dq where it is complete."""
     queries = first_query + tl.arange(0, BLOCK)
     added = None
-    if keys.planes is not None:
+    if keys.planes.bias is not None:
         added = added_to_scores(
             keys.planes, keys.plane, first_query, keys.first, NUM_TOKENS, BLOCK, BLOCK_N, PAST_END
         )  # (BLOCK, BLOCK_N)
@@ -396,7 +396,7 @@ def window3d_backward_keys(
             sums, FULL * BLOCK_M, keys,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, TAIL, BLOCK_N, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:
             proven = _hidden_queries_are_negligible(keys, tiles, hiding, HEAD_DIM, BLOCK_D, BLOCK_M, FULL, HAS_PADDING)
@@ -469,7 +469,7 @@ def window3d_backward_bias(
         num_kinds = 1
     for kind in range(num_kinds):
         added = None
-        if planes is not None:
+        if planes.bias is not None:
             plane = plane_offsets(planes, kind, head, NUM_TOKENS)
             added = added_to_scores(
                 planes, plane, row_tile * BLOCK_M, first_key, NUM_TOKENS, BLOCK_M, BLOCK_N, True

@@ -38,7 +38,7 @@ def _attend_tile(
     """Take ``BLOCK`` keys of every window into the states of its queries; the windows share what is added."""
     keys = first_key + tl.arange(0, BLOCK)
     added = None
-    if queries.planes is not None:
+    if queries.planes.bias is not None:
         added = added_to_scores(
             queries.planes,
             queries.plane,
@@ -135,7 +135,7 @@ def window3d_forward(
             states, FULL * BLOCK_N, queries,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         # The mask is finite: a hidden key still counts if its score is far above all others.
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:
