@@ -22,6 +22,7 @@ from vidattn.kernels.window3d_tiles import (
     is_negligible,
     largest_norm,
     locate,
+    meet_keys,
     plane_offsets,
     position,
     row_norms,
@@ -76,40 +77,23 @@ def _queries_tile(
     PRECISION: tl.constexpr,
 ):
     """Add what ``BLOCK`` keys give to dq of every window."""
-    keys = first_key + tl.arange(0, BLOCK)
-    added = None
-    if queries.planes.bias is not None:
-        added = added_to_scores(
-            queries.planes,
-            queries.plane,
-            queries.first,
-            first_key,
-            NUM_TOKENS,
-            BLOCK_M,
-            BLOCK,
-            NUM_TOKENS % BLOCK_M != 0,
-        )  # (BLOCK_M, BLOCK)
-    query_numbers = queries.first + tl.arange(0, BLOCK_M)
+    added, planes = None, queries.planes
+    if planes.bias is not None:
+        past_end: tl.constexpr = NUM_TOKENS % BLOCK_M != 0
+        added = added_to_scores(planes, queries.plane, queries.first, first_key, NUM_TOKENS, BLOCK_M, BLOCK, past_end)
+    numbers = queries.first + tl.arange(0, BLOCK_M)
     updated = ()
     for w in tl.static_range(WINDOWS):
-        tokens = tl.load(queries.maps[w] + keys)
-        k_offsets, v_offsets = row_offsets(tokens, queries.k_token), row_offsets(tokens, queries.v_token)
-        k_rows = load_rows(
-            queries.k[w], tokens, k_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k
-        )  # (BLOCK, BLOCK_D)
-        v_rows = load_rows(queries.v[w], tokens, v_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_v)
-        scores = scores_of(queries.rows[w], k_rows, added, queries.scale, PRECISION)  # (BLOCK_M, BLOCK)
-        if IS_TAIL:
-            scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+        keys = meet_keys(queries, w, first_key, added, NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK, MASKED, IS_TAIL, PRECISION)
         factors = None
         if queries.dropout is not None:
             factors = dropout_factors(
-                queries.dropout, queries.numbers[w], queries.head, query_numbers, first_key, BLOCK_M, BLOCK
+                queries.dropout, queries.numbers[w], queries.head, numbers, first_key, BLOCK_M, BLOCK
             )
         _, grad_scores = score_gradients(
-            scores, given.lse[w], given.delta[w], given.dout[w], v_rows, factors, PRECISION
+            keys.scores, given.lse[w], given.delta[w], given.dout[w], keys.v, factors, PRECISION
         )
-        updated += (tl.dot(grad_scores.to(k_rows.dtype), k_rows, sums[w], input_precision=PRECISION),)
+        updated += (tl.dot(grad_scores.to(keys.k.dtype), keys.k, sums[w], input_precision=PRECISION),)
     return updated
 
 

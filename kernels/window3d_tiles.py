@@ -10,6 +10,7 @@ from vidattn.kernels.rows import load_rows, row_offsets
 __all__ = [
     "Hiding",
     "Kept",
+    "KeyTile",
     "Place",
     "Planes",
     "Queries",
@@ -22,6 +23,7 @@ __all__ = [
     "is_negligible",
     "largest_norm",
     "locate",
+    "meet_keys",
     "plane_offsets",
     "position",
     "row_norms",
@@ -222,6 +224,49 @@ def scores_of(q_rows, k_rows, added, scale, PRECISION: tl.constexpr):
     if added is not None:
         scores += added
     return scores
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys that queries meet.
+
+    Attributes:
+        k: keys, (BLOCK, BLOCK_D).
+        v: values, (BLOCK, BLOCK_D).
+        scores: (BLOCK_M, BLOCK), -inf past the last key.
+    """
+
+    k: Any
+    v: Any
+    scores: Any
+
+
+@triton.jit
+def meet_keys(
+    queries,
+    w: tl.constexpr,
+    first_key,
+    added,
+    NUM_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Load ``BLOCK`` keys and values of window number ``w`` of the queries, and take their scores.
+
+    ``MASKED`` says that some may be no token, ``IS_TAIL`` that some are past the last.
+    """
+    keys = first_key + tl.arange(0, BLOCK)
+    tokens = tl.load(queries.maps[w] + keys)
+    k_offsets, v_offsets = row_offsets(tokens, queries.k_token), row_offsets(tokens, queries.v_token)
+    k_rows = load_rows(queries.k[w], tokens, k_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k)
+    v_rows = load_rows(queries.v[w], tokens, v_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_v)
+    scores = scores_of(queries.rows[w], k_rows, added, queries.scale, PRECISION)
+    if IS_TAIL:
+        scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+    return KeyTile(k_rows, v_rows, scores)
 
 
 # ---- Tiles that the region mask hides ----
