@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETED", "TARGETS", "Launch", "Work", "is_capturing"]
+__all__ = ["INTERPRETED", "TARGETS", "Launch", "Work", "is_capturing", "new_workspace"]
 
 # Decided when triton is imported: its decorators then make functions that run on the CPU, one program after the other.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -104,27 +104,49 @@ class Launch:
 
     def source(self) -> ASTSource:
         """Specialise the kernel as a first launch would, by the types, alignment and divisibility of the arguments."""
-        signature: dict[str, str] = {}
+        signature: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for parameter in self.kernel.params:
             value, place = self.arguments[parameter.name], (parameter.num,)
-            specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            if parameter.is_constexpr:
                 signature[parameter.name], constants[place] = "constexpr", value
-                continue
-            if isinstance(value, Tensor):
-                kind = _POINTERS[value.dtype]
-                aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
-            elif isinstance(value, float):
-                kind, aligned = "fp32", False
             else:
-                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = specialised and value % 16 == 0
-            signature[parameter.name] = kind
-            if aligned:
-                attributes[place] = [["tt.divisibility", 16]]
+                specialised = not parameter.do_not_specialize
+                signature[parameter.name] = _specialise(value, place, specialised, constants, attributes)
         return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _specialise(
+    value: Any,
+    place: tuple[int, ...],
+    specialised: bool,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], list[list[Any]]],
+) -> Any:
+    """Give the type of an argument, or those of a tuple's elements; note what the compiler may know of its value."""
+    if isinstance(value, tuple):  # a NamedTuple keeps its class, for its names; its elements are always specialised
+        kinds = [_specialise(part, (*place, i), True, constants, attributes) for i, part in enumerate(value)]
+        return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+    if value is None or (specialised and type(value) is int and value == 1):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, Tensor):
+        kind = _POINTERS[value.dtype]
+        aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
+    elif isinstance(value, float):
+        kind, aligned = "fp32", False
+    else:
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        aligned = specialised and value % 16 == 0
+    if aligned:
+        attributes[place] = [["tt.divisibility", 16]]
+    return kind
+
+
+def new_workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate what launches of one plan hand to each other, on the device of ``like``; nothing is written yet."""
+    return like.new_empty(shape, dtype=dtype)
 
 
 def is_capturing() -> bool:
