@@ -1,9 +1,9 @@
 """Launches space-time mixing attention and temporal shift.
 
 The functions take a call, then the tensors of the pass, as the native ops ``_space_time_mixing_attention_forward /
-_backward`` do, and what ``_temporal_shift`` takes. The tokens of a frame are a sequence of divided attention, and its kernels attend in it: channels of keys and
-values that come from other frames are one more offset a column when they are loaded, and when their gradients are
-stored.
+_backward`` do, and what ``_temporal_shift`` takes. The tokens of a frame are a sequence of divided attention, and its
+kernels attend in it: channels of keys and values that come from other frames are one more offset a column when they are
+loaded, and when their gradients are stored.
 """
 
 from __future__ import annotations
