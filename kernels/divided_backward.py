@@ -253,7 +253,8 @@ def divided_backward_queries(
     keys = HeadRows(head_of(k, clip, head), k.token, k_columns)
     values = HeadRows(head_of(v, clip, head), v.token, v_columns)
 
-    total = tl.zeros([BLOCK_M, SHAPE.block_d], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.block_d  # in a list Triton takes no field of a constant
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(0, full_tiles):
         total = _queries_tile(
             total, step * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, BLOCK_N, False
@@ -431,7 +432,8 @@ def divided_backward_keys(
         cls_part=dq_part,
     )
 
-    zeros = tl.zeros([BLOCK_N, SHAPE.block_d], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.block_d  # in a list Triton takes no field of a constant
+    zeros = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = _KeyGrads(k=zeros, v=zeros)
     for step in tl.range(0, full_tiles):
         sums = _keys_tile(
