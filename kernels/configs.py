@@ -10,16 +10,19 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
 
 from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
 
-__all__ = ["Config", "architecture", "over_all_keys", "tuned"]
+__all__ = ["Config", "Cuts", "Entry", "Table", "architecture", "entries", "over_all_keys", "table_arch", "tuned"]
+
+Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
@@ -38,6 +41,45 @@ class Config(NamedTuple):
     windows: int = 1
     num_warps: int = 4
     num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Cuts(Generic[Entry]):
+    """Entries of a table for heads of up to 32, 64 and 128 channels.
+
+    Attributes:
+        lean: of calls without options that take registers: dropout, padding.
+        full: of calls with one.
+    """
+
+    lean: tuple[Entry, Entry, Entry]
+    full: tuple[Entry, Entry, Entry]
+
+    def of(self, block_d: int, *, lean: bool) -> Entry:
+        """Give the entry for a head dimension, rounded up to a power of two."""
+        return (self.lean if lean else self.full)[0 if block_d <= 32 else 1 if block_d == 64 else 2]
+
+
+# By architecture, kind of products, and kernel.
+Table = dict[tuple[str, str, str], Cuts[Entry]]
+
+
+def table_arch(arch: str) -> str:
+    """Name the architecture whose entries another one takes: gfx942 has none of its own."""
+    return "sm_80" if arch == "gfx942" else arch
+
+
+def entries(table: Table[Entry], kernel: str) -> set[Entry]:
+    """Collect what a table has for a kernel, for all architectures.
+
+    Args:
+        table: the table.
+        kernel: name of the kernel.
+
+    Returns:
+        The entries.
+    """
+    return {entry for (*_, name), cuts in table.items() if name == kernel for entry in (*cuts.lean, *cuts.full)}
 
 
 def over_all_keys(keys: int, block_d: int, itemsize: int) -> Config:

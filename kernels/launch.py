@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ class Launch:
         """Launch on the current stream of the tensors' device."""
         if self.grid == 0:
             return
-        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        device = next(_tensors(self.arguments.values())).device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
@@ -115,6 +115,15 @@ class Launch:
                 specialised = not parameter.do_not_specialize
                 signature[parameter.name] = _specialise(value, place, specialised, constants, attributes)
         return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Give the tensors among arguments, and in their tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 def _specialise(

@@ -19,10 +19,13 @@ import torch
 from attention_cases import device_of, evaluate, seed_of, to
 from divided_cases import Case, check
 from torch import Tensor
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gpu_audit import plan_divided
-from benchmarks.shapes import GPU_DIVIDED_CASES, DividedCase
+from benchmarks.gpu_audit import plan_divided, plan_mixing
+from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_MIXING_CASES, DividedCase
 from vidattn import reference
+from vidattn.calls import DividedCall
 from vidattn.kernels import divided
 from vidattn.kernels.divided_configs import (
     ShapeClass,
@@ -31,7 +34,7 @@ from vidattn.kernels.divided_configs import (
     packed_config,
     padded_length,
 )
-from vidattn.kernels.launch import TARGETS
+from vidattn.kernels.launch import INTERPRETED, TARGETS
 from vidattn.ops import _tensors as tensors
 
 needs_triton = pytest.mark.needs_triton
@@ -103,6 +106,29 @@ def test_predictions_count_every_score_and_byte(name: str, direction: str) -> No
     scores = sum(launch.work.scores for launch in queries)
     assert needed <= scores <= (2 if shorter_than_a_tile else 1.78) * needed
     assert sum(launch.work.bytes for launch in launches) >= 0.998 * moved
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_launch_is_specialised_alike_whether_it_is_run_or_compiled_ahead(dropout_p: float) -> None:
+    """By type, alignment and divisibility of each argument and each part of one, as Triton itself looks at them."""
+    backend = make_backend(TARGETS["sm_90"])
+    for case in (
+        replace(GPU_DIVIDED_CASES["timesformer_b_time"], heads=3, head_dim=20),
+        GPU_DIVIDED_CASES["timesformer_b_space"],
+        GPU_MIXING_CASES["xvit_b_16_frames_div8"],
+    ):
+        plan = plan_divided if isinstance(case, DividedCase) else plan_mixing
+        launches = [*plan(case, "forward", torch.bfloat16, "sm_90", dropout_p=dropout_p)]
+        launches += plan(case, "backward", torch.bfloat16, "sm_90", dropout_p=dropout_p)
+        for launch in launches:
+            source, kernel = launch.source(), launch.kernel
+            binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+            bound, specialisation, _ = binder(**launch.arguments)
+            _, signature, constants, attributes = kernel._pack_args(backend, {}, bound, specialisation, {})
+            assert source.signature == signature and source.constants == constants
+            assert [type(kind) for kind in source.signature.values()] == [type(kind) for kind in signature.values()]
+            assert source.attrs == {place: found for place, found in attributes.items() if found}
 
 
 # ---- Tiles ----
@@ -193,12 +219,14 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
     if max(case.num_frames, case.num_sites) > tensors.WHOLE_ROW_KEYS:
         lse = guarded((batch, patches + case.num_frames * case.has_cls, heads), torch.float32)
     temporal_heads = {"temporal": heads, "factorized": heads // 2}.get(case.kind, 0)
-    options = (case.num_frames, case.token_order == "hwt", temporal_heads, head_dim**-0.5, case.dropout_p)
-    common = (q, k, v, seed if case.dropout_p else None, *options)
-    divided.forward(*common, out, cls, mean, lse)
+    call = DividedCall(
+        q, k, v, seed if case.dropout_p else None,
+        case.num_frames, case.token_order == "hwt", temporal_heads, head_dim**-0.5, case.dropout_p,
+    )  # fmt: skip
+    divided.forward(call, out, cls, mean, lse)
     grads = [guarded(q.shape, dtype) for _ in range(3)]
     kept = (None, None, None) if lse is None else (out, cls, lse)
-    divided.backward(dout, dcls, *common, *kept, *grads)
+    divided.backward(call, dout, dcls, *kept, *grads)
     for check_guards in checks:
         check_guards()
     wanted = evaluate(case.function(reference), to(inputs, torch.float64), dict(case.options(), seed=seed))
@@ -260,7 +288,10 @@ def test_dropout_of_packed_sequences_is_that_of_each_alone() -> None:
     seed = seed_of(3).to(device_of("triton"))
     qkv = torch.randn(1, 5 * 7, 3, 2, 8, device=device_of("triton"))
     out = torch.empty(1, 5 * 7, 16, device=qkv.device)
-    divided.forward(*qkv.unbind(2), seed, 5, True, 2, 0.3, 0.4, out, None, None, None)
+    call = DividedCall(
+        *qkv.unbind(2), seed, num_frames=5, time_fastest=True, temporal_heads=2, scale=0.3, dropout_p=0.4
+    )
+    divided.forward(call, out, None, None, None)
     expected = reference.temporal_attention(qkv, 5, token_order="hwt", scale=0.3, dropout_p=0.4, seed=seed)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
