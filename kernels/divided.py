@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vidattn.kernels import plans
 from vidattn.kernels.configs import Config, architecture, tuned
 from vidattn.kernels.divided_backward import (
     divided_backward_keys,
@@ -35,7 +36,7 @@ from vidattn.kernels.divided_configs import (
     padded_length,
 )
 from vidattn.kernels.divided_forward import divided_forward_packed, divided_forward_stream
-from vidattn.kernels.launch import Launch, Work
+from vidattn.kernels.launch import Launch, Work, new_workspace
 from vidattn.kernels.sums import plan_sum_frames
 from vidattn.ops._tensors import keeps_lse
 
@@ -44,14 +45,12 @@ __all__ = ["Mixing", "backward", "forward", "plan_backward", "plan_forward"]
 
 def forward(*arguments: Any) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` to ``lse``."""
-    for launch in plan_forward(*arguments):
-        launch.run()
+    plans.run(plan_forward, *arguments)
 
 
 def backward(*arguments: Any) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
-    for launch in plan_backward(*arguments):
-        launch.run()
+    plans.run(plan_backward, *arguments)
 
 
 def plan_forward(
@@ -155,7 +154,7 @@ def plan_backward(
     assert dq.stride() == dk.stride() == dv.stride()
     parts = None
     if call.has_cls:
-        parts = q.new_empty(3, q.shape[0], num_frames, q.shape[2] * q.shape[3], dtype=torch.float32)
+        parts = new_workspace(q, (3, q.shape[0], num_frames, q.shape[2] * q.shape[3]))
     grads = _Gradients(dout, dcls, dq, dk, dv, parts)
     launches: list[Launch] = []
     for part in call.parts:
@@ -336,7 +335,7 @@ class _Part:
             given |= {"lse": None, "delta": None, "WHOLE": True}
             return [self._stream(divided_backward_keys, given, "block_n", 5, 7)]
         assert out is not None and lse is not None
-        given |= self._outputs(out, cls, lse) | {"delta": torch.empty_like(lse), "WHOLE": False}
+        given |= self._outputs(out, cls, lse) | {"delta": new_workspace(lse, lse.shape), "WHOLE": False}
         return [
             self._stream(divided_backward_queries, given, "block_m", 3, 6),
             self._stream(divided_backward_keys, given | {"dq": None}, "block_n", 4, 6),

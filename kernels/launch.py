@@ -1,19 +1,36 @@
-"""One kernel launch as a value: run it, compile it ahead of time for a GPU that is not here, or look at its grid."""
+"""One kernel launch as a value: run it, compile it ahead of time for a GPU that is not here, or look at its grid.
+
+A plan is a list of steps: launches, and the few operations of PyTorch between them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETED", "TARGETS", "Launch", "Work", "is_capturing"]
+__all__ = [
+    "INTERPRETED",
+    "TARGETS",
+    "Computation",
+    "Launch",
+    "Step",
+    "Work",
+    "is_capturing",
+    "is_table",
+    "new_table",
+    "new_workspace",
+    "record_workspaces",
+]
 
 # Decided when triton is imported: its decorators then make functions that run on the CPU, one program after the other.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -83,13 +100,17 @@ class Launch:
         """What the kernel is called."""
         return self.kernel.__name__
 
-    def run(self) -> None:
-        """Launch on the current stream of the tensors' device."""
+    def run(self) -> Any:
+        """Launch on the current stream of the tensors' device.
+
+        Returns:
+            The compiled kernel; None where Triton interprets, or where there is no program.
+        """
         if self.grid == 0:
-            return
+            return None
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
     def compile(self, target: GPUTarget) -> Any:
         """Compile as a first launch on ``target`` would.
@@ -125,6 +146,61 @@ class Launch:
             if aligned:
                 attributes[place] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """An operation of PyTorch among the launches of a plan, for what needs no kernel of its own.
+
+    Attributes:
+        function: writes into its first argument.
+        arguments: what it takes.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Compute."""
+        self.function(*self.arguments)
+
+
+Step = Launch | Computation
+
+_recording = threading.local()
+_tables = WeakIdKeyDictionary()
+
+
+def new_workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate memory that a plan needs while it runs; nothing else of a plan's own may change from call to call."""
+    workspace = like.new_empty(shape, dtype=dtype)
+    recorded = getattr(_recording, "workspaces", None)
+    if recorded is not None:
+        recorded.append(workspace)
+    return workspace
+
+
+@contextlib.contextmanager
+def record_workspaces() -> Iterator[list[Tensor]]:
+    """Collect the workspaces that this thread allocates."""
+    outer = getattr(_recording, "workspaces", None)
+    _recording.workspaces = []
+    try:
+        yield _recording.workspaces
+    finally:
+        _recording.workspaces = outer
+
+
+def new_table(values: Tensor, device: torch.device) -> Tensor:
+    """Bring a table that depends on shapes alone to a device, in int32; it is there when this returns."""
+    table = values.to(torch.int32).to(device)  # from memory that is not pinned: waits for the copy
+    _tables[table] = True
+    return table
+
+
+def is_table(value: Any) -> bool:
+    """Tell whether something is a tensor that :func:`new_table` made."""
+    return isinstance(value, Tensor) and value in _tables
 
 
 def is_capturing() -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidattn.kernels import divided
+from vidattn.kernels import divided, plans
 from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.mixing_shift import temporal_shift as temporal_shift_kernel
 
@@ -27,20 +27,17 @@ _BLOCK = 1024  # words of a program
 
 def forward(*arguments: Any) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    for launch in plan_forward(*arguments):
-        launch.run()
+    plans.run(plan_forward, *arguments)
 
 
 def backward(*arguments: Any) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
-    for launch in plan_backward(*arguments):
-        launch.run()
+    plans.run(plan_backward, *arguments)
 
 
 def temporal_shift(*arguments: Any) -> None:
     """Shift; arguments as of :func:`plan_shift`, the result in ``out``."""
-    for launch in plan_shift(*arguments):
-        launch.run()
+    plans.run(plan_shift, *arguments)
 
 
 def plan_forward(

@@ -20,8 +20,9 @@ import triton
 from torch import Tensor
 
 from vidattn import geometry as geo
+from vidattn.kernels import plans
 from vidattn.kernels.configs import Config, architecture, tuned
-from vidattn.kernels.launch import INTERPRETED, Launch, Work
+from vidattn.kernels.launch import INTERPRETED, Computation, Launch, Step, Work, new_workspace
 from vidattn.kernels.sums import plan_sum
 from vidattn.kernels.window3d_backward import (
     window3d_backward_bias,
@@ -49,14 +50,12 @@ _FEW_PROGRAMS = 1024
 
 def forward(*arguments: Any) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    for launch in plan_forward(*arguments):
-        launch.run()
+    plans.run(plan_forward, *arguments)
 
 
 def backward(*arguments: Any) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq`` to ``dpad``."""
-    for launch in plan_backward(*arguments):
-        launch.run()
+    plans.run(plan_backward, *arguments)
 
 
 def plan_forward(
@@ -78,7 +77,7 @@ def plan_forward(
     lse: Tensor,
     *,
     arch: str | None = None,
-) -> list[Launch]:
+) -> list[Step]:
     """Plan the forward pass.
 
     Args:
@@ -139,7 +138,7 @@ def plan_backward(
     dpad: Tensor | None,
     *,
     arch: str | None = None,
-) -> list[Launch]:
+) -> list[Step]:
     """Plan the backward pass.
 
     Args:
@@ -175,12 +174,12 @@ def plan_backward(
     )
     planes = call.planes()
     given: dict[str, Any] = {"dout": dout.contiguous(), "grad_token": dq.stride(0) // call.num_grid_tokens}
-    launches = [*planes.launches]
+    launches: list[Step] = [*planes.launches]
     if call.shape_class.whole:
         given |= {"lse": None, "delta": None}
     else:
         assert out is not None and lse is not None
-        given |= {"lse": lse.contiguous(), "delta": torch.empty_like(lse)}
+        given |= {"lse": lse.contiguous(), "delta": new_workspace(lse, lse.shape)}
         found = {"out": out.contiguous(), "dq": dq}
         launches.append(
             call.tuned(
@@ -297,7 +296,7 @@ class _Call:
         dk: Tensor,
         dv: Tensor,
         dpad: Tensor | None,
-    ) -> list[Launch]:
+    ) -> list[Step]:
         """Plan dk and dv, whose programs own a tile of keys, and the gradient of the padding's values.
 
         Programs whose tile is all keys find dq as well.
@@ -312,7 +311,7 @@ class _Call:
             pad_parts = None
             if needs_pad:
                 size = (self.num_groups * tiles, 2, self.heads, self.q.shape[-1])
-                pad_parts = self.q.new_empty(size, dtype=torch.float32)
+                pad_parts = new_workspace(self.q, size)
                 parts[:] = [pad_parts]
             arguments |= {
                 "dq": dq if whole else None,
@@ -328,17 +327,16 @@ class _Call:
             grid, products = self.num_groups * self.heads * tiles, 5 if whole else 4
             return self._launch(kernel, grid, arguments, config, config.block_m, products)
 
-        launches = [self.tuned(kernel, plan)]
+        launches: list[Step] = [self.tuned(kernel, plan)]
         if dpad is not None:
-            dpad[0].zero_()  # padding queries have no output
+            # Padding queries have no output.
+            launches.append(Computation(Tensor.zero_, (dpad[0] if needs_pad else dpad,)))
             if needs_pad:
                 size = dpad[1:].numel()
                 launches.append(plan_sum(parts[0], dpad[1:], 1, size, size))
-            else:
-                dpad[1:].zero_()
         return launches
 
-    def bias_gradient(self, planes: Planes, given: dict[str, Any], dbias: Tensor) -> list[Launch]:
+    def bias_gradient(self, planes: Planes, given: dict[str, Any], dbias: Tensor) -> list[Step]:
         """Plan the gradient of the bias: shares of the windows apart, then their sum, folded into the table."""
         kernel = window3d_backward_bias
         count, pitch = self.num_tokens, pitch_of(self.num_tokens)
@@ -349,7 +347,7 @@ class _Call:
             shares = min(self.num_groups, -(-_BIAS_PROGRAMS // tiles))
             share = -(-self.num_groups // shares)
             shares = -(-self.num_groups // share)
-            parts[:] = [self.q.new_empty(shares, self.heads, count, pitch, dtype=torch.float32)]
+            parts[:] = [new_workspace(self.q, (shares, self.heads, count, pitch))]
             arguments = self._arguments(planes) | given
             arguments |= {
                 "parts": parts[0],
@@ -373,7 +371,7 @@ class _Call:
             )
             return self._pick(kernel, tiles * shares, arguments, config, work)
 
-        launches = [self.tuned(kernel, plan)]
+        launches: list[Step] = [self.tuned(kernel, plan)]
         if self.positions is None:
             return [*launches, plan_sum(parts[0], dbias, self.heads * count, count, pitch)]
         block_r, block_m = _FOLD_BLOCK

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vidattn.kernels.launch import Launch, Work
+from vidattn.kernels.launch import Computation, Launch, Step, Work, new_workspace
 from vidattn.kernels.window3d_bias import window3d_dense_bias
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables
 from vidattn.kernels.window3d_tiles import PITCH_UNIT
@@ -41,7 +39,7 @@ class Planes:
     bias_head: int = 0
     mask: Tensor | None = None
     bias_max: Tensor | None = None
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[Step] = field(default_factory=list)
 
 
 def pitch_of(num_tokens: int) -> int:
@@ -73,28 +71,31 @@ def plan_planes(
     Returns:
         The planes.
     """
-    pitch, device = pitch_of(num_tokens), tables.device
+    pitch = pitch_of(num_tokens)
     size = num_tokens * pitch
     if positions is None or bias is None:
         if mask is not None or bias is not None:
-            dense = None if bias is None else _padded(bias, pitch)
-            given = None if mask is None else _padded(mask, pitch)
-            return Planes(dense, bias_head=size, mask=given)
+            steps: list[Step] = []
+            dense, given = (None if x is None else _plan_padded(x, pitch, steps) for x in (bias, mask))
+            return Planes(dense, bias_head=size, mask=given, launches=steps)
         if tables.hidden is None:
             return Planes()
-        alone, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, device)
+        alone, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, tables.tokens)
         return Planes(alone, bias_kind=size, launches=[launch])
 
     heads = bias.shape[1]
     masked = tables.hidden is not None
     combined = masked and tables.num_kinds * heads * size * 4 <= COMBINED_LIMIT
     kinds = tables.num_kinds if combined else 1
-    dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, device)
-    largest = bias.to(torch.float32).amax().reshape(1) if masked else None
-    launches = [launch]
+    dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, bias)
+    launches: list[Step] = [launch]
+    largest = None
+    if masked:
+        largest = new_workspace(bias, (1,))
+        launches.append(Computation(_largest, (largest, bias)))
     masks: Tensor | None = None
     if masked and not combined:
-        masks, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, device)
+        masks, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, tables.tokens)
         launches.append(launch)
     return Planes(
         dense,
@@ -113,12 +114,12 @@ def _plan_dense(
     num_tokens: int,
     mask_value: float,
     num_kinds: int,
-    device: torch.device,
+    like: Tensor,
 ) -> tuple[Tensor, Launch]:
     """Allocate the planes of ``num_kinds`` kinds, or of none in particular when 0, and plan their filling."""
     heads = 1 if table is None else table.shape[1]
     pitch = pitch_of(num_tokens)
-    planes = torch.empty(max(num_kinds, 1), heads, num_tokens, pitch, dtype=torch.float32, device=device)
+    planes = new_workspace(like, (max(num_kinds, 1), heads, num_tokens, pitch))
     rows, columns = _BLOCK
     arguments = {
         "table": None if table is None else table.contiguous(),
@@ -139,6 +140,18 @@ def _plan_dense(
     return planes, Launch(window3d_dense_bias, grid, arguments, work=Work(bytes=4 * planes.numel()))
 
 
-def _padded(planes: Tensor, pitch: int) -> Tensor:
-    """Bring (planes, N, N) to (planes, N, pitch) float32, zeros in the padding."""
-    return F.pad(planes.to(torch.float32), (0, pitch - planes.shape[-1])).contiguous()
+def _plan_padded(planes: Tensor, pitch: int, steps: list[Step]) -> Tensor:
+    """Plan to bring (planes, N, N) to (planes, N, pitch) float32, zeros in the padding."""
+    padded = new_workspace(planes, (*planes.shape[:-1], pitch))
+    steps.append(Computation(_pad, (padded, planes)))
+    return padded
+
+
+def _pad(padded: Tensor, planes: Tensor) -> None:
+    size = planes.shape[-1]
+    padded[..., size:].zero_()
+    padded[..., :size].copy_(planes)
+
+
+def _largest(largest: Tensor, bias: Tensor) -> None:
+    largest.copy_(bias.amax())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidattn import geometry as geo
-from vidattn.kernels.launch import is_capturing
+from vidattn.kernels.launch import is_capturing, new_table
 from vidattn.kernels.rows import NO_TOKEN, PADDING
 from vidattn.kernels.window3d_tiles import MAP_UNIT
 
@@ -217,7 +217,7 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
             "window3d: a CUDA graph is being captured and this shape has not run yet; run the model once before"
             " (vidattn.warmup does)"
         )
-    return table.to(torch.int32).to(device)
+    return new_table(table, device)
 
 
 def _kept(table: Any) -> Any:

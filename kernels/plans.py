@@ -1,0 +1,346 @@
+"""Plans that are kept from call to call: a warm call makes a key and its workspaces, and launches.
+
+A plan is decided by the shapes, strides, dtypes and alignment of the tensors of a call, by its options, its device and
+a few settings, never by what the tensors hold. A kept plan has a place instead of each tensor: a tensor of the call, or
+a workspace, which each call allocates anew on its own stream. Tables of shapes it keeps. Where Triton compiles, it has
+the compiled kernels and launches them without asking again which they are.
+
+A planner that does more than look at shapes has no kept plans: a recorder sees every operation on a tensor of the call.
+Such calls, copies of strided tensors for one, are planned each time, which is slower and never wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vidattn.kernels.launch import INTERPRETED, Launch, Step, is_capturing, is_table, record_workspaces
+
+__all__ = ["forget", "run"]
+
+_PLANS_KEPT = 512
+_ALLOCATES = ("aten::new_empty", "aten::empty_like")
+
+_plans: OrderedDict[Hashable, _Plan | None] = OrderedDict()  # None: to be planned each time
+_lock = Lock()
+_used_by_graphs: list[Tensor] = []  # a captured graph goes on reading its tables: they must outlive their plan
+
+
+def run(planner: Callable[..., Sequence[Step]], *arguments: Any) -> None:
+    """Run a call by the plan that is kept of calls like it; the first one is planned.
+
+    Args:
+        planner: gives the steps of a call, in order. It looks at shapes, takes views, and allocates by
+            ``new_workspace``; all that is to be computed is a step.
+        *arguments: what it takes: tensors, numbers, and tuples or lists of them. Tensors of one device.
+    """
+    given, pointers, described = _describe(arguments)
+    device = given[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(planner, *arguments)
+        return
+    key = (planner, device, *_settings(), *described)
+    with _lock:
+        known = key in _plans
+        if known:
+            _plans.move_to_end(key)
+            plan = _plans[key]
+    if not known:
+        _run_and_keep(key, planner, arguments, given)
+    elif plan is None:
+        _run_steps(planner(*arguments))
+    else:
+        plan.run(given, pointers)
+
+
+def forget() -> None:
+    """Drop all plans, for tests that change what plans are made of."""
+    with _lock:
+        _plans.clear()
+
+
+# ---- The key of a call ----
+
+
+def _describe(arguments: Sequence[Any]) -> tuple[list[Tensor], list[int], list[Hashable]]:
+    """Give the tensors of a call, their addresses, and all that its plan depends on."""
+    given: list[Tensor] = []
+    pointers: list[int] = []
+    described: list[Hashable] = []
+    for argument in arguments:
+        for value in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(value, Tensor):
+                pointer = value.data_ptr()
+                given.append(value)
+                pointers.append(pointer)
+                described += (value.shape, value.stride(), value.dtype, pointer & 15)
+            else:
+                described.append(tuple(value) if type(value) is list else value)
+    return given, pointers, described
+
+
+def _settings() -> tuple[Hashable, ...]:
+    """What else decides a plan, or the kernels that Triton compiles for it."""
+    knobs = triton.knobs
+    return (
+        torch.get_float32_matmul_precision(),
+        os.environ.get("VIDATTN_AUTOTUNE"),
+        knobs.runtime.debug,
+        knobs.compilation.instrumentation_mode,
+    )
+
+
+# ---- Plans ----
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a call finds a tensor of a plan.
+
+    Attributes:
+        source: number of the tensor that it is, or is a view of: those of the call, then the workspaces.
+        start: bytes from the source's first element to its own; None if it is the source itself.
+        dtype: of the view.
+        shape: of the view.
+        stride: of the view.
+    """
+
+    source: int
+    start: int | None
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def find(self, sources: Sequence[Tensor]) -> Tensor:
+        """Give the tensor of a call."""
+        source = sources[self.source]
+        if self.start is None:
+            return source
+        first = (source.storage_offset() * source.itemsize + self.start) // self.dtype.itemsize
+        view = torch.empty(0, dtype=self.dtype, device=source.device)
+        return view.set_(source.untyped_storage(), first, self.shape, self.stride)
+
+
+class _Arguments:
+    """Arguments of a compiled kernel in their order, with addresses in the place of tensors; tuples may be nested."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = list(values)
+        self.places: list[tuple[int, int, int]] = []
+        self.nested: list[tuple[int, _Arguments]] = []
+        for index, value in enumerate(values):
+            if isinstance(value, _Place):
+                self.places.append((index, value.source, value.start or 0))
+            elif isinstance(value, Tensor):  # a table
+                self.values[index] = value.data_ptr()
+            elif isinstance(value, tuple):
+                inner = _Arguments(value)
+                if inner.places or inner.nested:
+                    self.nested.append((index, inner))
+                else:
+                    self.values[index] = tuple(inner.values)
+
+    def at(self, pointers: Sequence[int]) -> list[Any]:
+        """Give the arguments of a call, from the addresses of its sources."""
+        values = self.values.copy()
+        for index, source, start in self.places:
+            values[index] = pointers[source] + start
+        for index, inner in self.nested:
+            values[index] = tuple(inner.at(pointers))
+        return values
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A step of a kept plan.
+
+    Attributes:
+        step: the step, with places in its arguments.
+        compiled: the kernel to launch; None if the step is run as it would be without a plan.
+        arguments: what the kernel takes.
+    """
+
+    step: Step
+    compiled: Any = None
+    arguments: _Arguments | None = None
+
+    def rerun(self, sources: Sequence[Tensor]) -> None:
+        """Run the step on the tensors of a call."""
+        found = _mapped(self.step.arguments, lambda value: value.find(sources) if isinstance(value, _Place) else value)
+        replace(self.step, arguments=found).run()
+
+    def launch(self, sources: Sequence[Tensor], addresses: Sequence[int], stream: int) -> None:
+        """Launch the kernel as Triton would, unless it does more for this one."""
+        step, kernel = self.step, self.compiled
+        if self.arguments is None or not isinstance(step, Launch) or step.kernel.pre_run_hooks:
+            self.rerun(sources)
+            return
+        values = self.arguments.at(addresses)
+        kernel.run(step.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A kept plan.
+
+    Attributes:
+        steps: what it does.
+        workspaces: shape and dtype of what each call allocates.
+        tables: what it reads besides the tensors of a call.
+        streams: those that may be reading the tables.
+    """
+
+    steps: tuple[_Kept, ...]
+    workspaces: tuple[tuple[torch.Size, torch.dtype], ...]
+    tables: tuple[Tensor, ...]
+    streams: set[int | None]
+
+    def run(self, given: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """Run it on the tensors of a call and their addresses."""
+        sources, device = [*given], given[0].device
+        sources += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.workspaces]
+        if INTERPRETED or _hooked():
+            for kept in self.steps:
+                kept.rerun(sources)
+        else:
+            addresses = [*addresses, *(workspace.data_ptr() for workspace in sources[len(given) :])]
+            driver = triton.runtime.driver.active
+            stream = driver.get_current_stream(driver.get_current_device())
+            for kept in self.steps:
+                kept.launch(sources, addresses, stream)
+        _hold(self.tables, self.streams)
+
+
+def _hooked() -> bool:
+    """Tell whether somebody wants to know of launches, or changes how kernels are compiled."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _hold(tables: Sequence[Tensor], streams: set[int | None]) -> None:
+    """Keep the memory of tables from being used again while the current stream, or a graph, may be reading them.
+
+    Args:
+        tables: those of a plan that has just been launched.
+        streams: where it was launched before; None among them stands for a graph. The current one is added.
+    """
+    if not tables or tables[0].device.type != "cuda" or None in streams:
+        return
+    if is_capturing():
+        _used_by_graphs.extend(tables)
+        streams.add(None)
+        return
+    stream = torch.cuda.current_stream()
+    if stream.cuda_stream not in streams:
+        for table in tables:
+            table.record_stream(stream)
+        streams.add(stream.cuda_stream)
+
+
+# ---- Making them ----
+
+
+def _run_and_keep(
+    key: Hashable, planner: Callable[..., Sequence[Step]], arguments: Sequence[Any], given: Sequence[Tensor]
+) -> None:
+    """Plan a call, run it, and keep the plan if it can be."""
+    with record_workspaces() as workspaces, _Recorder(given, workspaces) as recorder:
+        steps = planner(*arguments)
+    compiled, tables, streams = _run_steps(steps)
+    if len({id(x) for x in given}) < len(given):
+        return  # one tensor in two places: another call may have two
+    used = {_storage(x) for step in steps for x in _tensors(step.arguments)}
+    workspaces = [x for x in workspaces if _storage(x) in used]
+    kept = [_keep(step, kernel, [*given, *workspaces]) for step, kernel in zip(steps, compiled, strict=True)]
+    plan = None
+    if not recorder.looked and None not in kept:
+        plan = _Plan(tuple(kept), tuple((x.shape, x.dtype) for x in workspaces), tables, streams)  # type: ignore[arg-type]
+    with _lock:
+        _plans[key] = plan
+        while len(_plans) > _PLANS_KEPT:
+            _plans.popitem(last=False)
+
+
+def _run_steps(steps: Sequence[Step]) -> tuple[list[Any], tuple[Tensor, ...], set[int | None]]:
+    """Run what has just been planned; gives the compiled kernels, the tables, and the streams that may read those."""
+    compiled = [step.run() for step in steps]
+    tables = tuple({id(x): x for step in steps for x in _tensors(step.arguments) if is_table(x)}.values())
+    streams: set[int | None] = set()
+    _hold(tables, streams)
+    return compiled, tables, streams
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes whether a planner computes with a tensor of the call: what comes of that must not be kept."""
+
+    def __init__(self, given: Sequence[Tensor], workspaces: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.given, self.workspaces = given, workspaces
+        self.looked = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (function.is_view or function._schema.name in _ALLOCATES):
+            known = {_storage(x) for x in (*self.given, *self.workspaces)}
+            self.looked |= any(_storage(x) in known for x in _tensors((args, kwargs)))
+        return function(*args, **(kwargs or {}))
+
+
+def _keep(step: Step, compiled: Any, sources: Sequence[Tensor]) -> _Kept | None:
+    """Put places in a step; None if a tensor is neither of the call, nor a workspace, nor a table."""
+    if not all(is_table(x) or _sources_of(x, sources) for x in _tensors(step.arguments)):
+        return None
+    places = replace(step, arguments=_mapped(step.arguments, lambda value: _place(value, sources)))
+    # Others than CUDA specialise by more than the key has.
+    if not isinstance(places, Launch) or compiled is None or compiled.metadata.target.backend != "cuda":
+        return _Kept(places)
+    return _Kept(places, compiled, _Arguments([places.arguments[name] for name in places.kernel.arg_names]))
+
+
+def _sources_of(x: Tensor, sources: Sequence[Tensor]) -> list[int]:
+    """Tell which source a tensor is, or is a view of; none of them if it may be a view of several."""
+    same = [number for number, source in enumerate(sources) if source is x]
+    around = [number for number, source in enumerate(sources) if _storage(source) == _storage(x)]
+    return same or (around if len(around) == 1 else [])  # another call may have the several apart
+
+
+def _place(value: Any, sources: Sequence[Tensor]) -> Any:
+    if not isinstance(value, Tensor) or is_table(value):
+        return value
+    number = _sources_of(value, sources)[0]
+    source = sources[number]
+    start = None if source is value else value.data_ptr() - source.data_ptr()
+    return _Place(number, start, value.dtype, value.shape, value.stride())
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change the leaves of nested arguments."""
+    if isinstance(value, Mapping):
+        return {name: _mapped(inner, change) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        changed = [_mapped(inner, change) for inner in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
+    return change(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
