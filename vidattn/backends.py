@@ -67,7 +67,7 @@ _BACKENDS = {
         Backend("reference", None),
     )
 }
-_describe_call: dict[str, Callable[..., AttentionCall]] = {}
+_functions: dict[str, Callable[..., Any]] = {}
 _kernel_missing: dict[tuple[str, str], Callable[[], str | None]] = {}
 _kernel_check: dict[tuple[str, str], Callable[[AttentionCall], list[str]]] = {}
 
@@ -76,16 +76,24 @@ _selected: str = os.environ.get("VIDATTN_BACKEND", "auto") or "auto"
 _selected_by = "VIDATTN_BACKEND"
 _warned_about_fallback = False
 
+# Given to a public function as its backend, it makes the function say what kind of call its arguments make.
+_QUESTION = "?"
 
-def register_op(op: str, describe: Callable[..., AttentionCall]) -> None:
+
+class _Answer(Exception):  # no error: it carries the call out of the function
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+def register_op(function: Callable[..., Any]) -> None:
     """Make an op known.
 
     Args:
-        op: name of the public function.
-        describe: takes the public function's arguments, validates them, and says what kind of call they make.
+        function: the public function. It validates its arguments, then asks :func:`choose_backend`.
     """
-    _describe_call[op] = describe
-    register_kernel(op, "reference")
+    _functions[function.__name__] = function
+    register_kernel(function.__name__, "reference")
 
 
 def register_kernel(
@@ -208,13 +216,11 @@ def why_not(op: str | Callable[..., Any], *args: Any, backend: str | None = None
         []
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", None)
-    if not isinstance(name, str) or name not in _describe_call:
+    if not isinstance(name, str) or name not in _functions:
         got = shorten(name) if isinstance(name, str) else describe(op)
-        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_describe_call))}, got {got}")
+        raise ValueError(f"why_not: op: expected one of {', '.join(sorted(_functions))}, got {got}")
     chosen = current_backend() if backend is None else _check_name(backend, "why_not: backend")
-    if args or kwargs:
-        _check_call(op, name, args, kwargs)
-    call = _describe_call[name](*args, **kwargs) if args or kwargs else None
+    call = _describe_call(_functions[name], args, kwargs) if args or kwargs else None
     if chosen != "auto":
         return _reasons(name, chosen, call)
     reasons = []
@@ -248,6 +254,8 @@ def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
 
 def find_backend(call: AttentionCall, backend: str | None = None) -> str:
     """Tell which backend a call would take; like :func:`choose_backend`, without its warning."""
+    if backend is _QUESTION:
+        raise _Answer(call)
     name = _check_name(_selected, _selected_by) if backend is None else _check_name(backend, f"{call.op}: backend")
     if name != "auto":
         reasons = _reasons(call.op, name, call)
@@ -334,13 +342,18 @@ def tensor_leaves(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _check_call(op: str | Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    function = op if callable(op) else getattr(sys.modules.get("vidattn.ops"), name, None)
-    if function is not None:
-        try:
-            inspect.signature(function).bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"why_not: *args: expected the arguments of {name}, got others: {error}") from error
+def _describe_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+    """Say what kind of call a public function would make of its arguments, which it validates."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        name = function.__name__
+        raise TypeError(f"why_not: *args: expected the arguments of {name}, got others: {error}") from error
+    try:
+        function(*args, **kwargs, backend=_QUESTION)
+    except _Answer as answer:
+        return answer.call
+    raise AssertionError(f"{function.__name__} did not ask for a backend")
 
 
 def _check_name(name: str, source: str) -> str:

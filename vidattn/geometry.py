@@ -324,7 +324,12 @@ def explain_windows(
 
 def three_ints(function: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int, int]:
     """Return ``value`` as three ints of at least ``minimum``; one int is repeated."""
-    items = [_as_int(item) for item in value] if isinstance(value, (tuple, list)) else [_as_int(value)] * 3
+    items: Sequence[int | None]
+    if isinstance(value, (tuple, list)):
+        # What most calls bring needs no look at each number.
+        items = value if list(map(type, value)) == [int, int, int] else [_as_int(item) for item in value]
+    else:
+        items = [_as_int(value)] * 3
     if None in items:
         raise TypeError(
             f"{function}: {name}: expected an int or three ints (depth, height, width), got {describe(value)}"

@@ -44,10 +44,10 @@ class Group {
   virtual void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const = 0;
   // Takes rows of a result, `step` apart, to be multiplied by factor.
   virtual void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) = 0;
-  // Fetches rows of a result before they are written.
-  virtual void expect(Slot slot, int64_t first, int64_t count) const = 0;
+  // Fetches rows of a result into the cache before they are written.
+  virtual void fetch_to_write(Slot slot, int64_t first, int64_t count) const = 0;
   // Fetches positions [begin, end) of the next group in the tensors up to slot `last`.
-  virtual void prefetch(int64_t begin, int64_t end, Slot last) const = 0;
+  virtual void fetch_next(int64_t begin, int64_t end, Slot last) const = 0;
 
   // Its position among the keys.
   virtual int64_t position(int64_t query) const { return query; }
@@ -206,7 +206,7 @@ class Attention {
   void fetch_ahead(const Group<P>& group, Slot last) {
     const int64_t begin = fetched_;
     fetched_ = n_ * ++point_ / points_;
-    group.prefetch(begin, fetched_ < n_ ? fetched_ : n_, last);
+    group.fetch_next(begin, fetched_ < n_ ? fetched_ : n_, last);
   }
   void start_fetching(int64_t points) { point_ = fetched_ = 0, points_ = points; }
   int64_t columns() const { return ceil_div(padded_, kWidth); }

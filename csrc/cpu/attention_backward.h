@@ -27,7 +27,7 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
   const int64_t padded = round_up(count, kQueryRows);
   load_rows(group, kQ, first, count, padded, q_, q_in_rows_);
   load_rows(group, kDout, first, count, padded, dout_, dout_in_rows_);
-  group.expect(kDq, first, count);
+  group.fetch_to_write(kDq, first, count);
   start_block(group, first, count, padded);
 
   Vec<T> top[kRows];

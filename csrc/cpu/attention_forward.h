@@ -20,7 +20,7 @@ template <int R>
 void Attention<P>::forward_block(Group<P>& group, int64_t first) {
   const int count = int(group.queries - first < R ? group.queries - first : R);
   load_rows(group, kQ, first, count, R, q_, nullptr);
-  group.expect(kOut, first, count);
+  group.fetch_to_write(kOut, first, count);
   start_block(group, first, count, R);
   Vec<T> top[R];
   for (auto& t : top) t = splat(-kInfinity);

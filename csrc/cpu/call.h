@@ -4,6 +4,13 @@
 
 namespace vidattn {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
 // The tensors of a call. Those that are read come first: the forward pass reads three, the backward pass four.
 enum Slot { kQ, kK, kV, kDout, kOut, kDq, kDk, kDv };
 constexpr int kSlots = 8;
@@ -30,10 +37,11 @@ struct Kernels {
   void (*backward)(const Args&, int64_t begin, int64_t end, char* scratch);
 };
 
-// Those of an instruction set, by what they compute with. float32 takes tensors of 16 bits too.
+// Those of an instruction set, by what they compute with. float32 takes tensors of 16 bits too. What is null is left to
+// the instruction set before.
 template <class Kernels>
 struct KernelTable {
-  Kernels float32, float64;
+  Kernels float32, float64, bfloat16;
 };
 
 }  // namespace vidattn

@@ -1,11 +1,6 @@
 // The native ops of attention over time and over space: reads the tensors, cuts them into sequences along one axis
 // after the other, and spreads those over threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <memory>
-#include <optional>
 
 #include "dispatch.h"
 #include "divided_args.h"
@@ -13,57 +8,47 @@
 namespace vidattn {
 namespace {
 
-using torch::stable::Tensor;
+// The fields of DividedCall in vidattn/calls.py, which says what they are.
+struct DividedCall {
+  explicit DividedCall(Arguments& from) : from(from) {}
+  Arguments& from;
+  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
+  const MaybeTensor seed = from.take<MaybeTensor>();
+  const int64_t num_frames = from.take<int64_t>();
+  const bool time_fastest = from.take<bool>();
+  const int64_t temporal_heads = from.take<int64_t>();
+  const double scale = from.take<double>(), dropout_p = from.take<double>();
+};
 
-const DividedKernels& kernels(Element element) {
-#if defined(__x86_64__)
-  return kernels_for(element, divided_baseline, divided_avx2, divided_avx512, divided_avx512bf16);
-#else
-  return kernels_for(element, divided_baseline, divided_baseline, divided_baseline, divided_baseline.float32);
-#endif
+const DividedKernels& kernels(const DividedArgs& a) {
+  return kernels_for<DividedKernels>(a.element, VIDATTN_KERNELS(divided));
 }
 
-// (B, rows, h, d), or its last two dimensions merged; from row `first` on.
-RowTensor row_tensor(const Tensor& t, int64_t head_dim, int64_t first) {
-  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
-  const int64_t bytes = static_cast<int64_t>(t.element_size());
-  return {static_cast<char*>(t.data_ptr()) + first * t.stride(1) * bytes,
-          {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(2)) * bytes}};
-}
-
-DividedArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
-                      int64_t num_frames, bool has_cls, double scale, double dropout_p) {
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "expected q, k and v of one dtype");
+DividedArgs make_args(const DividedCall& call, bool has_cls) {
   DividedArgs a{};
-  a.element = element_of(q);
-  a.batch = q.size(0), a.heads = q.size(2), a.head_dim = q.size(3), a.frames = num_frames, a.cls = has_cls;
-  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
-  STD_TORCH_CHECK(num_frames >= 1 && q.size(1) > a.cls && (q.size(1) - a.cls) % num_frames == 0,
+  read_common(call, a);
+  const Tensor& q = call.q;
+  a.batch = q.size(0), a.frames = call.num_frames, a.cls = has_cls;
+  STD_TORCH_CHECK(a.frames >= 1 && q.size(1) > a.cls && (q.size(1) - a.cls) % a.frames == 0,
                   "expected num_frames * sites rows");
   a.tensor[kQ] = row_tensor(q, a.head_dim, a.cls);
-  a.tensor[kK] = row_tensor(k, a.head_dim, a.cls);
-  a.tensor[kV] = row_tensor(v, a.head_dim, a.cls);
-  a.scale = scale, a.dropout_p = dropout_p;
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
-    a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  }
+  a.tensor[kK] = row_tensor(call.k, a.head_dim, a.cls);
+  a.tensor[kV] = row_tensor(call.v, a.head_dim, a.cls);
   return a;
 }
 
 // Runs one pass for the heads that attend over time, then for those that attend over space.
-void run_axes(DividedArgs& a, const Tensor& q, bool time_fastest, int64_t temporal_heads, bool backward) {
-  const DividedKernels& cpu = kernels(a.element);
-  const int64_t sites = (q.size(1) - a.cls) / a.frames;
+void run_axes(DividedArgs& a, const DividedCall& call, bool backward) {
+  const DividedKernels& cpu = kernels(a);
+  const int64_t sites = (call.q.size(1) - a.cls) / a.frames;
   for (bool over_time : {true, false}) {
-    a.first_head = over_time ? 0 : temporal_heads;
-    a.num_heads = over_time ? temporal_heads : a.heads - temporal_heads;
+    a.first_head = over_time ? 0 : call.temporal_heads;
+    a.num_heads = over_time ? call.temporal_heads : a.heads - call.temporal_heads;
     if (a.num_heads == 0) continue;
     STD_TORCH_CHECK(!over_time || !a.cls, "a cls token attends over space only");
     a.patches = over_time ? a.frames : sites;
     a.groups = over_time ? sites : a.frames;
-    const int64_t frame_step = time_fastest ? 1 : sites, site_step = time_fastest ? a.frames : 1;
+    const int64_t frame_step = call.time_fastest ? 1 : sites, site_step = call.time_fastest ? a.frames : 1;
     a.position_step = over_time ? frame_step : site_step;
     a.group_step = over_time ? site_step : frame_step;
     a.short_sequences = !a.cls && a.patches <= kShortSequence && a.element != Element::float64;
@@ -75,27 +60,34 @@ void run_axes(DividedArgs& a, const Tensor& q, bool time_fastest, int64_t tempor
   for (int64_t clip = 0; clip < a.batch; ++clip) cpu.add_frames(a, backward, clip);
 }
 
-void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed, int64_t num_frames, bool time_fastest,
-             int64_t temporal_heads, double scale, double dropout_p, Tensor out, std::optional<Tensor> cls,
-             std::optional<Tensor> cls_mean, std::optional<Tensor> lse) {
-  DividedArgs a = make_args(q, k, v, seed, num_frames, cls.has_value(), scale, dropout_p);
-  a.tensor[kOut] = row_tensor(out, a.head_dim, 0);
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const DividedCall call(arguments);
+  const Tensor out = arguments.take<Tensor>();
+  const MaybeTensor cls = arguments.take<MaybeTensor>(), cls_mean = arguments.take<MaybeTensor>();
+  const MaybeTensor lse = arguments.take<MaybeTensor>();
+  DividedArgs a = make_args(call, cls.has_value());
+  a.tensor[kOut] = row_tensor(out, a.head_dim);
   if (cls) a.cls_out = cls->data_ptr();
   if (cls_mean) {
     const int64_t bytes = bytes_of(a.element);
     a.cls_mean = {static_cast<char*>(cls_mean->data_ptr()), {cls_mean->stride(0) * bytes, 0, a.head_dim * bytes}};
   }
   STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
-  run_axes(a, q, time_fastest, temporal_heads, false);
+  run_axes(a, call, false);
 }
 
-// `out`, `cls` and `lse` are for backends that do not have a query's scores at hand all at once.
-void backward(Tensor dout, std::optional<Tensor> dcls, Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed,
-              int64_t num_frames, bool time_fastest, int64_t temporal_heads, double scale, double dropout_p,
-              std::optional<Tensor> out, std::optional<Tensor> cls, std::optional<Tensor> lse, Tensor dq, Tensor dk,
-              Tensor dv) {
-  DividedArgs a = make_args(q, k, v, seed, num_frames, dcls.has_value(), scale, dropout_p);
-  a.tensor[kDout] = row_tensor(dout, a.head_dim, 0);
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const DividedCall call(arguments);
+  const Tensor dout = arguments.take<Tensor>();
+  const MaybeTensor dcls = arguments.take<MaybeTensor>();
+  arguments.take<MaybeTensor>();  // out,
+  arguments.take<MaybeTensor>();  // cls and
+  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
+  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
+  DividedArgs a = make_args(call, dcls.has_value());
+  a.tensor[kDout] = row_tensor(dout, a.head_dim);
   a.tensor[kDq] = row_tensor(dq, a.head_dim, a.cls);
   a.tensor[kDk] = row_tensor(dk, a.head_dim, a.cls);
   a.tensor[kDv] = row_tensor(dv, a.head_dim, a.cls);
@@ -108,13 +100,13 @@ void backward(Tensor dout, std::optional<Tensor> dcls, Tensor q, Tensor k, Tenso
     gradients.reset(new double[a.element == Element::float64 ? size : (size + 1) / 2]);
     a.cls_gradients = gradients.get();
   }
-  run_axes(a, q, time_fastest, temporal_heads, true);
+  run_axes(a, call, true);
 }
 
 }  // namespace
 }  // namespace vidattn
 
 STABLE_TORCH_LIBRARY_IMPL(vidattn, CPU, m) {
-  m.impl("_divided_attention_forward", TORCH_BOX(&vidattn::forward));
-  m.impl("_divided_attention_backward", TORCH_BOX(&vidattn::backward));
+  m.impl("_divided_attention_forward", &vidattn::forward);
+  m.impl("_divided_attention_backward", &vidattn::backward);
 }

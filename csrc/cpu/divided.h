@@ -51,7 +51,7 @@ class LongSequences final : public Group<P> {
 
   void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
     for (int64_t i = first; i < first + count; ++i, from += step) {
-      if (is_of_keys(slot) && i + 8 < first + count) expect(slot, i + 8, 1);
+      if (is_of_keys(slot) && i + 8 < first + count) fetch_to_write(slot, i + 8, 1);
       if (i >= a_.cls) {
         write_row<P>(a_.element, from, factor, row(slot, i), a_.head_dim);
         continue;
@@ -63,12 +63,12 @@ class LongSequences final : public Group<P> {
     }
   }
 
-  void expect(Slot slot, int64_t first, int64_t count) const override {
+  void fetch_to_write(Slot slot, int64_t first, int64_t count) const override {
     for (int64_t i = first < a_.cls ? a_.cls : first; i < first + count; ++i)
       fetch_row<true>(row(slot, i), row_bytes());
   }
 
-  void prefetch(int64_t begin, int64_t end, Slot last) const override {
+  void fetch_next(int64_t begin, int64_t end, Slot last) const override {
     if (!has_next_) return;
     for (int64_t i = begin; i < end && i < a_.patches; ++i)
       for (int slot = kQ; slot <= last; ++slot) fetch_row(next_rows_[slot].patch(i), row_bytes());

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "call.h"
+#include "isa.h"
 
 namespace vidattn {
 
@@ -39,7 +40,6 @@ struct DividedKernels : Kernels<DividedArgs> {
   // Adds up what the frames have for the cls token of a clip, in order: the mean of its contexts, or its gradients.
   void (*add_frames)(const DividedArgs&, bool backward, int64_t clip);
 };
-extern const KernelTable<DividedKernels> divided_baseline, divided_avx2, divided_avx512;
-extern const DividedKernels divided_avx512bf16;
+VIDATTN_DECLARE_KERNELS(divided, DividedKernels);
 
 }  // namespace vidattn

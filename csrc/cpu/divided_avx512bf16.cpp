@@ -2,5 +2,6 @@
 #include "divided.h"
 
 namespace vidattn {
-const DividedKernels divided_avx512bf16 = avx512bf16::divided_kernels<avx512bf16::Bf16Pairs>();
+const KernelTable<DividedKernels> divided_avx512bf16 = {.bfloat16 =
+                                                            avx512bf16::divided_kernels<avx512bf16::Bf16Pairs>()};
 }  // namespace vidattn

@@ -3,6 +3,6 @@
 
 namespace vidattn {
 using namespace baseline;
-const KernelTable<DividedKernels> divided_baseline = {divided_kernels<Plain<float>>(),
-                                                      divided_kernels<Plain<double>>()};
+const KernelTable<DividedKernels> divided_baseline = {
+    divided_kernels<Plain<float>>(), divided_kernels<Plain<double>>(), {}};
 }  // namespace vidattn

@@ -86,7 +86,7 @@ class ShortSequences {
  private:
   void attend() {
     find_rows(kOut, to_[0]);
-    expect(to_[0]);
+    fetch_to_write(to_[0]);
     Vec<T> p[kVectors];
     products(kQ, kK, p, kQ, kV);
     softmax(p);
@@ -101,12 +101,12 @@ class ShortSequences {
     read_rows(kDout);
     for (Slot slot : {kDq, kDk, kDv}) find_rows(slot, to_[slot - kDq]);
     Vec<T> p[kVectors], g[kVectors];
-    expect(to_[0]);
+    fetch_to_write(to_[0]);
     products(kQ, kK, p, kQ, kK);
     softmax(p);
-    expect(to_[1]);
+    fetch_to_write(to_[1]);
     products(kDout, kV, g, kV, kDout);
-    expect(to_[2]);
+    fetch_to_write(to_[2]);
     for (int64_t w = 0; w < vectors_; w += kPerRow) {
       Vec<T> delta{};
       for (int64_t i = w; i < w + kPerRow; ++i) {
@@ -225,7 +225,7 @@ class ShortSequences {
     const char* row = first_row(slot, next_);
     for (int64_t i = begin; i < end; ++i) fetch_row(row + i * row_step(slot), d_ * int64_t(sizeof(In)));
   }
-  VIDATTN_INLINE void expect(In* const* rows) const {
+  VIDATTN_INLINE void fetch_to_write(In* const* rows) const {
     for (int64_t i = 0; i < n_; ++i) fetch_row<true>((const char*)rows[i], d_ * int64_t(sizeof(In)));
   }
 

@@ -5,71 +5,73 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <string>
-#include <vector>
 
 namespace vidattn {
 namespace {
 
-const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+};
 
-bool runs_here(Isa isa) {
 #if defined(__x86_64__)
+bool has_avx2() {
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  switch (isa) {
-    case Isa::avx2:
-      return avx2;
-    case Isa::avx512:
-      return avx512;
-    case Isa::avx512_bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
-    default:
-      return true;
-  }
-#else
-  return isa == Isa::baseline;
-#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
-Isa choose() {
+// The best one last.
+const Isa kIsas[] = {
+    {"baseline", [] { return true; }},
+#if defined(__x86_64__)
+    {"avx2", has_avx2},
+    {"avx512", has_avx512},
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+};
+
+int choose() {
   const char* wanted = std::getenv("VIDATTN_CPU_ISA");
-  if (!wanted || !*wanted) {
-    Isa best = Isa::baseline;
-    for (int i = 0; i < 4; ++i)
-      if (runs_here(Isa(i))) best = Isa(i);
-    return best;
-  }
-  for (int i = 0; i < 4; ++i)
-    if (kNames[i] == std::string(wanted)) {
-      STD_TORCH_CHECK(runs_here(Isa(i)), "VIDATTN_CPU_ISA=", wanted,
+  int best = -1;
+  for (int i = 0; i < int(std::size(kIsas)); ++i) {
+    if (!wanted || !*wanted) {
+      if (kIsas[i].runs_here()) best = i;
+    } else if (kIsas[i].name == std::string(wanted)) {
+      STD_TORCH_CHECK(kIsas[i].runs_here(), "VIDATTN_CPU_ISA=", wanted,
                       " is not supported by this CPU; it can run: ", available_isas());
-      return Isa(i);
+      best = i;
     }
-  STD_TORCH_CHECK(false, "VIDATTN_CPU_ISA: expected one of ", available_isas(), ", got ", wanted);
+  }
+  STD_TORCH_CHECK(best >= 0, "VIDATTN_CPU_ISA: expected one of ", available_isas(), ", got ", wanted);
+  return best;
 }
 
 }  // namespace
 
 std::string available_isas() {
   std::string names;
-  for (int i = 0; i < 4; ++i)
-    if (runs_here(Isa(i))) {
+  for (const Isa& isa : kIsas)
+    if (isa.runs_here()) {
       if (!names.empty()) names += ",";
-      names += kNames[i];
+      names += isa.name;
     }
   return names;
 }
 
-Isa current_isa() {
-  static const Isa isa = choose();
+int current_isa() {
+  static const int isa = choose();
   return isa;
 }
 
 std::string current_isa_name() {
-  return kNames[int(current_isa())];
+  return kIsas[current_isa()].name;
 }
 
 }  // namespace vidattn

@@ -1,10 +1,5 @@
 // The native ops of the mixing family: attention with channels from other frames, and the shift of channels alone.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstring>
-#include <optional>
 #include <vector>
 
 #include "dispatch.h"
@@ -13,18 +8,23 @@
 namespace vidattn {
 namespace {
 
-using torch::stable::Tensor;
+// The fields of MixingCall in vidattn/calls.py, which says what they are.
+struct MixingCall {
+  explicit MixingCall(Arguments& from) : from(from) {}
+  Arguments& from;
+  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
+  const MaybeTensor seed = from.take<MaybeTensor>();
+  const int64_t num_frames = from.take<int64_t>();
+  const Ints channel_shifts = from.take<Ints>();
+  const double scale = from.take<double>(), dropout_p = from.take<double>();
+};
 
-const MixingKernels& kernels(Element element) {
-#if defined(__x86_64__)
-  return kernels_for(element, mixing_baseline, mixing_avx2, mixing_avx512, mixing_avx512bf16);
-#else
-  return kernels_for(element, mixing_baseline, mixing_baseline, mixing_baseline, mixing_baseline.float32);
-#endif
+const MixingKernels& kernels(const MixingArgs& a) {
+  return kernels_for<MixingKernels>(a.element, VIDATTN_KERNELS(mixing));
 }
 
 // (first, last, offset) of each range, from a flat list.
-std::vector<ChannelShift> channel_shifts(const std::vector<int64_t>& flat, int64_t channels) {
+std::vector<ChannelShift> channel_shifts(const Ints& flat, int64_t channels) {
   STD_TORCH_CHECK(flat.size() % 3 == 0, "expected (first, last, offset) of each range of channels");
   std::vector<ChannelShift> shifts;
   int64_t done = 0;
@@ -39,51 +39,41 @@ std::vector<ChannelShift> channel_shifts(const std::vector<int64_t>& flat, int64
 
 // ---- Attention ----
 
-// (frames, tokens, h, d), or its last two dimensions merged.
-RowTensor row_tensor(const Tensor& t, int64_t head_dim) {
-  STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
-  const int64_t bytes = static_cast<int64_t>(t.element_size());
-  return {static_cast<char*>(t.data_ptr()),
-          {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(2)) * bytes}};
-}
-
-MixingArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& seed,
-                     int64_t num_frames, const std::vector<ChannelShift>& shifts, double scale, double dropout_p) {
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "expected q, k and v of one dtype");
+MixingArgs make_args(const MixingCall& call, const std::vector<ChannelShift>& shifts) {
   MixingArgs a{};
-  a.element = element_of(q);
-  a.frames = q.size(0), a.tokens = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3), a.segment = num_frames;
-  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
-  STD_TORCH_CHECK(num_frames >= 1 && a.frames % num_frames == 0, "expected whole segments of frames");
-  a.tensor[kQ] = row_tensor(q, a.head_dim), a.tensor[kK] = row_tensor(k, a.head_dim);
-  a.tensor[kV] = row_tensor(v, a.head_dim);
+  read_common(call, a);
+  a.frames = call.q.size(0), a.tokens = call.q.size(1), a.segment = call.num_frames;
+  STD_TORCH_CHECK(a.segment >= 1 && a.frames % a.segment == 0, "expected whole segments of frames");
+  a.tensor[kQ] = row_tensor(call.q, a.head_dim), a.tensor[kK] = row_tensor(call.k, a.head_dim);
+  a.tensor[kV] = row_tensor(call.v, a.head_dim);
   a.shifts = shifts.data(), a.num_shifts = static_cast<int64_t>(shifts.size());
-  a.scale = scale, a.dropout_p = dropout_p;
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
-    a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  }
   return a;
 }
 
-void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed, int64_t num_frames, std::vector<int64_t> shifts,
-             double scale, double dropout_p, Tensor out, std::optional<Tensor> lse) {
-  const std::vector<ChannelShift> ranges = channel_shifts(shifts, q.size(2) * q.size(3));
-  MixingArgs a = make_args(q, k, v, seed, num_frames, ranges, scale, dropout_p);
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const MixingCall call(arguments);
+  const Tensor out = arguments.take<Tensor>();
+  const MaybeTensor lse = arguments.take<MaybeTensor>();
+  const auto shifts = channel_shifts(call.channel_shifts, call.q.size(2) * call.q.size(3));
+  MixingArgs a = make_args(call, shifts);
   a.tensor[kOut] = row_tensor(out, a.head_dim);
   STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
-  run(a, kernels(a.element), false, a.frames * a.heads, kernels(a.element).forward);
+  run(a, kernels(a), false, a.frames * a.heads, kernels(a).forward);
 }
 
-void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> seed, int64_t num_frames,
-              std::vector<int64_t> shifts, double scale, double dropout_p, std::optional<Tensor> out,
-              std::optional<Tensor> lse, Tensor dq, Tensor dk, Tensor dv) {
-  const std::vector<ChannelShift> ranges = channel_shifts(shifts, q.size(2) * q.size(3));
-  MixingArgs a = make_args(q, k, v, seed, num_frames, ranges, scale, dropout_p);
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const MixingCall call(arguments);
+  const Tensor dout = arguments.take<Tensor>();
+  arguments.take<MaybeTensor>();  // out and
+  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
+  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
+  const auto shifts = channel_shifts(call.channel_shifts, call.q.size(2) * call.q.size(3));
+  MixingArgs a = make_args(call, shifts);
   a.tensor[kDout] = row_tensor(dout, a.head_dim), a.tensor[kDq] = row_tensor(dq, a.head_dim);
   a.tensor[kDk] = row_tensor(dk, a.head_dim), a.tensor[kDv] = row_tensor(dv, a.head_dim);
-  run(a, kernels(a.element), true, a.frames * a.heads, kernels(a.element).backward);
+  run(a, kernels(a), true, a.frames * a.heads, kernels(a).backward);
 }
 
 // ---- Shift ----
@@ -100,7 +90,7 @@ void copy_part(char* __restrict to, const char* __restrict from, int64_t bytes, 
 }
 
 // x, out: (frames, outer, channels, inner), contiguous, of any dtype. Copies runs of channels of one frame offset.
-void temporal_shift(Tensor x, int64_t num_frames, std::vector<int64_t> shifts, Tensor out) {
+void temporal_shift(Tensor x, int64_t num_frames, Ints shifts, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && out.is_contiguous() && x.numel() == out.numel(),
                   "expected contiguous tensors (frames, outer, channels, inner)");
   const int64_t frames = x.size(0), outer = x.size(1), channels = x.size(2);
@@ -140,7 +130,7 @@ void temporal_shift(Tensor x, int64_t num_frames, std::vector<int64_t> shifts, T
 }  // namespace vidattn
 
 STABLE_TORCH_LIBRARY_IMPL(vidattn, CPU, m) {
-  m.impl("_space_time_mixing_attention_forward", TORCH_BOX(&vidattn::forward));
-  m.impl("_space_time_mixing_attention_backward", TORCH_BOX(&vidattn::backward));
+  m.impl("_space_time_mixing_attention_forward", &vidattn::forward);
+  m.impl("_space_time_mixing_attention_backward", &vidattn::backward);
   m.impl("_temporal_shift", TORCH_BOX(&vidattn::temporal_shift));
 }

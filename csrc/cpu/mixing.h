@@ -60,7 +60,7 @@ class MixedFrames final : public Group<P> {
         write_row<P>(a_.element, from, factor, at(slot, this->index, i), a_.head_dim);
         continue;
       }
-      if (i + 8 < first + count) expect(slot, i + 8, 1);
+      if (i + 8 < first + count) fetch_to_write(slot, i + 8, 1);
       for (int64_t r = 0; r < num_runs_; ++r) {
         const Run& run = runs_[r];
         const int64_t length = run.last - run.first;
@@ -73,11 +73,11 @@ class MixedFrames final : public Group<P> {
     }
   }
 
-  void expect(Slot slot, int64_t first, int64_t count) const override {
+  void fetch_to_write(Slot slot, int64_t first, int64_t count) const override {
     for (int64_t i = first; i < first + count; ++i) fetch_row<true>(at(slot, this->index, i), row_bytes());
   }
 
-  void prefetch(int64_t begin, int64_t end, Slot last) const override {
+  void fetch_next(int64_t begin, int64_t end, Slot last) const override {
     if (next_ < 0) return;
     for (int slot = kQ; slot <= last; ++slot) {
       const RowTensor& t = a_.tensor[slot];

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "call.h"
+#include "isa.h"
 
 namespace vidattn {
 
@@ -24,7 +25,6 @@ struct MixingArgs {
 
 // A task is a (frame, head), the frame outermost.
 using MixingKernels = Kernels<MixingArgs>;
-extern const KernelTable<MixingKernels> mixing_baseline, mixing_avx2, mixing_avx512;
-extern const MixingKernels mixing_avx512bf16;
+VIDATTN_DECLARE_KERNELS(mixing, MixingKernels);
 
 }  // namespace vidattn

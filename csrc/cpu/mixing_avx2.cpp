@@ -3,5 +3,5 @@
 
 namespace vidattn {
 using namespace avx2;
-const KernelTable<MixingKernels> mixing_avx2 = {mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>()};
+const KernelTable<MixingKernels> mixing_avx2 = {mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>(), {}};
 }  // namespace vidattn

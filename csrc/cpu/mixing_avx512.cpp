@@ -3,5 +3,5 @@
 
 namespace vidattn {
 using namespace avx512;
-const KernelTable<MixingKernels> mixing_avx512 = {mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>()};
+const KernelTable<MixingKernels> mixing_avx512 = {mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>(), {}};
 }  // namespace vidattn

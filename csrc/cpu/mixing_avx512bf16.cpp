@@ -2,5 +2,5 @@
 #include "mixing.h"
 
 namespace vidattn {
-const MixingKernels mixing_avx512bf16 = avx512bf16::mixing_kernels<avx512bf16::Bf16Pairs>();
+const KernelTable<MixingKernels> mixing_avx512bf16 = {.bfloat16 = avx512bf16::mixing_kernels<avx512bf16::Bf16Pairs>()};
 }  // namespace vidattn

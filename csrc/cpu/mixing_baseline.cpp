@@ -3,5 +3,6 @@
 
 namespace vidattn {
 using namespace baseline;
-const KernelTable<MixingKernels> mixing_baseline = {mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>()};
+const KernelTable<MixingKernels> mixing_baseline = {
+    mixing_kernels<Plain<float>>(), mixing_kernels<Plain<double>>(), {}};
 }  // namespace vidattn

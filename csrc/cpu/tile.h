@@ -120,13 +120,6 @@ VIDATTN_INLINE void transpose(const typename P::Value* const* rows, int64_t lane
     }
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
 // Hands out 64-byte aligned pieces of one buffer; with a null buffer it only adds up what is needed.
 class Arena {
  public:

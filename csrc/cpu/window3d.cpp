@@ -1,13 +1,7 @@
 // The native ops of the window family: reads the tensors, spreads the tasks over threads, and adds up what the tasks
 // leave behind.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <memory>
-#include <optional>
-#include <vector>
 
 #include "dispatch.h"
 #include "window3d_args.h"
@@ -15,18 +9,21 @@
 namespace vidattn {
 namespace {
 
-using torch::stable::Tensor;
+// The fields of WindowCall in vidattn/calls.py, which says what they are.
+struct WindowCall {
+  explicit WindowCall(Arguments& from) : from(from) {}
+  Arguments& from;
+  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
+  const MaybeTensor bias = from.take<MaybeTensor>();
+  const Ints bias_window = from.take<Ints>();
+  const MaybeTensor mask = from.take<MaybeTensor>(), pad_qkv = from.take<MaybeTensor>();
+  const MaybeTensor seed = from.take<MaybeTensor>();
+  const Ints window = from.take<Ints>(), shift = from.take<Ints>(), wrap = from.take<Ints>();
+  const double scale = from.take<double>(), mask_value = from.take<double>(), dropout_p = from.take<double>();
+};
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-const Window3dKernels& kernels(Element element) {
-#if defined(__x86_64__)
-  return kernels_for(element, window3d_baseline, window3d_avx2, window3d_avx512, window3d_avx512bf16);
-#else
-  return kernels_for(element, window3d_baseline, window3d_baseline, window3d_baseline, window3d_baseline.float32);
-#endif
+const Window3dKernels& kernels(const Window3dArgs& a) {
+  return kernels_for<Window3dKernels>(a.element, VIDATTN_KERNELS(window3d));
 }
 
 // A token tensor (B, D, H, W, h, d), or its last two dimensions merged (B, D, H, W, h * d).
@@ -40,36 +37,30 @@ TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
   return view;
 }
 
-Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
-                       const std::vector<int64_t>& bias_window, const std::optional<Tensor>& mask,
-                       const std::optional<Tensor>& pad_qkv, const std::optional<Tensor>& seed,
-                       const std::vector<int64_t>& window, const std::vector<int64_t>& shift,
-                       const std::vector<int64_t>& wrap, double scale, double mask_value, double dropout_p) {
-  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3,
+Window3dArgs make_args(const WindowCall& call) {
+  const Ints &window = call.window, &shift = call.shift, &bias_window = call.bias_window;
+  STD_TORCH_CHECK(call.q.dim() == 6 && window.size() == 3 && shift.size() == 3 && call.wrap.size() == 3,
                   "expected q of 6 dimensions and 3 axes");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "expected q, k and v of one dtype");
   Window3dArgs a{};
-  a.element = element_of(q);
-  a.batch = q.size(0), a.heads = q.size(4), a.head_dim = q.size(5);
-  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
+  read_common(call, a);
+  a.batch = call.q.size(0);
   a.tokens = 1, a.groups = a.batch;
   for (int axis = 0; axis < 3; ++axis) {
-    a.grid[axis] = q.size(axis + 1);
+    a.grid[axis] = call.q.size(axis + 1);
     a.window[axis] = window[axis];
     a.shift[axis] = shift[axis];
     STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis],
                     "expected 0 <= shift < window");
     a.count[axis] = ceil_div(a.grid[axis], window[axis]);
-    a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
+    a.region_mask[axis] = shift[axis] > 0 && !call.wrap[axis];
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
-  a.tensor[kQ] = token_tensor(q, a.head_dim);
-  a.tensor[kK] = token_tensor(k, a.head_dim);
-  a.tensor[kV] = token_tensor(v, a.head_dim);
-  if (pad_qkv) a.pad_qkv = static_cast<const char*>(pad_qkv->data_ptr());
-  if (bias) {
+  a.tensor[kQ] = token_tensor(call.q, a.head_dim);
+  a.tensor[kK] = token_tensor(call.k, a.head_dim);
+  a.tensor[kV] = token_tensor(call.v, a.head_dim);
+  if (call.pad_qkv) a.pad_qkv = static_cast<const char*>(call.pad_qkv->data_ptr());
+  if (const MaybeTensor& bias = call.bias) {
     a.bias = bias->data_ptr();
     a.bias_is_table = !bias_window.empty();
     a.bias_size = bias->numel() / a.heads;
@@ -86,25 +77,19 @@ Window3dArgs make_args(const Tensor& q, const Tensor& k, const Tensor& v, const 
       STD_TORCH_CHECK(a.bias_size == a.tokens * a.tokens, "dense bias of the wrong shape");
     }
   }
-  if (mask) a.mask = mask->data_ptr(), a.mask_groups = mask->size(0);
-  a.scale = scale, a.mask_value = mask_value, a.dropout_p = dropout_p;
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
-    a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  }
+  if (call.mask) a.mask = call.mask->data_ptr(), a.mask_groups = call.mask->size(0);
+  a.mask_value = call.mask_value;
   return a;
 }
 
-void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
-             std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed,
-             std::vector<int64_t> window, std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale,
-             double mask_value, double dropout_p, Tensor out, Tensor lse) {
-  Window3dArgs a =
-      make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const WindowCall call(arguments);
+  const Tensor out = arguments.take<Tensor>(), lse = arguments.take<Tensor>();
+  Window3dArgs a = make_args(call);
   a.tensor[kOut] = token_tensor(out, a.head_dim);
   a.lse = lse.data_ptr();
-  const Window3dKernels& cpu = kernels(a.element);
-  run(a, cpu, false, a.heads * a.groups, cpu.forward);
+  run(a, kernels(a), false, a.heads * a.groups, kernels(a).forward);
 }
 
 // to[i] = sum over the chunks of from[chunk][i], in order.
@@ -118,7 +103,7 @@ void sum_chunks(const T* from, int64_t chunks, int64_t size, int64_t stride, T* 
 }
 
 template <class T>
-void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* dpad) {
+void backward_as(Window3dArgs& a, T* dbias, T* dpad) {
   // A partial sum belongs to fixed windows whatever the number of threads: the number of chunks depends on the shapes
   // alone. Enough of them to keep many threads busy (dense bias gradients are large, so fewer of those), and at most 64
   // windows each, so that long sums in float32 do not lose digits.
@@ -130,7 +115,7 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
   if (dpad) dpad_partial.reset(new T[a.chunks * a.heads * 2 * a.head_dim]);
   a.dbias_partial = direct ? dbias : dbias_partial.get();
   a.dpad_partial = dpad_partial.get();
-  run(a, kernels, true, a.heads * a.chunks, kernels.backward);
+  run(a, kernels(a), true, a.heads * a.chunks, kernels(a).backward);
 
   if (dbias && !direct)
     torch::stable::parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) {
@@ -148,29 +133,30 @@ void backward_as(Window3dArgs& a, const Window3dKernels& kernels, T* dbias, T* d
   }
 }
 
-// `out` and `lse` are for backends that do not have a query's scores at hand all at once.
-void backward(Tensor dout, Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, std::vector<int64_t> bias_window,
-              std::optional<Tensor> mask, std::optional<Tensor> pad_qkv, std::optional<Tensor> seed,
-              std::optional<Tensor> out, std::optional<Tensor> lse, std::vector<int64_t> window,
-              std::vector<int64_t> shift, std::vector<int64_t> wrap, double scale, double mask_value, double dropout_p,
-              Tensor dq, Tensor dk, Tensor dv, std::optional<Tensor> dbias, std::optional<Tensor> dpad) {
-  Window3dArgs a =
-      make_args(q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p);
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const WindowCall call(arguments);
+  Window3dArgs a = make_args(call);
+  const Tensor dout = arguments.take<Tensor>();
   a.tensor[kDout] = token_tensor(dout, a.head_dim);
+  arguments.take<MaybeTensor>();  // out and
+  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
+  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
   a.tensor[kDq] = token_tensor(dq, a.head_dim);
   a.tensor[kDk] = token_tensor(dk, a.head_dim);
   a.tensor[kDv] = token_tensor(dv, a.head_dim);
+  const MaybeTensor dbias = arguments.take<MaybeTensor>(), dpad = arguments.take<MaybeTensor>();
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (a.element == Element::float64)
-    backward_as(a, kernels(a.element), static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
+    backward_as(a, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
   else
-    backward_as(a, kernels(a.element), static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
+    backward_as(a, static_cast<float*>(dbias_data), static_cast<float*>(dpad_data));
 }
 
 }  // namespace
 }  // namespace vidattn
 
 STABLE_TORCH_LIBRARY_IMPL(vidattn, CPU, m) {
-  m.impl("_window3d_attention_forward", TORCH_BOX(&vidattn::forward));
-  m.impl("_window3d_attention_backward", TORCH_BOX(&vidattn::backward));
+  m.impl("_window3d_attention_forward", &vidattn::forward);
+  m.impl("_window3d_attention_backward", &vidattn::backward);
 }

@@ -49,11 +49,11 @@ class Window3d final : public Group<P> {
 
   void forward(int64_t begin, int64_t end) {
     fill_bias_offsets();
-    if (begin < end) announce(begin / a_.groups, begin % a_.groups);
+    if (begin < end) set_next(begin / a_.groups, begin % a_.groups);
     for (int64_t task = begin; task < end; ++task) {
       load_head(task / a_.groups);
-      take_announced();
-      if (task + 1 < end) announce((task + 1) / a_.groups, (task + 1) % a_.groups);
+      move_to_next();
+      if (task + 1 < end) set_next((task + 1) / a_.groups, (task + 1) % a_.groups);
       find_rows(kOut);
       engine_.forward(*this);
     }
@@ -61,17 +61,17 @@ class Window3d final : public Group<P> {
 
   void backward(int64_t begin, int64_t end) {
     fill_bias_offsets();
-    if (begin < end) announce(begin / a_.chunks, first_group(begin));
+    if (begin < end) set_next(begin / a_.chunks, first_group(begin));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / a_.chunks, chunk = task % a_.chunks, last = a_.groups * (chunk + 1) / a_.chunks;
       load_head(head);
       start_gradients(chunk);
       for (int64_t group = first_group(task); group < last; ++group) {
-        take_announced();
+        move_to_next();
         if (group + 1 < last)
-          announce(head, group + 1);
+          set_next(head, group + 1);
         else if (task + 1 < end)
-          announce((task + 1) / a_.chunks, first_group(task + 1));
+          set_next((task + 1) / a_.chunks, first_group(task + 1));
         for (Slot slot : {kDout, kDq, kDk, kDv}) find_rows(slot);
         engine_.backward(*this);
       }
@@ -88,7 +88,7 @@ class Window3d final : public Group<P> {
 
   void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
     for (int64_t r = 0; r < count; ++r, from += step) {
-      if (is_of_keys(slot) && r + 8 < count) expect(slot, first + r + 8, 1);
+      if (is_of_keys(slot) && r + 8 < count) fetch_to_write(slot, first + r + 8, 1);
       const int64_t i = position(slot, first + r);
       if (now_->real(i)) {
         write_row<P>(a_.element, from, factor, rows_[slot].row(i), d_);
@@ -99,7 +99,7 @@ class Window3d final : public Group<P> {
     }
   }
 
-  void expect(Slot slot, int64_t first, int64_t count) const override {
+  void fetch_to_write(Slot slot, int64_t first, int64_t count) const override {
     for (int64_t n = first; n < first + count; ++n) {
       const int64_t i = position(slot, n);
       if (now_->real(i)) fetch_row<true>(rows_[slot].row(i), row_bytes());
@@ -108,8 +108,8 @@ class Window3d final : public Group<P> {
 
   // The window after the current one is known in advance, so that its rows can be fetched while the current one is
   // computed: they are short (one head) and far apart, which no hardware prefetcher foresees.
-  void prefetch(int64_t begin, int64_t end, Slot last) const override {
-    if (!announced_) return;
+  void fetch_next(int64_t begin, int64_t end, Slot last) const override {
+    if (!has_next_) return;
     for (int slot = kQ; slot <= last; ++slot)
       for (int64_t i = begin; i < end; ++i) fetch_row(next_rows_[slot].row(i), row_bytes());
   }
@@ -176,16 +176,16 @@ class Window3d final : public Group<P> {
   int64_t row_bytes() const { return d_ * bytes_of(a_.element); }
   int64_t position(Slot slot, int64_t n) const { return is_of_keys(slot) ? n : position(n); }
 
-  void announce(int64_t head, int64_t group) {
+  void set_next(int64_t head, int64_t group) {
     next_->load(group);
     for (Slot slot : {kQ, kK, kV}) next_rows_[slot] = rows(slot, *next_, head);
     if (a_.tensor[kDout].data) next_rows_[kDout] = rows(kDout, *next_, head);
-    announced_ = true;
+    has_next_ = true;
   }
-  void take_announced() {
+  void move_to_next() {
     WindowTokens<T>* window = now_;
     now_ = next_, next_ = window;
-    announced_ = false;
+    has_next_ = false;
     this->queries = now_->query_count(), this->index = now_->group();
     for (Slot slot : {kQ, kK, kV}) find_rows(slot);
   }
@@ -268,9 +268,9 @@ class Window3d final : public Group<P> {
   WindowTokens<T> windows_[2], *now_ = &windows_[0], *next_ = &windows_[1];
   Engine engine_;
   int64_t expanded_size_;
-  bool announced_ = false;
+  bool has_next_ = false;
   int64_t loaded_head_ = -1;
-  Rows rows_[kSlots], next_rows_[kDout + 1];  // of this window and head, of the announced ones
+  Rows rows_[kSlots], next_rows_[kDout + 1];  // of this window and head, of the next ones
   const T* bias_ = nullptr;                   // of the current head
   T bias_range_ = 0;
   T longest_key_ = 0;  // square of the largest |k| of the window

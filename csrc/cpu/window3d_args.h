@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "call.h"
+#include "isa.h"
 
 namespace vidattn {
 
@@ -45,7 +46,6 @@ struct Window3dArgs {
 
 // Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost.
 using Window3dKernels = Kernels<Window3dArgs>;
-extern const KernelTable<Window3dKernels> window3d_baseline, window3d_avx2, window3d_avx512;
-extern const Window3dKernels window3d_avx512bf16;
+VIDATTN_DECLARE_KERNELS(window3d, Window3dKernels);
 
 }  // namespace vidattn

@@ -2,5 +2,6 @@
 #include "window3d.h"
 
 namespace vidattn {
-const Window3dKernels window3d_avx512bf16 = avx512bf16::window3d_kernels<avx512bf16::Bf16Pairs>();
+const KernelTable<Window3dKernels> window3d_avx512bf16 = {.bfloat16 =
+                                                              avx512bf16::window3d_kernels<avx512bf16::Bf16Pairs>()};
 }  // namespace vidattn

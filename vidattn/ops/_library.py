@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vidattn.backends import TRITON_INTERPRETED, AttentionCall, register_kernel, register_op
+from vidattn.backends import TRITON_INTERPRETED, AttentionCall, choose_backend, register_kernel, register_op
+from vidattn.ops._arguments import draw_seed
+from vidattn.ops._tensors import fake_sum, new_gradients
 from vidattn.ops._transforms import WITH_NUMBERS, call_op, call_with_numbers, gradients, register_transforms
 
-__all__ = ["LIBRARY", "TAGS", "describe_call", "register_attention", "register_function"]
+__all__ = [
+    "LIBRARY",
+    "TAGS",
+    "call_attention",
+    "describe_call",
+    "native_pass",
+    "register_attention",
+    "register_function",
+]
 
 _MAX_HEAD_DIM = 128
 
@@ -53,17 +63,40 @@ def describe_call(op: str, q: Tensor) -> AttentionCall:
     return AttentionCall(op, q.device.type, q.dtype, q.shape[-1])
 
 
-def register_function(name: str, *, arguments: Callable[..., Any], native: str, attends: bool = True) -> None:
+def call_attention(function: str, op: str, inputs: Any, options: Any, backend: str | None) -> Any:
+    """Call an op of attention with validated arguments: choose the backend and draw the seed of the dropout.
+
+    Args:
+        function: name of the public function.
+        op: name of the op.
+        inputs: its tensors, the seed last, which is None so far.
+        options: its options.
+        backend: the call's own ``backend`` argument.
+
+    Returns:
+        What the op returns.
+    """
+    chosen = choose_backend(describe_call(function, inputs.q), backend)
+    seed = draw_seed(inputs.q, options.dropout_p)
+    return call_op(op, *inputs[:-1], seed, *options, chosen)
+
+
+def native_pass(op: str) -> Callable[..., None]:
+    """Give a native op as a launch function: it takes the value of :mod:`vidattn.calls` as one argument."""
+    native = getattr(torch.ops.vidattn, op).default
+    return lambda call, *rest: native(*call, *rest)
+
+
+def register_function(function: Callable[..., Any], *, native: str, attends: bool = True) -> None:
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
     Args:
-        name: name of the function.
-        arguments: takes the function's arguments and returns its validated tensors first.
+        function: the function, which asks :func:`vidattn.backends.choose_backend`.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
         attends: whether it computes attention; what only moves data runs in any dtype.
     """
-    missing = native_kernel_missing(native, "CPU")
-    register_op(name, lambda *args, **kwargs: describe_call(name, arguments(*args, **kwargs)[0][0]))
+    name, missing = function.__name__, native_kernel_missing(native, "CPU")
+    register_op(function)
     register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else None)
 
@@ -71,48 +104,76 @@ def register_function(name: str, *, arguments: Callable[..., Any], native: str, 
 def register_attention(
     name: str,
     *,
+    inputs: Callable[..., Any],
+    options: Callable[..., Any],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     fake: Callable[..., Any],
-    fake_backward: Callable[..., Any],
     flops: Callable[..., int],
     save: Callable[..., None],
-    num_tensors: int,
     num_outputs: int = 2,
     num_gradients: int = 1,
 ) -> None:
     """Give the ops ``name`` and ``name_backward``, whose schemas are defined, all they need besides kernels.
 
-    The arguments of the backward op are gradients, the op's tensors, its outputs, the op's options, which of the
-    tensors from the fourth on need a gradient, and the backend. It returns the gradients of the first tensors.
+    This is the one place where the flat arguments of the schemas become values. The op takes its inputs, its options
+    and the backend. The backward op takes gradients, the inputs, the outputs (None where they were not saved), the
+    options, which of the inputs between v and the seed need a gradient, and the backend. It returns gradients of the
+    inputs in front of the seed.
 
     Args:
         name: name of the op.
-        forward: implementation of the op on every device, which routes by its last argument, the backend.
-        backward: the same of the backward op.
-        fake: allocates the op's outputs.
-        fake_backward: allocates the backward op's outputs.
-        flops: takes the shapes and options of the op, and counts floating point operations of the forward pass.
-        num_tensors: number of tensor arguments of the op, which come first.
+        inputs: NamedTuple of the op's tensors: q, k, v, what the windows share, the seed.
+        options: NamedTuple of its options.
+        forward: takes inputs, options and the backend, and routes by the latter.
+        backward: takes gradients, inputs, outputs, options, needs and the backend.
+        fake: allocates the op's outputs; takes what ``forward`` takes.
+        flops: takes the shape of q and the options, and counts floating point operations of the forward pass.
+        save: takes the context, inputs, outputs, options and the backend, and saves the tensors, or None for outputs
+            that the backward op needs not: never an (N, N) tensor, a mask, a rolled or padded copy.
         num_outputs: number of outputs of the op.
         num_gradients: number of gradients that the backward op is given, those of the first outputs.
-        save: takes the context, the op's tensors and its outputs, and saves them, or None for outputs that the backward
-            op needs not: never an (N, N) tensor, a mask, a rolled or padded copy. ``ctx.options`` has the rest.
     """
+    num_tensors, num_options = len(inputs._fields), len(options._fields)  # type: ignore[attr-defined]
     num_inputs = num_gradients + num_tensors
     first_option = num_inputs + num_outputs
-    num_options = _num_arguments(name) - num_tensors - 1
-    num_needs = _num_arguments(f"{name}_backward") - first_option - num_options - 1
+    schema = getattr(torch.ops.vidattn, f"{name}_backward").default._schema
+    num_needs = len(schema.arguments) - first_option - num_options - 1
+
+    def values(args: Sequence[Any]) -> tuple[Any, Any, str]:
+        return inputs(*args[:num_tensors]), options(*args[num_tensors:-1]), args[-1]
+
+    def forward_op(*args: Any) -> Any:
+        return forward(*values(args))
+
+    def backward_op(*args: Any) -> tuple[Tensor | None, ...]:
+        rest = args[first_option:]
+        return backward(
+            args[:num_gradients],
+            inputs(*args[num_gradients:num_inputs]),
+            args[num_inputs:first_option],
+            options(*rest[:num_options]),
+            rest[num_options:-1],
+            args[-1],
+        )
+
+    def fake_op(*args: Any) -> Any:
+        return fake(*values(args))
+
+    def fake_backward_op(*args: Any) -> tuple[Tensor | None, ...]:
+        given, needs = inputs(*args[num_gradients:num_inputs]), args[first_option + num_options : -1]
+        return (*new_gradients(given)[0], *map(fake_sum, given[3:-1], needs))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[num_tensors:]
-        save(ctx, inputs[:num_tensors], output)
+        given, chosen, backend = values(inputs)
+        save(ctx, given, output, chosen, backend)
 
     def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
-        options, needs = ctx.options[:num_options], ctx.needs_input_grad[3 : 3 + num_needs]
-        args = (*grads[:num_gradients], *ctx.saved_tensors, *options, *needs, *ctx.options[num_options:])
+        needs = ctx.needs_input_grad[3 : 3 + num_needs]
+        args = (*grads[:num_gradients], *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.options[-1])
         if getattr(ctx, "numbers", None) is None:
             found = call_op(f"{name}_backward", *args)
         else:
@@ -120,12 +181,12 @@ def register_attention(
         return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))
 
     def plain(*args: Any) -> Any:
-        return forward(*args[:-1], "reference")
+        return forward_op(*args[:-1], "reference")
 
     def plain_backward(*args: Any) -> list[Tensor | None]:
-        grads, inputs, rest = args[:num_gradients], args[num_gradients:num_inputs], args[first_option:]
-        options, needs = rest[:num_options], rest[num_options:-1]
-        return gradients(lambda *x: forward(*x, *options, "reference"), inputs, grads, (True, True, True, *needs))
+        grads, given, rest = args[:num_gradients], args[num_gradients:num_inputs], args[first_option:]
+        chosen, needs = rest[:num_options], rest[num_options:-1]
+        return gradients(lambda *x: plain(*x, *chosen, None), given, grads, (True, True, True, *needs))
 
     # The outputs of the forward pass are functions of its inputs: their share is in the derivatives for those.
     def setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -141,9 +202,9 @@ def register_attention(
     register_transforms(
         LIBRARY,
         name,
-        implementation=forward,
+        implementation=forward_op,
         plain=plain,
-        fake=fake,
+        fake=fake_op,
         setup_context=setup_context,
         backward=autograd,
         batched=range(3),
@@ -152,9 +213,9 @@ def register_attention(
     register_transforms(
         LIBRARY,
         f"{name}_backward",
-        implementation=backward,
+        implementation=backward_op,
         plain=plain_backward,
-        fake=fake_backward,
+        fake=fake_backward_op,
         setup_context=setup_second,
         backward=second,
         batched=(*range(num_gradients + 3), *range(num_inputs, first_option)),
@@ -162,21 +223,22 @@ def register_attention(
         folds=lambda args: args[num_inputs - 1] is None and not any(args[first_option + num_options : -1]),
     )
 
+    # Formulas see the shape of a tensor in its place. Numbers of options that a program keeps open come after those.
     def forward_flops(*args: Any, **_: Any) -> int:
-        return flops(args[:num_tensors], args[num_tensors:])
+        return flops(args[0] if args[1] is not None else _unpacked(args[0]), options(*args[num_tensors:][:num_options]))
 
     def backward_flops(*args: Any, **_: Any) -> int:
         # Five products (the scores again, dv, dP, dq, dk) where the forward pass has two.
-        tensors, rest = args[num_gradients:][:num_tensors], args[num_gradients + num_tensors + num_outputs :]
-        return flops(tensors, rest) * 5 // 2
+        return forward_flops(*args[num_gradients:num_inputs], *args[first_option:]) * 5 // 2
 
     for suffix in ("", WITH_NUMBERS):
         register_flop_formula(getattr(torch.ops.vidattn, name + suffix))(forward_flops)
         register_flop_formula(getattr(torch.ops.vidattn, f"{name}_backward{suffix}"))(backward_flops)
 
 
-def _num_arguments(op: str) -> int:
-    return len(getattr(torch.ops.vidattn, op).default._schema.arguments)
+def _unpacked(shape: Sequence[int]) -> list[int]:
+    """Give the shape of q from that of a packed qkv."""
+    return [*shape[:-3], *shape[-2:]]
 
 
 def _triton_missing() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, stack
 
@@ -16,42 +17,65 @@ def last_dim_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def separate(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+class Tokens(Protocol):
+    """What the inputs of all attention ops begin with."""
+
+    @property
+    def q(self) -> Tensor:
+        """Queries, or the packed qkv when k and v are None."""
+
+    @property
+    def k(self) -> Tensor | None:
+        """Keys."""
+
+    @property
+    def v(self) -> Tensor | None:
+        """Values."""
+
+
+def separate(inputs: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Give q, k, v as views of the packed tensor, or as they came; dense in the last dimension."""
-    if k is None or v is None:
-        q, k, v = last_dim_dense(q).unbind(-3)
+    if inputs.k is None or inputs.v is None:
+        q, k, v = last_dim_dense(inputs.q).unbind(-3)
         return q, k, v
-    return last_dim_dense(q), last_dim_dense(k), last_dim_dense(v)
+    return last_dim_dense(inputs.q), last_dim_dense(inputs.k), last_dim_dense(inputs.v)
 
 
-def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    *grid, heads, head_dim = q.shape
+def shape_of_q(inputs: Tokens) -> list[int]:
+    """Give the shape of q, whether it is packed or not."""
+    shape = list(inputs.q.shape)
+    return shape if inputs.k is not None else shape[:-3] + shape[-2:]
+
+
+def new_outputs(inputs: Tokens) -> tuple[Tensor, Tensor]:
+    """Allocate the context and its log-sum-exp for q (..., h, d)."""
+    *grid, heads, head_dim = shape_of_q(inputs)
+    q = inputs.q
     return q.new_empty(*grid, heads * head_dim), q.new_empty(*grid, heads, dtype=accumulator_dtype(q.dtype))
 
 
-def new_gradients(
-    q: Tensor, k: Tensor | None, v: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+def new_gradients(inputs: Tokens) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
     """Allocate what the op returns for q, k, v, and the three tensors in it that a kernel fills."""
-    if k is None or v is None:
-        packed = q.new_empty(q.shape)
+    if inputs.k is None or inputs.v is None:
+        packed = inputs.q.new_empty(inputs.q.shape)
         return (packed, None, None), packed.unbind(-3)
-    separate = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    separate = tuple(x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v))
     return separate, separate
 
 
-def pack(k: Tensor | None, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    if k is None:
+def pack(inputs: Tokens, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Put the gradients of q, k and v into what the op returns for them."""
+    if inputs.k is None:
         return stack(tuple(grads), -3), None, None
     return tuple(grad.contiguous() for grad in grads)
 
 
-def new_sum(of: Tensor | None, q: Tensor, needed: bool) -> Tensor | None:
+def new_sum(of: Tensor | None, inputs: Tokens, needed: bool) -> Tensor | None:
     """Allocate a gradient that sums over windows, in the accumulator's dtype; an empty grid has nothing to add."""
     if of is None or not needed:
         return None
-    new = q.new_empty if q.numel() > 0 else q.new_zeros
-    return new(of.shape, dtype=accumulator_dtype(q.dtype))
+    new = inputs.q.new_empty if inputs.q.numel() > 0 else inputs.q.new_zeros
+    return new(of.shape, dtype=accumulator_dtype(inputs.q.dtype))
 
 
 def as_input(grad: Tensor | None, of: Tensor | None, needed: bool) -> Tensor | None:
@@ -69,11 +93,6 @@ def keeps_lse(keys: int, backend: str) -> bool:
     The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``.
     """
     return backend == "triton" and keys > WHOLE_ROW_KEYS
-
-
-def fake_outputs(q: Tensor, k: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    """Shapes of an op's context and log-sum-exp, from its arguments."""
-    return new_outputs(q.select(-3, 0) if k is None else q)
 
 
 def fake_sum(of: Tensor | None, needed: bool) -> Tensor | None:

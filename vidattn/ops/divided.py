@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from vidattn.backends import choose_backend
+from vidattn.calls import DividedCall
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
-from vidattn.ops._transforms import call_op
+from vidattn.ops._library import LIBRARY, TAGS, call_attention, native_pass, register_attention, register_function
 from vidattn.reference import divided as reference
 from vidattn.reference.attention import accumulator_dtype
 from vidattn.tracing import traced_for_one_size
@@ -71,8 +69,8 @@ def temporal_attention(
         >>> vidattn.temporal_attention(qkv, 8, token_order="hwt").shape
         torch.Size([2, 1568, 96])
     """
-    inputs, options = _temporal_arguments(qkv, num_frames, token_order=token_order, scale=scale, dropout_p=dropout_p)
-    return _call("temporal_attention", inputs, options, backend)[0]
+    options = Options(num_frames, token_order, 0, None, scale, dropout_p)  # type: ignore[arg-type]
+    return _attend("temporal_attention", qkv, options, backend, lambda heads: heads)[0]
 
 
 @traced_for_one_size
@@ -124,10 +122,8 @@ def spatial_attention(
         >>> vidattn.spatial_attention(qkv, 8, token_order="hwt", cls_token="mean").shape
         torch.Size([2, 1569, 96])
     """
-    inputs, options = _spatial_arguments(
-        qkv, num_frames, token_order=token_order, cls_token=cls_token, scale=scale, dropout_p=dropout_p
-    )
-    out, cls = _call("spatial_attention", inputs, options, backend)
+    options = Options(num_frames, token_order, 0, cls_token, scale, dropout_p)  # type: ignore[arg-type]
+    out, cls = _attend("spatial_attention", qkv, options, backend)
     return (out, cls) if cls_token == "per_frame" else out
 
 
@@ -174,69 +170,6 @@ def factorized_dot_product_attention(
         >>> vidattn.factorized_dot_product_attention(qkv, 16).shape
         torch.Size([1, 3136, 768])
     """
-    inputs, options = _factorized_arguments(
-        qkv,
-        num_frames,
-        token_order=token_order,
-        num_temporal_heads=num_temporal_heads,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
-    return _call("factorized_dot_product_attention", inputs, options, backend)[0]
-
-
-# ---- Arguments: validated, with autocast applied, in the order of the schema ----
-
-
-class _Inputs(NamedTuple):
-    q: Tensor  # the packed qkv when k and v are None
-    k: Tensor | None
-    v: Tensor | None
-
-
-class _Options(NamedTuple):
-    num_frames: int
-    token_order: str
-    temporal_heads: int  # the first so many attend over time, the others over space
-    cls_token: str | None
-    scale: float
-    dropout_p: float
-
-
-def _temporal_arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    num_frames: int,
-    *,
-    token_order: str = "thw",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
-    return _arguments("temporal_attention", qkv, num_frames, token_order, lambda heads: heads, None, scale, dropout_p)
-
-
-def _spatial_arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    num_frames: int,
-    *,
-    token_order: str = "thw",
-    cls_token: str | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
-    name = "spatial_attention"
-    arguments.check_choice(name, "cls_token", cls_token, CLS_TOKENS)
-    return _arguments(name, qkv, num_frames, token_order, lambda heads: 0, cls_token, scale, dropout_p)
-
-
-def _factorized_arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    num_frames: int,
-    *,
-    token_order: str = "thw",
-    num_temporal_heads: int | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
     name = "factorized_dot_product_attention"
 
     def temporal_heads(heads: int) -> int:
@@ -252,46 +185,59 @@ def _factorized_arguments(
             raise ValueError(f"{name}: num_temporal_heads: expected 0 to {heads}, the number of heads, got {chosen}")
         return chosen
 
-    return _arguments(name, qkv, num_frames, token_order, temporal_heads, None, scale, dropout_p)
+    options = Options(num_frames, token_order, 0, None, scale, dropout_p)  # type: ignore[arg-type]
+    return _attend(name, qkv, options, backend, temporal_heads)[0]
 
 
-def _arguments(
+# ---- What the op takes, in the order of its schema ----
+
+
+class Inputs(NamedTuple):
+    q: Tensor  # the packed qkv when k and v are None
+    k: Tensor | None
+    v: Tensor | None
+    seed: Tensor | None = None
+
+
+class Options(NamedTuple):
+    num_frames: int
+    token_order: str
+    temporal_heads: int  # the first so many attend over time, the others over space
+    cls_token: str | None
+    scale: float
+    dropout_p: float
+
+
+def _attend(
     name: str,
     qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    num_frames: int,
-    token_order: str,
-    temporal_heads: Callable[[int], int],
-    cls_token: str | None,
-    scale: float | None,
-    dropout_p: float,
-) -> tuple[_Inputs, _Options]:
-    q, k, v = arguments.split_qkv(name, qkv, "(B, S, 3, h, d)", "(B, S, h, d)")
-    heads, head_dim = q.shape[-2:]
-    frames = arguments.integer(name, "num_frames", num_frames)
+    options: Options,
+    backend: str | None,
+    temporal_heads: Callable[[int], int] = lambda heads: 0,
+) -> tuple[Tensor, Tensor]:
+    """Validate and call; ``temporal_heads`` takes the number of heads and gives how many attend over time."""
+    inputs = Inputs(*arguments.split_qkv(name, qkv, "(B, S, 3, h, d)", "(B, S, h, d)"))
+    tokens, (heads, head_dim) = inputs.q.shape[1], inputs.q.shape[-2:]
+    arguments.check_choice(name, "cls_token", options.cls_token, CLS_TOKENS)
+    frames = arguments.integer(name, "num_frames", options.num_frames)
     if frames < 1:
         raise ValueError(f"{name}: num_frames: expected at least 1, got {frames}")
-    tokens = q.shape[1]
-    if cls_token is None and tokens % frames != 0:
+    if options.cls_token is None and tokens % frames != 0:
         raise ValueError(f"{name}: qkv: expected num_frames * N = {frames} * N tokens, got {tokens}")
-    if cls_token is not None and (tokens <= 1 or (tokens - 1) % frames != 0):
+    if options.cls_token is not None and (tokens <= 1 or (tokens - 1) % frames != 0):
         raise ValueError(
             f"{name}: qkv: expected a cls token and num_frames * N = 1 + {frames} * N tokens with N >= 1, got {tokens}"
         )
-    arguments.check_choice(name, "token_order", token_order, TOKEN_ORDERS)
-    return _Inputs(q, k, v), _Options(
+    arguments.check_choice(name, "token_order", options.token_order, TOKEN_ORDERS)
+    options = Options(
         frames,
-        token_order,
+        options.token_order,
         temporal_heads(heads),
-        cls_token,
-        arguments.check_scale(name, scale, head_dim),
-        arguments.check_dropout(name, dropout_p),
+        options.cls_token,
+        arguments.check_scale(name, options.scale, head_dim),
+        arguments.check_dropout(name, options.dropout_p),
     )
-
-
-def _call(name: str, inputs: _Inputs, options: _Options, backend: str | None) -> tuple[Tensor, Tensor]:
-    chosen = choose_backend(describe_call(name, inputs.q), backend)
-    seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    out, cls, _ = call_op("divided_attention", *inputs, seed, *options, chosen)
+    out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend)
     return out, cls
 
 
@@ -310,94 +256,89 @@ LIBRARY.define(
     f" {_OPTIONS}, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     tags=TAGS,
 )
-# Implemented by the extension per device. out, dout: patches (B, T * N, h * d) in token order. cls, dcls: (B, T, h * d)
-# in the accumulator's dtype, given if and only if row 0 of q, k, v, dq, dk and dv is a cls token. cls_mean: (B, h * d),
-# where the mean of cls goes. lse: of the patches in token order, then of the cls token in each frame.
+# Implemented by the extension per device, with the fields of a DividedCall first. out, dout: patches (B, T * N, h * d)
+# in token order. cls, dcls: (B, T, h * d) in the accumulator's dtype, given if and only if row 0 of q, k, v, dq, dk and
+# dv is a cls token. cls_mean: (B, h * d), where the mean of cls goes. lse: of the patches in token order, then of the
+# cls token in each frame.
 NATIVE_FORWARD = "_divided_attention_forward"
-_NATIVE_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? seed"
-_NATIVE_OPTIONS = "int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p"
-LIBRARY.define(
-    f"{NATIVE_FORWARD}({_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
-    " Tensor(a!) out, Tensor(b!)? cls, Tensor(c!)? cls_mean, Tensor(d!)? lse) -> ()"
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? seed,"
+    " int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p"
 )
 LIBRARY.define(
-    f"_divided_attention_backward(Tensor dout, Tensor? dcls, {_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
-    " Tensor? out, Tensor? cls, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!)? cls, Tensor(c!)? cls_mean, Tensor(d!)? lse) -> ()"
 )
+LIBRARY.define(
+    f"_divided_attention_backward({_CALL}, Tensor dout, Tensor? dcls, Tensor? out, Tensor? cls, Tensor? lse,"
+    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+)
+
+_NATIVE = native_pass(NATIVE_FORWARD), native_pass("_divided_attention_backward")
 
 
 # ---- Implementations ----
 
 
 def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Give the forward and backward pass of a backend, both with the arguments of the native ops.
+    """Give the passes of a backend: (call, out, cls, cls_mean, lse), (call, dout, dcls, out, cls, lse, dq, dk, dv).
 
     Args:
         backend: "cpu", "cuda" or "triton".
 
     Returns:
-        Two functions that write into the tensors they are given last.
+        The forward and the backward pass, which write into the tensors that they are given last.
     """
     if backend == "triton":
         from vidattn.kernels import divided  # Triton is imported on first use, if ever
 
         return divided.forward, divided.backward
-    return torch.ops.vidattn._divided_attention_forward, torch.ops.vidattn._divided_attention_backward
+    return _NATIVE
 
 
-def _new_outputs(
-    q: Tensor, num_frames: int, temporal_heads: int, cls_token: str | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate out, cls and lse for q (B, S, h, d)."""
-    batch, tokens, heads, head_dim = q.shape
+def _call(inputs: Inputs, options: Options) -> DividedCall:
+    return DividedCall(
+        *tensors.separate(inputs),
+        seed=inputs.seed,
+        num_frames=options.num_frames,
+        time_fastest=options.token_order == "hwt",
+        temporal_heads=options.temporal_heads,
+        scale=options.scale,
+        dropout_p=options.dropout_p,
+    )
+
+
+def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate out, cls and lse."""
+    batch, tokens, heads, head_dim = tensors.shape_of_q(inputs)
+    frames, cls_token, q = options.num_frames, options.cls_token, inputs.q
     accumulator = accumulator_dtype(q.dtype)
-    cls_frames = 0 if cls_token is None else num_frames
+    cls_frames = 0 if cls_token is None else frames
     patches = tokens if cls_token is None else tokens - 1
     out = q.new_empty(batch, patches if cls_token == "per_frame" else tokens, heads * head_dim)
     cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
-    time_keys = num_frames if temporal_heads > 0 else 0
-    space_keys = tokens - patches + patches // num_frames if temporal_heads < heads else 0
+    time_keys = frames if options.temporal_heads > 0 else 0
+    space_keys = tokens - patches + patches // frames if options.temporal_heads < heads else 0
     rows = patches + cls_frames if tensors.keeps_lse(max(time_keys, space_keys), backend) else 0
     lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    seed: Tensor | None,
-    num_frames: int,
-    token_order: str,
-    temporal_heads: int,
-    cls_token: str | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    qkv = tensors.separate(q, k, v)
-    out, cls, lse = _new_outputs(qkv[0], num_frames, temporal_heads, cls_token, backend)
+def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    out, cls, lse = _new_outputs(inputs, options, backend)
     if out.numel() == 0:
         return out, cls, lse
     if backend == "reference":
-        out, cls = reference.divided_attention(
-            *qkv, seed, num_frames, token_order, temporal_heads, cls_token, scale, dropout_p
-        )
+        out, cls = reference.divided_attention(*tensors.separate(inputs), inputs.seed, **options._asdict())
         return out.contiguous(), cls.contiguous(), lse
-    exact_cls = None if cls_token is None else cls.to(lse.dtype)
-    launch_forward, _ = launch_functions(backend)
-    launch_forward(
-        *qkv,
-        seed,
-        num_frames,
-        token_order == "hwt",
-        temporal_heads,
-        scale,
-        dropout_p,
-        out[:, 1:] if cls_token == "mean" else out,
+    has_mean = options.cls_token == "mean"
+    exact_cls = None if options.cls_token is None else cls.to(lse.dtype)
+    launch, _ = launch_functions(backend)
+    launch(
+        _call(inputs, options),
+        out[:, 1:] if has_mean else out,
         exact_cls,
-        out[:, 0] if cls_token == "mean" else None,
+        out[:, 0] if has_mean else None,
         lse if lse.shape[1] > 0 else None,
     )
     if exact_cls is not None and exact_cls is not cls:
@@ -406,113 +347,68 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
-    grad_cls: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    cls: Tensor | None,
-    lse: Tensor | None,
-    num_frames: int,
-    token_order: str,
-    temporal_heads: int,
-    cls_token: str | None,
-    scale: float,
-    dropout_p: float,
+    grads: Sequence[Tensor | None],
+    inputs: Inputs,
+    outputs: Sequence[Tensor | None],
+    options: Options,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    qkv = tensors.separate(q, k, v)
-    if backend == "reference" and grad_out.numel() > 0:
-        found = reference.divided_attention_backward(
-            grad_out, grad_cls, *qkv, seed, num_frames, token_order, temporal_heads, cls_token, scale, dropout_p
-        )
-        return tensors.pack(k, found)
-    grads, views = tensors.new_gradients(q, k, v)
-    if grad_out.numel() == 0:
-        return grads
-    accumulator = accumulator_dtype(q.dtype)
-    grad_out = tensors.last_dim_dense(grad_out)
-    if cls_token == "mean":
-        share = grad_out[:, :1].to(accumulator) / num_frames
-        grad_cls, grad_out = share.expand(-1, num_frames, -1), grad_out[:, 1:]
+    dout, dcls = grads
+    out, cls, lse = outputs
+    assert dout is not None
+    if backend == "reference" and dout.numel() > 0:
+        qkv = tensors.separate(inputs)
+        found = reference.divided_attention_backward(dout, dcls, *qkv, inputs.seed, **options._asdict())
+        return tensors.pack(inputs, found)
+    dqkv, views = tensors.new_gradients(inputs)
+    if dout.numel() == 0:
+        return dqkv
+    accumulator = accumulator_dtype(inputs.q.dtype)
+    dout = tensors.last_dim_dense(dout)
+    if options.cls_token == "mean":
+        share = dout[:, :1].to(accumulator) / options.num_frames
+        dcls, dout = share.expand(-1, options.num_frames, -1), dout[:, 1:]
         out = None if out is None else out[:, 1:]
-    elif grad_cls is not None:
-        grad_cls = tensors.last_dim_dense(grad_cls.to(accumulator))
-    _, launch_backward = launch_functions(backend)
-    launch_backward(
-        grad_out,
-        grad_cls,
-        *qkv,
-        seed,
-        num_frames,
-        token_order == "hwt",
-        temporal_heads,
-        scale,
-        dropout_p,
-        out,
-        None if cls is None or cls_token is None else cls.to(accumulator),
-        lse,
-        *views,
-    )
-    return grads
+    elif dcls is not None:
+        dcls = tensors.last_dim_dense(dcls.to(accumulator))
+    cls = None if cls is None or options.cls_token is None else cls.to(accumulator)
+    _, launch = launch_functions(backend)
+    launch(_call(inputs, options), dout, dcls, out, cls, lse, *views)
+    return dqkv
 
 
-def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: Sequence[Tensor], options: Options, backend: str) -> None:
     """Keep q, k, v and the seed, and the outputs only where the backward pass rebuilds rows from a log-sum-exp."""
     _, cls, lse = output
-    cls_token = ctx.options[3]
+    per_frame = options.cls_token == "per_frame"
     ctx.save_for_backward(*inputs, *(output if lse.shape[1] > 0 else (None, None, None)))
-    ctx.mark_non_differentiable(*((lse,) if cls_token == "per_frame" else (cls, lse)))
-    ctx.set_materialize_grads(cls_token == "per_frame")
+    ctx.mark_non_differentiable(*((lse,) if per_frame else (cls, lse)))
+    ctx.set_materialize_grads(per_frame)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    seed: Tensor | None,
-    num_frames: int,
-    token_order: str,
-    temporal_heads: int,
-    cls_token: str | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_outputs(q.select(-3, 0) if k is None else q, num_frames, temporal_heads, cls_token, backend)
-
-
-def _fake_backward(
-    grad_out: Tensor, grad_cls: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    return tensors.new_gradients(q, k, v)[0]
-
-
-def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+def _flops(shape: Sequence[int], options: Options) -> int:
     """Count q k^T and P v, a multiplication and an addition each."""
-    batch, tokens = shapes[0][:2]
-    heads, head_dim = shapes[0][-2:]
-    frames, _, temporal_heads, cls_token, *_ = options
-    cls = 0 if cls_token is None else 1
+    batch, tokens = shape[:2]
+    heads, head_dim = shape[-2:]
+    frames, temporal_heads = options.num_frames, options.temporal_heads
+    cls = 0 if options.cls_token is None else 1
     sites = (tokens - cls) // frames
     over_time, over_space = sites * frames**2, frames * (cls + sites) ** 2
     return 4 * batch * head_dim * (temporal_heads * over_time + (heads - temporal_heads) * over_space)
 
 
-register_function("temporal_attention", arguments=_temporal_arguments, native=NATIVE_FORWARD)
-register_function("spatial_attention", arguments=_spatial_arguments, native=NATIVE_FORWARD)
-register_function("factorized_dot_product_attention", arguments=_factorized_arguments, native=NATIVE_FORWARD)
+for function in (temporal_attention, spatial_attention, factorized_dot_product_attention):
+    register_function(function, native=NATIVE_FORWARD)
 register_attention(
     "divided_attention",
+    inputs=Inputs,
+    options=Options,
     forward=_forward,
     backward=_backward,
-    fake=_fake,
-    fake_backward=_fake_backward,
+    fake=_new_outputs,
     flops=_flops,
-    num_tensors=4,
+    save=_save,
     num_outputs=3,
     num_gradients=2,
-    save=_save,
 )

@@ -15,16 +15,27 @@ import torch
 from torch import Tensor
 
 from vidattn.backends import choose_backend
+from vidattn.calls import MixingCall
 from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
+from vidattn.ops._library import (
+    LIBRARY,
+    TAGS,
+    call_attention,
+    describe_call,
+    native_pass,
+    register_attention,
+    register_function,
+)
 from vidattn.ops._transforms import call_op, register_transforms
 from vidattn.reference import mixing as reference
 from vidattn.reference.attention import accumulator_dtype
 from vidattn.tracing import traced_for_one_size
 
 __all__ = ["space_time_mixing_attention", "temporal_shift"]
+
+NAME = "space_time_mixing_attention"
 
 
 @traced_for_one_size
@@ -76,12 +87,20 @@ def space_time_mixing_attention(
         >>> vidattn.space_time_mixing_attention(qkv, 8, shift_div=4).shape
         torch.Size([16, 197, 96])
     """
-    inputs, options = _mixing_arguments(
-        qkv, num_frames, shift_div=shift_div, channel_shifts=channel_shifts, scale=scale, dropout_p=dropout_p
+    inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(B * T, N, 3, h, d)", "(B * T, N, h, d)"))
+    heads, head_dim = inputs.q.shape[-2:]
+    if channel_shifts is None:
+        divisor = arguments.integer(NAME, "shift_div", shift_div)
+        if divisor < 1:
+            raise ValueError(f"{NAME}: shift_div: expected at least 1, got {divisor}")
+        channel_shifts = reference.xvit_channel_shifts(heads * head_dim, divisor)
+    options = Options(
+        _check_frames(NAME, "qkv", inputs.q, num_frames),
+        _check_shifts(NAME, channel_shifts, heads * head_dim),
+        arguments.check_scale(NAME, scale, head_dim),
+        arguments.check_dropout(NAME, dropout_p),
     )
-    chosen = choose_backend(describe_call("space_time_mixing_attention", inputs.q), backend)
-    seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return call_op("space_time_mixing_attention", *inputs, seed, *options, chosen)[0]
+    return call_attention(NAME, NAME, inputs, options, backend)[0]
 
 
 @traced_for_one_size
@@ -121,61 +140,6 @@ def temporal_shift(
         >>> vidattn.temporal_shift(x, 8, [(0, 8, 1), (8, 16, -1)], dim=1).shape
         torch.Size([16, 64, 7, 7])
     """
-    inputs, options = _shift_arguments(x, num_frames, channel_shifts, dim=dim)
-    chosen = choose_backend(describe_call("temporal_shift", x), backend)
-    return call_op("temporal_shift", *inputs, *options, chosen)
-
-
-# ---- Arguments: validated, with autocast applied, in the order of the schemas ----
-
-
-class _Inputs(NamedTuple):
-    q: Tensor  # the packed qkv when k and v are None
-    k: Tensor | None
-    v: Tensor | None
-
-
-class _Options(NamedTuple):
-    num_frames: int
-    channel_shifts: list[int]  # first, last and offset of each range, in ascending order, none of them empty or still
-    scale: float
-    dropout_p: float
-
-
-class _ShiftOptions(NamedTuple):
-    num_frames: int
-    channel_shifts: list[int]
-    dim: int  # from 1
-
-
-def _mixing_arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    num_frames: int,
-    *,
-    shift_div: int = 8,
-    channel_shifts: Sequence[Sequence[int]] | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
-    name = "space_time_mixing_attention"
-    q, k, v = arguments.split_qkv(name, qkv, "(B * T, N, 3, h, d)", "(B * T, N, h, d)")
-    heads, head_dim = q.shape[-2:]
-    if channel_shifts is None:
-        divisor = arguments.integer(name, "shift_div", shift_div)
-        if divisor < 1:
-            raise ValueError(f"{name}: shift_div: expected at least 1, got {divisor}")
-        channel_shifts = reference.xvit_channel_shifts(heads * head_dim, divisor)
-    return _Inputs(q, k, v), _Options(
-        _check_frames(name, "qkv", q, num_frames),
-        _check_shifts(name, channel_shifts, heads * head_dim),
-        arguments.check_scale(name, scale, head_dim),
-        arguments.check_dropout(name, dropout_p),
-    )
-
-
-def _shift_arguments(
-    x: Tensor, num_frames: int, channel_shifts: Sequence[Sequence[int]], *, dim: int = -1
-) -> tuple[tuple[Tensor], _ShiftOptions]:
     name = "temporal_shift"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x: expected a tensor (B * T, ...), got {describe(x)}")
@@ -189,7 +153,25 @@ def _shift_arguments(
         )
     axis %= x.dim()
     frames = _check_frames(name, "x", x, num_frames)
-    return (x,), _ShiftOptions(frames, _check_shifts(name, channel_shifts, x.shape[axis]), axis)
+    shifts = _check_shifts(name, channel_shifts, x.shape[axis])
+    return call_op(name, x, frames, shifts, axis, choose_backend(describe_call(name, x), backend))
+
+
+# ---- What the op of attention takes, in the order of its schema ----
+
+
+class Inputs(NamedTuple):
+    q: Tensor  # the packed qkv when k and v are None
+    k: Tensor | None
+    v: Tensor | None
+    seed: Tensor | None = None
+
+
+class Options(NamedTuple):
+    num_frames: int
+    channel_shifts: list[int]  # first, last and offset of each range, in ascending order, none of them empty or still
+    scale: float
+    dropout_p: float
 
 
 def _check_frames(name: str, of: str, x: Tensor, num_frames: int) -> int:
@@ -234,131 +216,103 @@ def _triples(channel_shifts: Sequence[int]) -> list[tuple[int, int, int]]:
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
 _OPTIONS = "SymInt num_frames, int[] channel_shifts, float scale, float dropout_p"
 # lse is empty where no backward needs it.
-LIBRARY.define(
-    f"space_time_mixing_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS
-)
+LIBRARY.define(f"{NAME}({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
 # Without k and v, grad_q is the gradient of the packed qkv. out and lse are there if the forward pass kept an lse.
 LIBRARY.define(
-    f"space_time_mixing_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS},"
-    " str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    f"{NAME}_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS}, str backend)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     tags=TAGS,
 )
 LIBRARY.define(
     "temporal_shift(Tensor x, SymInt num_frames, int[] channel_shifts, int dim, str backend) -> Tensor", tags=TAGS
 )
-# Implemented by the extension per device. q, k, v, dq, dk, dv: (B * T, N, h, d); out, dout: (B * T, N, h * d);
+# Implemented by the extension per device, with the fields of a MixingCall first. out, dout: (B * T, N, h * d);
 # lse: (B * T, N, h) in the accumulator's dtype.
 NATIVE_FORWARD = "_space_time_mixing_attention_forward"
+_CALL = "Tensor q, Tensor k, Tensor v, Tensor? seed, int num_frames, int[] channel_shifts, float scale, float dropout_p"
+LIBRARY.define(f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!)? lse) -> ()")
 LIBRARY.define(
-    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS}, Tensor(a!) out, Tensor(b!)? lse) -> ()"
-)
-LIBRARY.define(
-    f"_space_time_mixing_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? seed, {_OPTIONS},"
-    " Tensor? out, Tensor? lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    f"_space_time_mixing_attention_backward({_CALL}, Tensor dout, Tensor? out, Tensor? lse,"
+    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
 )
 # x, out: (frames, outer, channels, inner), contiguous, of any dtype.
 NATIVE_SHIFT = "_temporal_shift"
 LIBRARY.define(f"{NATIVE_SHIFT}(Tensor x, int num_frames, int[] channel_shifts, Tensor(a!) out) -> ()")
+
+_NATIVE = (
+    native_pass(NATIVE_FORWARD),
+    native_pass("_space_time_mixing_attention_backward"),
+    getattr(torch.ops.vidattn, NATIVE_SHIFT).default,
+)
 
 
 # ---- Implementations ----
 
 
 def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """Give the forward and backward pass of a backend and its temporal shift, with the arguments of the native ops.
+    """Give the passes of a backend, (call, out, lse) and (call, dout, out, lse, dq, dk, dv), and its temporal shift.
 
     Args:
         backend: "cpu", "cuda" or "triton".
 
     Returns:
-        Three functions that write into the tensors they are given last.
+        Three functions that write into the tensors that they are given last.
     """
     if backend == "triton":
         from vidattn.kernels import mixing  # Triton is imported on first use, if ever
 
         return mixing.forward, mixing.backward, mixing.temporal_shift
-    ops = torch.ops.vidattn
-    return ops._space_time_mixing_attention_forward, ops._space_time_mixing_attention_backward, ops._temporal_shift
+    return _NATIVE
 
 
-def _new_outputs(q: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Allocate out and lse for q (B * T, N, h, d)."""
-    frames, tokens, heads, head_dim = q.shape
-    rows = tokens if tensors.keeps_lse(tokens, backend) else 0
+def _call(inputs: Inputs, options: Options) -> MixingCall:
+    return MixingCall(*tensors.separate(inputs), seed=inputs.seed, **options._asdict())
+
+
+def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """Allocate out and lse."""
+    frames, tokens, heads, head_dim = tensors.shape_of_q(inputs)
+    rows, q = tokens if tensors.keeps_lse(tokens, backend) else 0, inputs.q
     lse = q.new_empty(frames, rows, heads, dtype=accumulator_dtype(q.dtype))
     return q.new_empty(frames, tokens, heads * head_dim), lse
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    seed: Tensor | None,
-    num_frames: int,
-    channel_shifts: Sequence[int],
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    qkv = tensors.separate(q, k, v)
-    out, lse = _new_outputs(qkv[0], backend)
+def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = _new_outputs(inputs, options, backend)
     if out.numel() == 0:
         return out, lse
     if backend == "reference":
-        out = reference.space_time_mixing_attention(
-            qkv,
-            num_frames,
-            channel_shifts=_triples(channel_shifts),
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-        return out, lse
-    launch_forward, _, _ = launch_functions(backend)
-    kept = lse if lse.shape[1] > 0 else None
-    launch_forward(*qkv, seed, num_frames, channel_shifts, scale, dropout_p, out, kept)
+        given = options._asdict() | {"channel_shifts": _triples(options.channel_shifts), "seed": inputs.seed}
+        return reference.space_time_mixing_attention(tensors.separate(inputs), **given), lse
+    launch, _, _ = launch_functions(backend)
+    launch(_call(inputs, options), out, lse if lse.shape[1] > 0 else None)
     return out, lse
 
 
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    num_frames: int,
-    channel_shifts: Sequence[int],
-    scale: float,
-    dropout_p: float,
+    grads: Sequence[Tensor],
+    inputs: Inputs,
+    outputs: Sequence[Tensor | None],
+    options: Options,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    qkv, grad_out = tensors.separate(q, k, v), tensors.last_dim_dense(grad_out)
-    if backend == "reference" and grad_out.numel() > 0:
-        found = reference.space_time_mixing_attention_backward(
-            grad_out, qkv, seed, num_frames, _triples(channel_shifts), scale, dropout_p
+    dout = tensors.last_dim_dense(grads[0])
+    if backend == "reference" and dout.numel() > 0:
+        given = options._replace(channel_shifts=_triples(options.channel_shifts))  # type: ignore[arg-type]
+        qkv = tensors.separate(inputs)
+        return tensors.pack(
+            inputs,
+            reference.space_time_mixing_attention_backward(dout, qkv, inputs.seed, *given),  # type: ignore[arg-type]
         )
-        return tensors.pack(k, found)
-    grads, views = tensors.new_gradients(q, k, v)
-    if grad_out.numel() > 0:
-        _, launch_backward, _ = launch_functions(backend)
-        launch_backward(
-            grad_out,
-            *qkv,
-            seed,
-            num_frames,
-            channel_shifts,
-            scale,
-            dropout_p,
-            out,
-            lse,
-            *views,
-        )
-    return grads
+    dqkv, views = tensors.new_gradients(inputs)
+    if dout.numel() > 0:
+        _, launch, _ = launch_functions(backend)
+        launch(_call(inputs, options), dout, *outputs, *views)
+    return dqkv
 
 
-def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: Sequence[Tensor], options: Options, backend: str) -> None:
     """Keep q, k, v and the seed, and the outputs only where the backward pass rebuilds rows from a log-sum-exp."""
     _, lse = output
     ctx.save_for_backward(*inputs, *(output if lse.shape[1] > 0 else (None, None)))
@@ -366,20 +320,10 @@ def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _new_outputs(q.select(-3, 0) if k is None else q, rest[-1])
-
-
-def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    return tensors.new_gradients(q, k, v)[0]
-
-
-def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+def _flops(shape: Sequence[int], options: Options) -> int:
     """Count q k^T and P v, a multiplication and an addition each; moving channels is no arithmetic."""
-    frames, tokens = shapes[0][:2]
-    heads, head_dim = shapes[0][-2:]
+    frames, tokens = shape[:2]
+    heads, head_dim = shape[-2:]
     return 4 * frames * heads * tokens**2 * head_dim
 
 
@@ -429,18 +373,18 @@ def _shift_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return call_op("temporal_shift", grad, num_frames, back, dim, backend), None, None, None, None
 
 
-register_function("space_time_mixing_attention", arguments=_mixing_arguments, native=NATIVE_FORWARD)
+register_function(space_time_mixing_attention, native=NATIVE_FORWARD)
 register_attention(
-    "space_time_mixing_attention",
+    NAME,
+    inputs=Inputs,
+    options=Options,
     forward=_forward,
     backward=_backward,
-    fake=_fake,
-    fake_backward=_fake_backward,
+    fake=_new_outputs,
     flops=_flops,
-    num_tensors=4,
     save=_save,
 )
-register_function("temporal_shift", arguments=_shift_arguments, native=NATIVE_SHIFT, attends=False)
+register_function(temporal_shift, native=NATIVE_SHIFT, attends=False)
 register_transforms(
     LIBRARY,
     "temporal_shift",

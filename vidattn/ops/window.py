@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from vidattn import reference
-from vidattn.backends import choose_backend
+from vidattn.calls import WindowCall
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
-from vidattn.ops._transforms import call_op
+from vidattn.ops._library import LIBRARY, TAGS, call_attention, register_attention, register_function
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
 from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window_attention"]
+
+NAME = "window_attention"
 
 
 @traced_for_one_size
@@ -67,69 +68,57 @@ def window_attention(
         >>> vidattn.window_attention(qkv, bias=torch.zeros(4, 49, 49), mask=torch.zeros(2, 49, 49)).shape
         torch.Size([6, 49, 128])
     """
-    inputs, options = _arguments(qkv, bias, mask, scale=scale, dropout_p=dropout_p)
-    chosen = choose_backend(describe_call("window_attention", inputs.q), backend)
-    seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return call_op("window_attention", *inputs, seed, *options, chosen)[0]
+    inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(G, N, 3, h, d)", "(G, N, h, d)"), bias, mask)
+    _check(inputs)
+    head_dim = inputs.q.shape[-1]
+    options = Options(arguments.check_scale(NAME, scale, head_dim), arguments.check_dropout(NAME, dropout_p))
+    return call_attention(NAME, NAME, inputs, options, backend)[0]
 
 
-# ---- Arguments: validated, with autocast applied, in the order of the schema ----
+# ---- What the op takes, in the order of its schema ----
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     q: Tensor  # the packed qkv when k and v are None
     k: Tensor | None
     v: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
+    seed: Tensor | None = None
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     scale: float
     dropout_p: float
 
 
-def _arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
-    name = "window_attention"
-    q, k, v = arguments.split_qkv(name, qkv, "(G, N, 3, h, d)", "(G, N, h, d)")
+def _check(inputs: Inputs) -> None:
+    q, _, _, bias, mask, _ = inputs
     groups, tokens = q.shape[:2]
-    heads, head_dim = q.shape[-2:]
+    heads = q.shape[-2]
     if bias is not None:
-        arguments.check_companion(name, "bias", bias, q, (heads, tokens, tokens), "(h, N, N)")
+        arguments.check_companion(NAME, "bias", bias, q, (heads, tokens, tokens), "(h, N, N)")
     if mask is not None:
-        arguments.check_dense(name, "mask", mask)
+        arguments.check_dense(NAME, "mask", mask)
         kinds = mask.shape[0] if isinstance(mask, Tensor) and mask.dim() == 3 else 1
-        arguments.check_companion(name, "mask", mask, q, (kinds, tokens, tokens), "(nW, N, N)")
+        arguments.check_companion(NAME, "mask", mask, q, (kinds, tokens, tokens), "(nW, N, N)")
         if kinds == 0 or groups % kinds != 0:
             raise ValueError(
-                f"{name}: mask: expected the number of windows {groups} to be a multiple of nW, got {kinds}"
+                f"{NAME}: mask: expected the number of windows {groups} to be a multiple of nW, got {kinds}"
             )
         if mask.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name}: mask: expected a constant, got one that requires a gradient; pass what is learned as bias"
+                f"{NAME}: mask: expected a constant, got one that requires a gradient; pass what is learned as bias"
             )
-    return _Inputs(q, k, v, bias, mask), _Options(
-        arguments.check_scale(name, scale, head_dim), arguments.check_dropout(name, dropout_p)
-    )
 
 
 # ---- Schemas ----
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? seed"
+_OPTIONS = "float scale, float dropout_p"
+LIBRARY.define(f"{NAME}({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
 LIBRARY.define(
-    f"window_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
-    tags=TAGS,
-)
-LIBRARY.define(
-    f"window_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, float scale,"
-    " float dropout_p, bool needs_bias, str backend)"
+    f"{NAME}_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS}, bool needs_bias, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     tags=TAGS,
 )
@@ -138,126 +127,89 @@ LIBRARY.define(
 # ---- Implementations ----
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    qkv = tensors.separate(q, k, v)
-    out, lse = tensors.new_outputs(qkv[0])
-    if out.numel() == 0:
-        return out, lse
-    if backend == "reference":
-        return reference.window_attention(  # type: ignore[return-value]
-            qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=True
-        )
-    launch_forward, _ = launch_functions(backend)
-    launch_forward(
-        *_as_grids(*qkv),
-        tensors.accumulated(bias, q, backend),
-        [],
-        tensors.accumulated(mask, q, backend),
-        None,
-        seed,
-        [1, 1, out.shape[1]],
-        [0, 0, 0],
-        [0, 0, 0],
-        scale,
-        0.0,
-        dropout_p,
-        *_as_grids(out, lse),
+def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
+    q, k, v = map(_as_grid, tensors.separate(inputs))
+    return WindowCall(
+        q,
+        k,
+        v,
+        bias=tensors.accumulated(inputs.bias, q, backend),
+        bias_window=(),
+        mask=tensors.accumulated(inputs.mask, q, backend),
+        pad_qkv=None,
+        seed=inputs.seed,
+        window=q.shape[1:4],
+        shift=(0, 0, 0),
+        wrap=(False, False, False),
+        scale=options.scale,
+        mask_value=0.0,
+        dropout_p=options.dropout_p,
     )
+
+
+def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "reference" and inputs.q.numel() > 0:
+        given = {"seed": inputs.seed, **options._asdict()}
+        qkv = tensors.separate(inputs)
+        return reference.window_attention(qkv, inputs.bias, inputs.mask, **given, return_lse=True)  # type: ignore[return-value]
+    out, lse = tensors.new_outputs(inputs)
+    if out.numel() > 0:
+        launch, _ = launch_functions(backend)
+        launch(_call(inputs, options, backend), _as_grid(out), _as_grid(lse))
     return out, lse
 
 
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    needs_bias: bool,
+    grads: Sequence[Tensor],
+    inputs: Inputs,
+    outputs: Sequence[Tensor | None],
+    options: Options,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    qkv = tensors.separate(q, k, v)
-    if backend == "reference" and grad_out.numel() > 0:
-        *found, grad_bias = window_attention_backward(
-            grad_out, qkv, bias, mask, scale=scale, dropout_p=dropout_p, seed=seed
-        )
-        grads = tensors.pack(k, found)
+    dout, (needs_bias,) = grads[0], needs
+    if backend == "reference" and dout.numel() > 0:
+        given = {"seed": inputs.seed, **options._asdict()}
+        *found, dbias = window_attention_backward(dout, tensors.separate(inputs), inputs.bias, inputs.mask, **given)
+        dqkv = tensors.pack(inputs, found)
     else:
-        grads, views = tensors.new_gradients(q, k, v)
-        grad_bias = tensors.new_sum(bias, q, needs_bias)
-        if grad_out.numel() > 0:
-            _, launch_backward = launch_functions(backend)
-            launch_backward(
-                *_as_grids(tensors.last_dim_dense(grad_out), *qkv),
-                tensors.accumulated(bias, q, backend),
-                [],
-                tensors.accumulated(mask, q, backend),
-                None,
-                seed,
-                *((None, None) if out is None or lse is None else _as_grids(out, lse)),
-                [1, 1, q.shape[1]],
-                [0, 0, 0],
-                [0, 0, 0],
-                scale,
-                0.0,
-                dropout_p,
-                *_as_grids(*views),
-                grad_bias,
-                None,
-            )
-    return (*grads, tensors.as_input(grad_bias, bias, needs_bias))
+        dqkv, views = tensors.new_gradients(inputs)
+        dbias = tensors.new_sum(inputs.bias, inputs, needs_bias)
+        if dout.numel() > 0:
+            _, launch = launch_functions(backend)
+            given_grids = map(_as_grid, (tensors.last_dim_dense(dout), *outputs, *views))
+            launch(_call(inputs, options, backend), *given_grids, dbias, None)
+    return (*dqkv, tensors.as_input(dbias, inputs.bias, needs_bias))
 
 
-def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: Sequence[Tensor], options: Options, backend: str) -> None:
     """Keep the op's tensors, and its outputs only where the backward pass rebuilds rows from a log-sum-exp."""
-    kept = tensors.keeps_lse(output[0].shape[1], ctx.options[-1])
+    kept = tensors.keeps_lse(output[0].shape[1], backend)
     ctx.save_for_backward(*inputs, *(output if kept else (None, None)))
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
 
 
-def _as_grids(*tensors: Tensor) -> list[Tensor]:
+def _as_grid(x: Any) -> Any:
     """View windows (G, N, ...) as grids (G, 1, 1, N, ...)."""
-    return [x.unsqueeze(1).unsqueeze(1) for x in tensors]
+    return None if x is None else x.unsqueeze(1).unsqueeze(1)
 
 
-def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    *_, needs_bias, _ = rest
-    return (*tensors.new_gradients(q, k, v)[0], tensors.fake_sum(bias, needs_bias))
-
-
-def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+def _flops(shape: Sequence[int], options: Options) -> int:
     """Count q k^T and P v, a multiplication and an addition each."""
-    groups, tokens = shapes[0][:2]
-    heads, head_dim = shapes[0][-2:]
+    groups, tokens = shape[:2]
+    heads, head_dim = shape[-2:]
     return 4 * groups * heads * tokens**2 * head_dim
 
 
-register_function("window_attention", arguments=_arguments, native=NATIVE_FORWARD)
+register_function(window_attention, native=NATIVE_FORWARD)
 register_attention(
-    "window_attention",
+    NAME,
+    inputs=Inputs,
+    options=Options,
     forward=_forward,
     backward=_backward,
-    fake=tensors.fake_outputs,
-    fake_backward=_fake_backward,
+    fake=lambda inputs, options, backend: tensors.new_outputs(inputs),
     flops=_flops,
-    num_tensors=6,
     save=_save,
 )

@@ -11,21 +11,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vidattn import geometry as geo
 from vidattn import reference
-from vidattn.backends import choose_backend
+from vidattn.calls import WindowCall
 from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, describe_call, register_attention, register_function
-from vidattn.ops._transforms import call_op
+from vidattn.ops._library import LIBRARY, TAGS, call_attention, native_pass, register_attention, register_function
 from vidattn.reference.window3d import window3d_attention_backward
 from vidattn.tracing import traced_for_one_size
 
 __all__ = ["window3d_attention"]
+
+NAME = "window3d_attention"
 
 
 @traced_for_one_size
@@ -90,35 +90,24 @@ def window3d_attention(
         >>> context.shape
         torch.Size([1, 8, 14, 14, 96])
     """
-    inputs, options = _arguments(
-        qkv,
-        bias_table,
-        window_size=window_size,
-        shift_size=shift_size,
-        pad_qkv=pad_qkv,
-        bias_index=bias_index,
-        mask_value=mask_value,
-        wrap=wrap,
-        scale=scale,
-        dropout_p=dropout_p,
-    )
-    chosen = choose_backend(describe_call("window3d_attention", inputs.q), backend)
-    seed = arguments.draw_seed(inputs.q, options.dropout_p)
-    return call_op("window3d_attention", *inputs, seed, *options, chosen)[0]
+    inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(B, D, H, W, 3, h, d)", "(B, D, H, W, h, d)"), bias_table, pad_qkv)
+    options = Options(window_size, shift_size, wrap, bias_index, mask_value, scale, dropout_p)  # type: ignore[arg-type]
+    return call_attention(NAME, NAME, *_validated(inputs, options), backend)[0]
 
 
-# ---- Arguments: validated, with autocast applied, in the order of the schema ----
+# ---- What the op takes, in the order of its schema ----
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     q: Tensor  # the packed qkv when k and v are None
     k: Tensor | None
     v: Tensor | None
     bias_table: Tensor | None
     pad_qkv: Tensor | None
+    seed: Tensor | None = None
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     window_size: Sequence[int]
     shift_size: Sequence[int]
     wrap: Sequence[bool]
@@ -128,44 +117,32 @@ class _Options(NamedTuple):
     dropout_p: float
 
 
-def _arguments(
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    bias_table: Tensor | None = None,
-    *,
-    window_size: int | Sequence[int],
-    shift_size: int | Sequence[int] = (0, 0, 0),
-    pad_qkv: Tensor | None = None,
-    bias_index: str = "prefix",
-    mask_value: float = -100.0,
-    wrap: bool | Sequence[bool] = (False, False, False),
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[_Inputs, _Options]:
-    name = "window3d_attention"
-    q, k, v = arguments.split_qkv(name, qkv, "(B, D, H, W, 3, h, d)", "(B, D, H, W, h, d)")
-    window, shift = geo.window_sizes(name, window_size, shift_size)
+def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    q, k, v, bias_table, pad_qkv, _ = inputs
     heads, head_dim = q.shape[-2:]
+    window, shift = geo.window_sizes(NAME, options.window_size, options.shift_size)
     if bias_table is not None:
         rows = geo.num_bias_rows(window)
-        arguments.check_companion(name, "bias_table", bias_table, q, (rows, heads), "((2Wd-1)(2Wh-1)(2Ww-1), h)")
+        arguments.check_companion(NAME, "bias_table", bias_table, q, (rows, heads), "((2Wd-1)(2Wh-1)(2Ww-1), h)")
     if pad_qkv is not None:
-        arguments.check_dense(name, "pad_qkv", pad_qkv)
+        arguments.check_dense(NAME, "pad_qkv", pad_qkv)
         if isinstance(pad_qkv, Tensor) and pad_qkv.dim() == 1 and pad_qkv.shape[0] == 3 * heads * head_dim:
             pad_qkv = pad_qkv.reshape(3, heads, head_dim)
-        arguments.check_companion(name, "pad_qkv", pad_qkv, q, (3, heads, head_dim), "(3, h, d)")
+        arguments.check_companion(NAME, "pad_qkv", pad_qkv, q, (3, heads, head_dim), "(3, h, d)")
         pad_qkv = pad_qkv.to(q.dtype)  # rounded as the projection would have rounded it
-    arguments.check_choice(name, "bias_index", bias_index, geo.BIAS_INDEX_MODES)
-    axes = (wrap,) * 3 if isinstance(wrap, bool) else wrap
-    if not isinstance(axes, (tuple, list)) or len(axes) != 3 or not all(isinstance(axis, bool) for axis in axes):
-        raise TypeError(f"{name}: wrap: expected a bool or three, got {describe(wrap)}")
-    return _Inputs(q, k, v, bias_table, pad_qkv), _Options(
+    arguments.check_choice(NAME, "bias_index", options.bias_index, geo.BIAS_INDEX_MODES)
+    wrap: Any = options.wrap
+    wrap = (wrap,) * 3 if isinstance(wrap, bool) else wrap
+    if not isinstance(wrap, (tuple, list)) or len(wrap) != 3 or not all(isinstance(axis, bool) for axis in wrap):
+        raise TypeError(f"{NAME}: wrap: expected a bool or three, got {describe(options.wrap)}")
+    return Inputs(q, k, v, bias_table, pad_qkv), Options(
         window,
         shift,
-        axes,
-        bias_index,
-        arguments.finite_number(name, "mask_value", mask_value, minus_infinity=True),
-        arguments.check_scale(name, scale, head_dim),
-        arguments.check_dropout(name, dropout_p),
+        wrap,
+        options.bias_index,
+        arguments.finite_number(NAME, "mask_value", options.mask_value, minus_infinity=True),
+        arguments.check_scale(NAME, options.scale, head_dim),
+        arguments.check_dropout(NAME, options.dropout_p),
     )
 
 
@@ -175,220 +152,137 @@ _OPTIONS = (
     "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p"
 )
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? seed"
-LIBRARY.define(f"window3d_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
+LIBRARY.define(f"{NAME}({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
 # Without k and v, grad_q is the gradient of the packed qkv. Gradients that were not asked for are undefined tensors.
 # out and lse are there if the backward pass needs them.
 LIBRARY.define(
-    f"window3d_attention_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS},"
+    f"{NAME}_backward(Tensor grad_out, {_INPUTS}, Tensor? out, Tensor? lse, {_OPTIONS},"
     " bool needs_bias, bool needs_pad, str backend)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_pad)",
     tags=TAGS,
 )
-# Implemented by the extension per device. bias_window is [] for a dense bias (h, N, N), else the configured window and
-# the extents that unravel a token number. window and shift are effective; wrap has 1 on cyclic axes.
+# Implemented by the extension per device, with the fields of a WindowCall first.
 NATIVE_FORWARD = "_window3d_attention_forward"
-_NATIVE_INPUTS = "Tensor? bias, int[] bias_window, Tensor? mask, Tensor? pad_qkv, Tensor? seed"
-_NATIVE_OPTIONS = "int[] window, int[] shift, int[] wrap, float scale, float mask_value, float dropout_p"
-LIBRARY.define(
-    f"{NATIVE_FORWARD}(Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, {_NATIVE_OPTIONS},"
-    " Tensor(a!) out, Tensor(b!) lse) -> ()"
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] bias_window, Tensor? mask, Tensor? pad_qkv, Tensor? seed,"
+    " int[] window, int[] shift, int[] wrap, float scale, float mask_value, float dropout_p"
 )
+LIBRARY.define(f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!) lse) -> ()")
 LIBRARY.define(
-    f"_window3d_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, {_NATIVE_INPUTS}, Tensor? out,"
-    f" Tensor? lse, {_NATIVE_OPTIONS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias,"
-    " Tensor(e!)? dpad) -> ()"
+    f"_window3d_attention_backward({_CALL}, Tensor dout, Tensor? out, Tensor? lse,"
+    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dpad) -> ()"
 )
+
+_NATIVE = native_pass(NATIVE_FORWARD), native_pass("_window3d_attention_backward")
 
 
 # ---- Implementations ----
 
 
 def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Give the forward and backward pass of a backend, both with the arguments of the native ops.
+    """Give the passes of a backend: (call, out, lse) and (call, dout, out, lse, dq, dk, dv, dbias, dpad).
 
     Args:
         backend: "cpu", "cuda" or "triton".
 
     Returns:
-        Two functions that write into the tensors they are given last.
+        The forward and the backward pass, which write into the tensors that they are given last.
     """
     if backend == "triton":
         from vidattn.kernels import window3d  # Triton is imported on first use, if ever
 
         return window3d.forward, window3d.backward
-    return torch.ops.vidattn._window3d_attention_forward, torch.ops.vidattn._window3d_attention_backward
+    return _NATIVE
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    bias_table: Tensor | None,
-    pad_qkv: Tensor | None,
-    seed: Tensor | None,
-    window_size: Sequence[int],
-    shift_size: Sequence[int],
-    wrap: Sequence[bool],
-    bias_index: str,
-    mask_value: float,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    qkv = tensors.separate(q, k, v)
-    out, lse = tensors.new_outputs(qkv[0])
-    if out.numel() == 0:
-        return out, lse
-    if backend == "reference":
-        return reference.window3d_attention(  # type: ignore[return-value]
-            qkv,
-            bias_table,
-            window_size=window_size,
-            shift_size=shift_size,
-            pad_qkv=pad_qkv,
-            bias_index=bias_index,
-            mask_value=mask_value,
-            wrap=wrap,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=True,
-        )
-    windows = geo.resolve_windows(out.shape[1:4], window_size, shift_size, wrap)
-    launch_forward, _ = launch_functions(backend)
-    launch_forward(
-        *qkv,
-        tensors.accumulated(bias_table, q, backend),
-        _bias_window(bias_table, window_size, windows, bias_index),
-        None,
-        None if pad_qkv is None else pad_qkv.contiguous(),
-        seed,
-        windows.window,
-        windows.shift,
-        wrap,
-        scale,
-        mask_value,
-        dropout_p,
-        out,
-        lse,
+def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
+    q, k, v = tensors.separate(inputs)
+    windows = geo.resolve_windows(q.shape[1:4], options.window_size, options.shift_size, options.wrap)
+    bias_window = []
+    if inputs.bias_table is not None:
+        bias_window = [
+            *options.window_size,
+            *geo.bias_extents(options.window_size, windows, options.bias_index),
+        ]
+    return WindowCall(
+        q,
+        k,
+        v,
+        bias=tensors.accumulated(inputs.bias_table, q, backend),
+        bias_window=bias_window,
+        mask=None,
+        pad_qkv=None if inputs.pad_qkv is None else inputs.pad_qkv.contiguous(),
+        seed=inputs.seed,
+        window=windows.window,
+        shift=windows.shift,
+        wrap=options.wrap,
+        scale=options.scale,
+        mask_value=options.mask_value,
+        dropout_p=options.dropout_p,
     )
+
+
+def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "reference" and inputs.q.numel() > 0:
+        qkv = tensors.separate(inputs)
+        given = {"pad_qkv": inputs.pad_qkv, "seed": inputs.seed, **options._asdict()}
+        return reference.window3d_attention(qkv, inputs.bias_table, **given, return_lse=True)  # type: ignore[return-value]
+    out, lse = tensors.new_outputs(inputs)
+    if out.numel() > 0:
+        launch, _ = launch_functions(backend)
+        launch(_call(inputs, options, backend), out, lse)
     return out, lse
 
 
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    bias_table: Tensor | None,
-    pad_qkv: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    window_size: Sequence[int],
-    shift_size: Sequence[int],
-    wrap: Sequence[bool],
-    bias_index: str,
-    mask_value: float,
-    scale: float,
-    dropout_p: float,
-    needs_bias: bool,
-    needs_pad: bool,
+    grads: Sequence[Tensor],
+    inputs: Inputs,
+    outputs: Sequence[Tensor | None],
+    options: Options,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    qkv = tensors.separate(q, k, v)
-    if backend == "reference" and grad_out.numel() > 0:
-        *found, grad_bias, grad_pad = window3d_attention_backward(
-            grad_out,
-            qkv,
-            bias_table,
-            pad_qkv,
-            window_size=window_size,
-            shift_size=shift_size,
-            bias_index=bias_index,
-            mask_value=mask_value,
-            wrap=wrap,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
+    dout, companions = grads[0], (inputs.bias_table, inputs.pad_qkv)
+    if backend == "reference" and dout.numel() > 0:
+        *found, dbias, dpad = window3d_attention_backward(
+            dout, tensors.separate(inputs), *companions, seed=inputs.seed, **options._asdict()
         )
-        grads = tensors.pack(k, found)
+        dqkv = tensors.pack(inputs, found)
     else:
-        grads, views = tensors.new_gradients(q, k, v)
-        grad_bias, grad_pad = tensors.new_sum(bias_table, q, needs_bias), tensors.new_sum(pad_qkv, q, needs_pad)
-        if grad_out.numel() > 0:
-            windows = geo.resolve_windows(q.shape[1:4], window_size, shift_size, wrap)
-            _, launch_backward = launch_functions(backend)
-            launch_backward(
-                tensors.last_dim_dense(grad_out),
-                *qkv,
-                tensors.accumulated(bias_table, q, backend),
-                _bias_window(bias_table, window_size, windows, bias_index),
-                None,
-                None if pad_qkv is None else pad_qkv.contiguous(),
-                seed,
-                out,
-                lse,
-                windows.window,
-                windows.shift,
-                wrap,
-                scale,
-                mask_value,
-                dropout_p,
-                *views,
-                grad_bias,
-                grad_pad,
-            )
-    return (*grads, tensors.as_input(grad_bias, bias_table, needs_bias), tensors.as_input(grad_pad, pad_qkv, needs_pad))
+        dqkv, views = tensors.new_gradients(inputs)
+        dbias, dpad = (tensors.new_sum(x, inputs, needed) for x, needed in zip(companions, needs, strict=True))
+        if dout.numel() > 0:
+            _, launch = launch_functions(backend)
+            launch(_call(inputs, options, backend), tensors.last_dim_dense(dout), *outputs, *views, dbias, dpad)
+    return (*dqkv, *map(tensors.as_input, (dbias, dpad), companions, needs))
 
 
-def _save(ctx: Any, inputs: Sequence[Tensor | None], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: Sequence[Tensor], options: Options, backend: str) -> None:
     """Keep the op's tensors, and its outputs only where the backward pass may rebuild rows from a log-sum-exp."""
-    window_size, backend = ctx.options[0], ctx.options[-1]
-    kept = tensors.keeps_lse(math.prod(window_size), backend)  # no window is larger
+    kept = tensors.keeps_lse(math.prod(options.window_size), backend)  # no window is larger
     ctx.save_for_backward(*inputs, *(output if kept else (None, None)))
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
 
 
-def _bias_window(
-    table: Tensor | None, window_size: Sequence[int], windows: geo.WindowGeometry, bias_index: str
-) -> list[int]:
-    return [] if table is None else [*window_size, *geo.bias_extents(window_size, windows, bias_index)]
-
-
-def _fake_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    bias_table: Tensor | None,
-    pad_qkv: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor | None, ...]:
-    *_, needs_bias, needs_pad, _ = rest
-    grads, _ = tensors.new_gradients(q, k, v)
-    return (*grads, tensors.fake_sum(bias_table, needs_bias), tensors.fake_sum(pad_qkv, needs_pad))
-
-
-def _flops(shapes: Sequence[Any], options: Sequence[Any]) -> int:
+def _flops(shape: Sequence[int], options: Options) -> int:
     """Count q k^T and P v on the padded windows, a multiplication and an addition each."""
-    q_shape, window_size = shapes[0], options[0]
-    if math.prod(q_shape) == 0:
+    batch, *grid = shape[:4]
+    heads, head_dim = shape[-2:]
+    if 0 in shape:
         return 0
-    heads, head_dim = q_shape[-2:]
-    windows = geo.resolve_windows(q_shape[1:4], window_size)
-    return 4 * q_shape[0] * windows.num_windows * heads * windows.num_tokens**2 * head_dim
+    windows = geo.resolve_windows(grid, options.window_size)
+    return 4 * batch * windows.num_windows * heads * windows.num_tokens**2 * head_dim
 
 
-register_function("window3d_attention", arguments=_arguments, native=NATIVE_FORWARD)
+register_function(window3d_attention, native=NATIVE_FORWARD)
 register_attention(
-    "window3d_attention",
+    NAME,
+    inputs=Inputs,
+    options=Options,
     forward=_forward,
     backward=_backward,
-    fake=tensors.fake_outputs,
-    fake_backward=_fake_backward,
+    fake=lambda inputs, options, backend: tensors.new_outputs(inputs),
     flops=_flops,
-    num_tensors=6,
     save=_save,
 )
