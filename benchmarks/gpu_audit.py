@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.sass import Kernel, inspect
 from benchmarks.shapes import (
@@ -38,6 +37,7 @@ from benchmarks.shapes import (
     WindowCase,
 )
 from benchmarks.tables import print_table
+from vidattn.calls import WindowCall
 from vidattn.geometry import bias_extents, explain_windows
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._arguments import draw_seed
@@ -179,17 +179,26 @@ def plan_window3d(
         qkv = torch.empty(case.qkv_shape, dtype=dtype)
         table = torch.empty(case.table_shape) if has_bias else None
         pad = torch.empty(3, case.heads, case.head_dim, dtype=dtype) if has_pad else None
-    out, lse = tensors.new_outputs(qkv.select(-3, 0))
-    bias_window = [*case.window, *bias_extents(case.window, windows, "prefix")] if has_bias else []
-    inputs: tuple[Any, ...] = (*qkv.unbind(-3), table, bias_window, None, pad, draw_seed(qkv, dropout_p))
-    options: tuple[Any, ...] = (windows.window, windows.shift, (0, 0, 0), case.head_dim**-0.5, mask_value, dropout_p)
+    call = WindowCall(
+        *qkv.unbind(-3),
+        bias=table,
+        bias_window=[*case.window, *bias_extents(case.window, windows, "prefix")] if has_bias else [],
+        mask=None,
+        pad_qkv=pad,
+        seed=draw_seed(qkv, dropout_p),
+        window=windows.window,
+        shift=windows.shift,
+        wrap=windows.wrap,
+        scale=case.head_dim**-0.5,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+    )
+    out, lse = tensors.new_outputs(call)
     if direction == "forward":
-        call = [*inputs, *options, out, lse]
-        return window3d.plan_forward(*call, arch=arch)
-    gradients = tensors.new_gradients(qkv, None, None)[1]
-    sums = (tensors.new_sum(table, lse, has_bias), tensors.new_sum(pad, lse, has_pad))
-    call = [torch.empty_like(out), *inputs, out, lse, *options, *gradients, *sums]
-    return window3d.plan_backward(*call, arch=arch)
+        return window3d.plan_forward(call, out, lse, arch=arch)
+    sums = (tensors.new_sum(x, call, x is not None) for x in (table, pad))
+    dq, dk, dv = torch.empty_like(qkv).unbind(-3)
+    return window3d.plan_backward(call, torch.empty_like(out), out, lse, dq, dk, dv, *sums, arch=arch)
 
 
 def window3d_floor(case: WindowCase, direction: str, dtype: torch.dtype) -> Cost:
@@ -290,17 +299,8 @@ FAMILIES = {
 
 def specialisation(launch: Launch) -> str:
     """Name what a launch compiles to: two launches of the same name share their machine code."""
-    parts: list[Any] = [launch.name, sorted(launch.options.items()), launch.work.scores > 0]
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        if isinstance(value, Tensor):
-            value = (str(value.dtype), value.storage_offset() * value.itemsize % 16)
-        elif isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr:
-            value = "int" if parameter.do_not_specialize else (value == 1, value % 16 == 0)
-            value = (value, abs(launch.arguments[parameter.name]) >= 2**31)
-        elif isinstance(value, float) and not parameter.is_constexpr:
-            value = "float"
-        parts.append(value)
+    source = launch.source()
+    parts = (source.signature, source.constants, source.attrs, sorted(launch.options.items()), launch.work.scores > 0)
     return f"{launch.name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 

@@ -1,13 +1,10 @@
-"""One kernel launch as a value: run it, compile it ahead of time for a GPU that is not here, or look at its grid.
-
-A plan is a list of steps: launches, and the few operations of PyTorch between them.
-"""
+"""One kernel launch as a value: run it, compile it ahead of time for a GPU that is not here, or look at its grid."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +18,7 @@ from triton.compiler import ASTSource
 __all__ = [
     "INTERPRETED",
     "TARGETS",
-    "Computation",
     "Launch",
-    "Step",
     "Work",
     "is_capturing",
     "is_table",
@@ -125,54 +120,52 @@ class Launch:
 
     def source(self) -> ASTSource:
         """Specialise the kernel as a first launch would, by the types, alignment and divisibility of the arguments."""
-        signature: dict[str, str] = {}
+        signature: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for parameter in self.kernel.params:
             value, place = self.arguments[parameter.name], (parameter.num,)
-            specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            if parameter.is_constexpr:
                 signature[parameter.name], constants[place] = "constexpr", value
-                continue
-            if isinstance(value, Tensor):
-                kind = _POINTERS[value.dtype]
-                aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
-            elif isinstance(value, float):
-                kind, aligned = "fp32", False
             else:
-                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = specialised and value % 16 == 0
-            signature[parameter.name] = kind
-            if aligned:
-                attributes[place] = [["tt.divisibility", 16]]
+                specialised = not parameter.do_not_specialize
+                signature[parameter.name] = _specialise(value, place, specialised, constants, attributes)
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
-@dataclass(frozen=True)
-class Computation:
-    """An operation of PyTorch among the launches of a plan, for what needs no kernel of its own.
+def _specialise(
+    value: Any,
+    place: tuple[int, ...],
+    specialised: bool,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], list[list[Any]]],
+) -> Any:
+    """Give the type of an argument, or those of a tuple's elements; note what the compiler may know of its value."""
+    if isinstance(value, tuple):  # a NamedTuple keeps its class, for its names; its elements are always specialised
+        kinds = [_specialise(part, (*place, i), True, constants, attributes) for i, part in enumerate(value)]
+        return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+    if value is None or (specialised and type(value) is int and value == 1):
+        constants[place] = value
+        return "constexpr"
+    if isinstance(value, Tensor):
+        kind = _POINTERS[value.dtype]
+        aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
+    elif isinstance(value, float):
+        kind, aligned = "fp32", False
+    else:
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        aligned = specialised and value % 16 == 0
+    if aligned:
+        attributes[place] = [["tt.divisibility", 16]]
+    return kind
 
-    Attributes:
-        function: writes into its first argument.
-        arguments: what it takes.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def run(self) -> None:
-        """Compute."""
-        self.function(*self.arguments)
-
-
-Step = Launch | Computation
 
 _recording = threading.local()
 _tables = WeakIdKeyDictionary()
 
 
 def new_workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Allocate memory that a plan needs while it runs; nothing else of a plan's own may change from call to call."""
+    """Allocate what launches of one plan hand to each other, on the device of ``like``; nothing is written yet."""
     workspace = like.new_empty(shape, dtype=dtype)
     recorded = getattr(_recording, "workspaces", None)
     if recorded is not None:
@@ -192,8 +185,8 @@ def record_workspaces() -> Iterator[list[Tensor]]:
 
 
 def new_table(values: Tensor, device: torch.device) -> Tensor:
-    """Bring a table that depends on shapes alone to a device, in int32; it is there when this returns."""
-    table = values.to(torch.int32).to(device)  # from memory that is not pinned: waits for the copy
+    """Bring what shapes alone decide to a device, in int32, for any number of calls; it is there when this returns."""
+    table = values.to(torch.int32).to(device)  # the memory is not pinned, so this waits for the copy
     _tables[table] = True
     return table
 

@@ -1,13 +1,40 @@
 """Rows of q, k, v and their gradients in memory: what all families load and store through a map of token numbers."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-__all__ = ["NO_TOKEN", "PADDING", "load_rows", "row_offsets", "store_rows"]
+__all__ = ["NO_TOKEN", "PADDING", "Rows", "head_of", "load_rows", "row_offsets", "store_rows"]
 
 # A map gives the number of the token that a row holds, or one of these.
 PADDING = tl.constexpr(-1)  # a padding token: a key like any other, which holds `pad`, or zeros
 NO_TOKEN = tl.constexpr(-2)  # a row that only fills up a tile
+
+
+class Rows(NamedTuple):
+    """Rows of one tensor, as one argument of a kernel; strides in elements, those of the last dimension are 1.
+
+    Triton makes variants of a kernel for strides of 1 and for multiples of 16, whatever ``do_not_specialize`` says of
+    the argument: no number belongs in here that differs from call to call of one model.
+
+    Attributes:
+        base: the tensor, or a pointer to its first element.
+        batch: from a batch element to the next.
+        token: from a token to the next.
+        head: from a head to the next.
+    """
+
+    base: Any
+    batch: Any
+    token: Any
+    head: Any
+
+
+@triton.jit
+def head_of(rows, batch, head):
+    """Pointer to the first token of one head of a batch element, which is in 64 bits."""
+    return rows.base + batch * rows.batch + head * rows.head
 
 
 @triton.jit
@@ -21,15 +48,14 @@ def load_rows(
     base,
     tokens,
     offsets,
-    pad,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
+    pad=None,
 ):
     """Load rows (BLOCK, BLOCK_D) of one head; what is no token, and channels past the head, read 0.
 
-    ``MASKED`` says that some rows may be no token, ``HAS_PAD`` that padding tokens hold the vector at ``pad``.
+    ``MASKED`` says that some rows may be no token; with ``pad`` padding tokens hold the vector that it points to.
     """
     channels = tl.arange(0, BLOCK_D)
     pointers = base + offsets[:, None] + channels[None, :]
@@ -42,7 +68,7 @@ def load_rows(
         rows = tl.load(pointers, mask=(tokens >= 0)[:, None], other=0.0)
     else:
         rows = tl.load(pointers)
-    if HAS_PAD:
+    if pad is not None:
         held = tl.load(pad + channels, mask=channels < HEAD_DIM, other=0.0)
         rows = tl.where((tokens == PADDING)[:, None], held[None, :], rows)
     return rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vidattn.kernels.launch import Launch, Work
 
-__all__ = ["plan_sum", "plan_sum_frames", "sum_frames", "sum_parts"]
+__all__ = ["plan_sum", "plan_sum_frames", "plan_zeros", "sum_frames", "sum_parts"]
 
 
 @triton.jit(do_not_specialize=["num_parts", "num_rows", "num_columns", "pitch"])
@@ -32,18 +32,27 @@ def sum_parts(  # type: ignore[no-untyped-def]
 
 def plan_sum(parts: Tensor, total: Tensor, num_rows: int, num_columns: int, pitch: int) -> Launch:
     """Plan the sum of ``parts`` (any number, num_rows, pitch) into ``total`` (num_rows, num_columns), both float32."""
+    return _plan_sum(parts, total, parts.shape[0], num_rows, num_columns, pitch)
+
+
+def plan_zeros(total: Tensor) -> Launch:
+    """Plan zeros in ``total``, float32 and contiguous: a sum of no parts."""
+    return _plan_sum(total, total, 0, 1, total.numel(), total.numel())
+
+
+def _plan_sum(parts: Tensor, total: Tensor, num_parts: int, num_rows: int, num_columns: int, pitch: int) -> Launch:
     block_p, block_c = 16, 128
     arguments = {
         "parts": parts,
         "total": total,
-        "num_parts": parts.shape[0],
+        "num_parts": num_parts,
         "num_rows": num_rows,
         "num_columns": num_columns,
         "pitch": pitch,
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
     }
-    work = Work(bytes=4 * (parts.numel() + total.numel()))
+    work = Work(bytes=4 * (num_parts * num_rows * pitch + total.numel()))
     return Launch(sum_parts, num_rows * -(-num_columns // block_c), arguments, work=work)
 
 

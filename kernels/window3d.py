@@ -1,7 +1,7 @@
 """Launches 3D window attention: ``window3d_attention`` and, on grids of one window, ``window_attention``.
 
-The functions take what the native ops ``_window3d_attention_forward / _backward`` take. A plan is a list of launches,
-in order; it can be run, compiled for another GPU, or only looked at.
+A plan is a list of launches, in order; it can be run, compiled for another GPU, or only looked at. All that a plan
+needs to be computed is in its launches: planning itself reads no values.
 
 One program of the forward kernel attends with a tile of queries of one head in two windows of the same kind, which
 share the tiles of what is added to their scores (see window3d_planes.py).
@@ -10,21 +10,24 @@ share the tiles of what is added to their scores (see window3d_planes.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from vidattn import geometry as geo
-from vidattn.kernels import plans
+from vidattn.calls import WindowCall
 from vidattn.kernels.configs import Config, architecture, tuned
-from vidattn.kernels.launch import INTERPRETED, Computation, Launch, Step, Work, new_workspace
-from vidattn.kernels.sums import plan_sum
+from vidattn.kernels.launch import INTERPRETED, Launch, Work, new_workspace
+from vidattn.kernels.rows import Rows
+from vidattn.kernels.softmax import dropout_of
+from vidattn.kernels.sums import plan_sum, plan_zeros
 from vidattn.kernels.window3d_backward import (
+    Gradients,
     window3d_backward_bias,
     window3d_backward_keys,
     window3d_backward_queries,
@@ -32,8 +35,9 @@ from vidattn.kernels.window3d_backward import (
 from vidattn.kernels.window3d_bias import window3d_fold_bias
 from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, default_config, padded_length
 from vidattn.kernels.window3d_forward import window3d_forward
-from vidattn.kernels.window3d_planes import Planes, pitch_of, plan_planes
+from vidattn.kernels.window3d_planes import PlannedPlanes, pitch_of, plan_planes
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables, bias_positions, window_tables
+from vidattn.kernels.window3d_tiles import Hiding, Kept, Windows
 from vidattn.ops._tensors import keeps_lse
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
@@ -48,53 +52,36 @@ _FOLD_BLOCK = (16, 32)
 _FEW_PROGRAMS = 1024
 
 
-def forward(*arguments: Any) -> None:
+# ---- Launch functions and plans ----
+
+
+def forward(call: WindowCall, out: Tensor, lse: Tensor) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    plans.run(plan_forward, *arguments)
+    for launch in plan_forward(call, out, lse):
+        launch.run()
 
 
-def backward(*arguments: Any) -> None:
+def backward(
+    call: WindowCall,
+    dout: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+    dpad: Tensor | None,
+) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq`` to ``dpad``."""
-    plans.run(plan_backward, *arguments)
+    for launch in plan_backward(call, dout, out, lse, dq, dk, dv, dbias, dpad):
+        launch.run()
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    bias_window: Sequence[int],
-    mask: Tensor | None,
-    pad_qkv: Tensor | None,
-    seed: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    wrap: Sequence[bool],
-    scale: float,
-    mask_value: float,
-    dropout_p: float,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    arch: str | None = None,
-) -> list[Step]:
+def plan_forward(call: WindowCall, out: Tensor, lse: Tensor, *, arch: str | None = None) -> list[Launch]:
     """Plan the forward pass.
 
     Args:
-        q: (B, D, H, W, h, d), last dimension dense; so are ``k`` and ``v``.
-        k: like ``q``.
-        v: like ``q``.
-        bias: table (rows, h) if ``bias_window`` is not empty, else dense (h, N, N); None without.
-        bias_window: configured window and the extents that unravel a token number.
-        mask: (nW, N, N), added to window g as ``mask[g % nW]``; None without.
-        pad_qkv: (3, h, d) contiguous, what padding holds; None for zeros.
-        seed: int64 (1,), needed when ``dropout_p > 0``.
-        window: effective window.
-        shift: effective shift.
-        wrap: cyclic axes.
-        scale: factor of q k^T.
-        mask_value: added between regions.
-        dropout_p: dropout probability.
+        call: inputs and options.
         out: (B, D, H, W, h * d), contiguous.
         lse: (B, D, H, W, h) float32, contiguous.
         arch: architecture to plan for; that of the device when None.
@@ -102,35 +89,16 @@ def plan_forward(
     Returns:
         The launches.
     """
-    call = _Call(
-        q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p, arch
-    )
-    planes = call.planes()
-
-    def plan(config: Config) -> Launch:
-        return call.queries(window3d_forward, config, planes, 2, out=out, lse=lse)
-
-    return [*planes.launches, call.tuned(window3d_forward, plan)]
+    problem = _describe(_addressable(call), arch)
+    plan = partial(_plan_queries, window3d_forward, problem, {"out": out, "lse": lse}, _FORWARD)
+    return [*problem.planned.launches, _tuned(window3d_forward, problem, plan)]
 
 
 def plan_backward(
+    call: WindowCall,
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    bias_window: Sequence[int],
-    mask: Tensor | None,
-    pad_qkv: Tensor | None,
-    seed: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    wrap: Sequence[bool],
-    scale: float,
-    mask_value: float,
-    dropout_p: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -138,342 +106,131 @@ def plan_backward(
     dpad: Tensor | None,
     *,
     arch: str | None = None,
-) -> list[Step]:
+) -> list[Launch]:
     """Plan the backward pass.
 
     Args:
+        call: inputs and options.
         dout: like ``out``, any strides.
-        q: as in :func:`plan_forward`, and so are all arguments up to ``dropout_p``.
-        k: like ``q``.
-        v: like ``q``.
-        bias: table or dense bias.
-        bias_window: how a table is laid out.
-        mask: masks of the caller.
-        pad_qkv: what padding holds.
-        seed: key of the dropout mask.
         out: context of the forward pass, contiguous; it and ``lse`` may be None where rows are seen whole.
         lse: its log-sum-exp, contiguous.
-        window: effective window.
-        shift: effective shift.
-        wrap: cyclic axes.
-        scale: factor of q k^T.
-        mask_value: added between regions.
-        dropout_p: dropout probability.
         dq: (B, D, H, W, h, d), dense but for one stride from token to token, batch elements too, which all three share.
         dk: like ``dq``.
         dv: like ``dq``.
-        dbias: float32, like ``bias``; None if not needed.
-        dpad: float32 (3, h, d); None if not needed.
+        dbias: float32, like the bias, contiguous; None if not needed.
+        dpad: float32 (3, h, d), contiguous; None if not needed.
         arch: architecture to plan for; that of the device when None.
 
     Returns:
         The launches.
     """
-    call = _Call(
-        q, k, v, bias, bias_window, mask, pad_qkv, seed, window, shift, wrap, scale, mask_value, dropout_p, arch
-    )
-    planes = call.planes()
-    given: dict[str, Any] = {"dout": dout.contiguous(), "grad_token": dq.stride(0) // call.num_grid_tokens}
-    launches: list[Step] = [*planes.launches]
-    if call.shape_class.whole:
-        given |= {"lse": None, "delta": None}
-    else:
+    dout = dout.contiguous()
+    problem = _describe(_addressable(call), arch)
+    token = dq.stride(0) // problem.grid_tokens
+    launches, kept = [*problem.planned.launches], None
+    if not problem.shape.whole:
         assert out is not None and lse is not None
-        given |= {"lse": lse.contiguous(), "delta": new_workspace(lse, lse.shape)}
-        found = {"out": out.contiguous(), "dq": dq}
-        launches.append(
-            call.tuned(
-                window3d_backward_queries,
-                lambda config: call.queries(window3d_backward_queries, config, planes, 3, **found, **given),
-            )
-        )
-    launches += call.keys(planes, given, dq, dk, dv, dpad)
+        kept = Kept(lse, new_workspace(lse, lse.shape))
+        given = {"out": out, "dout": dout, "kept": kept, "gradients": Gradients(dq, None, None, token)}
+        plan = partial(_plan_queries, window3d_backward_queries, problem, given, _QUERIES)
+        launches.append(_tuned(window3d_backward_queries, problem, plan))
+
+    gradients = Gradients(dq if problem.shape.whole else None, dk, dv, token)
+    needs_pad = dpad is not None and problem.tables.has_padding
+    plan_keys = partial(_plan_keys, problem, {"dout": dout, "kept": kept, "gradients": gradients}, needs_pad)
+    keys = _tuned(window3d_backward_keys, problem, plan_keys)
+    launches.append(keys)
+    if dpad is not None and needs_pad:
+        size = dpad[1:].numel()
+        launches.append(plan_zeros(dpad[0]))  # padding queries have no output
+        launches.append(plan_sum(keys.arguments["pad_parts"], dpad[1:], 1, size, size))
+    elif dpad is not None:
+        launches.append(plan_zeros(dpad))
+
     if dbias is not None:
-        launches += call.bias_gradient(planes, given, dbias)
+        plan_bias = partial(_plan_bias, problem, {"dout": dout, "kept": kept})
+        shares = _tuned(window3d_backward_bias, problem, plan_bias)
+        launches += [shares, _plan_bias_sum(problem, shares.arguments["parts"], dbias)]
     return launches
 
 
+# ---- What the launches of a call share ----
+
+
 @dataclass(frozen=True)
-class _Call:
-    """One call: its inputs as the kernels take them, its geometry, and the launches that need nothing else."""
+class _Problem:
+    """A call and what its shapes say.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    bias_window: Sequence[int]
-    mask: Tensor | None
-    pad_qkv: Tensor | None
-    seed: Tensor | None
-    window: Sequence[int]
-    shift: Sequence[int]
-    wrap: Sequence[bool]
-    scale: float
-    mask_value: float
-    dropout_p: float
-    arch: str | None = None
+    Attributes:
+        call: the call, as :func:`_addressable` gives it.
+        tables: tables of the grid and batch.
+        positions: positions of the tokens in the bias table; None without a table.
+        planned: what is added to the scores.
+        shape: what the choice of a configuration depends on.
+        num_windows: windows of a batch element.
+    """
 
-    @cached_property
-    def geometry(self) -> geo.WindowGeometry:
-        """Geometry of the grid; resolving an effective window and shift again changes nothing."""
-        wrap = tuple(bool(cyclic) for cyclic in self.wrap)
-        return geo.resolve_windows(tuple(self.q.shape[1:4]), tuple(self.window), tuple(self.shift), wrap)
-
-    @cached_property
-    def tables(self) -> WindowTables:
-        """Tables of the grid and batch."""
-        num_masks = 0 if self.mask is None else self.mask.shape[0]
-        return window_tables(self.geometry, self.q.shape[0], num_masks, self.q.device)
-
-    @cached_property
-    def positions(self) -> BiasPositions | None:
-        """Positions of the tokens in the bias table."""
-        if self.bias is None or not self.bias_window:
-            return None
-        depth, height, width, *extents = self.bias_window
-        return bias_positions((depth, height, width), (extents[0], extents[1]), self.num_tokens, self.q.device)
+    call: WindowCall
+    tables: WindowTables
+    positions: BiasPositions | None
+    planned: PlannedPlanes
+    shape: ShapeClass
+    num_windows: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens of a window."""
-        return self.geometry.num_tokens
+        return self.shape.num_tokens
 
     @property
-    def num_grid_tokens(self) -> int:
+    def grid_tokens(self) -> int:
         """Tokens of a batch element, without padding."""
-        return math.prod(self.geometry.grid)
+        return math.prod(self.call.q.shape[1:4])
 
     @property
     def heads(self) -> int:
         """Number of heads."""
-        return self.q.shape[-2]
+        return self.call.q.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.call.q.shape[-1]
 
     @property
     def num_groups(self) -> int:
         """Windows of the whole batch."""
-        return self.q.shape[0] * self.geometry.num_windows
-
-    @cached_property
-    def shape_class(self) -> ShapeClass:
-        """What the choice of a configuration depends on."""
-        arch = self.arch or architecture(self.q.device)
-        return ShapeClass(
-            arch=arch,
-            itemsize=self.q.itemsize,
-            tensor_cores=self.q.dtype != torch.float32 or _precision(self.q) != "ieee",
-            block_d=_block_d(self.q.shape[-1]),
-            num_tokens=self.num_tokens,
-            lean=not self.tables.has_padding and self.dropout_p == 0,
-            whole=not keeps_lse(self.num_tokens, "triton"),
-        )
-
-    def planes(self) -> Planes:
-        """What is added to the scores."""
-        return plan_planes(self.bias, self.positions, self.mask, self.tables, self.num_tokens, self.mask_value)
-
-    def tuned(self, kernel: Any, launch: Callable[[Config], Launch]) -> Launch:
-        """Plan a launch with the configuration of its shape class."""
-        default = default_config(kernel.__name__, self.shape_class)
-        programs = self.num_groups * self.heads * -(-self.num_tokens // default.block_m)
-        if programs < _FEW_PROGRAMS and not INTERPRETED:
-            default = default._replace(windows=1)
-        candidates = partial(candidate_configs, kernel.__name__, self.shape_class)
-        return launch(tuned(kernel.__name__, self.shape_class, default, candidates, launch, self.q.device))
-
-    def queries(self, kernel: Any, config: Config, planes: Planes, products: int, **more: Any) -> Launch:
-        """Plan a kernel whose programs own a tile of queries and go over the keys: forward, or dq."""
-        groups, kinds = self.tables.groups(config.windows)
-        arguments = self._arguments(planes) | self._hiding(planes, config.block_m, config.block_n) | more
-        arguments |= {"groups": groups, "kinds": kinds, **_tiles(config, self.num_tokens, config.block_n)}
-        grid = kinds.shape[0] * self.heads * -(-self.num_tokens // config.block_m)
-        return self._launch(kernel, grid, arguments, config, config.block_n, products)
-
-    def keys(
-        self,
-        planes: Planes,
-        given: dict[str, Any],
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        dpad: Tensor | None,
-    ) -> list[Step]:
-        """Plan dk and dv, whose programs own a tile of keys, and the gradient of the padding's values.
-
-        Programs whose tile is all keys find dq as well.
-        """
-        kernel, whole = window3d_backward_keys, self.shape_class.whole
-        needs_pad = dpad is not None and self.tables.has_padding
-        parts: list[Tensor] = []
-
-        def plan(config: Config) -> Launch:
-            tiles = -(-self.num_tokens // config.block_n)
-            arguments = self._arguments(planes) | self._hiding(planes, config.block_n, config.block_m) | given
-            pad_parts = None
-            if needs_pad:
-                size = (self.num_groups * tiles, 2, self.heads, self.q.shape[-1])
-                pad_parts = new_workspace(self.q, size)
-                parts[:] = [pad_parts]
-            arguments |= {
-                "dq": dq if whole else None,
-                "dk": dk,
-                "dv": dv,
-                "WHOLE": whole,
-                "pad_parts": pad_parts,
-                "NEEDS_PAD": needs_pad,
-                "windows": self.tables.windows,
-                "kinds": self.tables.kinds,
-                **_tiles(config, self.num_tokens, config.block_m),
-            }
-            grid, products = self.num_groups * self.heads * tiles, 5 if whole else 4
-            return self._launch(kernel, grid, arguments, config, config.block_m, products)
-
-        launches: list[Step] = [self.tuned(kernel, plan)]
-        if dpad is not None:
-            # Padding queries have no output.
-            launches.append(Computation(Tensor.zero_, (dpad[0] if needs_pad else dpad,)))
-            if needs_pad:
-                size = dpad[1:].numel()
-                launches.append(plan_sum(parts[0], dpad[1:], 1, size, size))
-        return launches
-
-    def bias_gradient(self, planes: Planes, given: dict[str, Any], dbias: Tensor) -> list[Step]:
-        """Plan the gradient of the bias: shares of the windows apart, then their sum, folded into the table."""
-        kernel = window3d_backward_bias
-        count, pitch = self.num_tokens, pitch_of(self.num_tokens)
-        parts: list[Tensor] = []
-
-        def plan(config: Config) -> Launch:
-            tiles = self.heads * -(-count // config.block_m) * -(-count // config.block_n)
-            shares = min(self.num_groups, -(-_BIAS_PROGRAMS // tiles))
-            share = -(-self.num_groups // shares)
-            shares = -(-self.num_groups // share)
-            parts[:] = [new_workspace(self.q, (shares, self.heads, count, pitch))]
-            arguments = self._arguments(planes) | given
-            arguments |= {
-                "parts": parts[0],
-                "windows": self.tables.windows,
-                "kind_starts": self.tables.kind_starts,
-                "num_kinds": self.tables.num_kinds,
-                "ONE_KIND": self.tables.num_kinds == 1,
-                "num_ranks": self.num_groups,
-                "share": share,
-                "WHOLE": self.shape_class.whole,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-            }
-            scores = self.num_groups * tiles * config.block_m * config.block_n
-            work = Work(
-                steps=share,
-                scores_per_step=config.block_m * config.block_n,
-                scores=scores,
-                flops=scores * 2 * 2 * self.q.shape[-1],
-                bytes=4 * self._tensor_bytes() + 4 * parts[0].numel(),
-            )
-            return self._pick(kernel, tiles * shares, arguments, config, work)
-
-        launches: list[Step] = [self.tuned(kernel, plan)]
-        if self.positions is None:
-            return [*launches, plan_sum(parts[0], dbias, self.heads * count, count, pitch)]
-        block_r, block_m = _FOLD_BLOCK
-        fold = {
-            "parts": parts[0],
-            "positions": self.positions.positions,
-            "tokens_at": self.positions.tokens_at,
-            "grad_table": dbias,
-            "heads": self.heads,
-            "num_rows": dbias.shape[0],
-            "num_parts": parts[0].shape[0],
-            "num_positions": self.positions.tokens_at.shape[0],
-            "origin": self.positions.origin,
-            "NUM_TOKENS": count,
-            "BLOCK_R": block_r,
-            "BLOCK_M": block_m,
-        }
-        work = Work(bytes=4 * (parts[0].numel() + dbias.numel()))
-        return [*launches, Launch(window3d_fold_bias, -(-dbias.shape[0] // block_r) * self.heads, fold, work=work)]
-
-    @cached_property
-    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, copied where their grids cannot be counted through with one stride."""
-        return tuple(x if _token_stride(x) else x.contiguous() for x in (self.q, self.k, self.v))  # type: ignore[return-value]
-
-    def _arguments(self, planes: Planes) -> dict[str, Any]:
-        q, k, v = self._inputs
-        arguments: dict[str, Any] = {
-            "q": q,
-            "k": k,
-            "v": v,
-            "pad_qkv": q if self.pad_qkv is None else self.pad_qkv,
-            "bias": planes.bias,
-            "bias_kind": planes.bias_kind,
-            "bias_head": planes.bias_head,
-            "mask": planes.mask,
-            "seed": self.seed,
-            "tokens": self.tables.tokens,
-            "heads": self.heads,
-            "num_windows": self.geometry.num_windows,
-            "grid_tokens": self.num_grid_tokens,
-            "scale": self.scale,
-            "mask_value": self.mask_value,
-            "threshold": math.ceil(self.dropout_p * 2**24),
-            "kept": 1.0 / (1.0 - self.dropout_p),
-            "NUM_TOKENS": self.num_tokens,
-            "HEAD_DIM": q.shape[-1],
-            "BLOCK_D": _block_d(q.shape[-1]),
-            "HAS_BIAS": planes.bias is not None,
-            "HAS_MASK": planes.mask is not None,
-            "HAS_PADDING": self.tables.has_padding,
-            "HAS_PAD": self.tables.has_padding and self.pad_qkv is not None,
-            "HAS_DROPOUT": self.dropout_p > 0,
-            "PRECISION": _precision(q),
-        }
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            arguments |= {f"{name}_batch": x.stride(0), f"{name}_token": _token_stride(x), f"{name}_head": x.stride(-2)}
-        return arguments
-
-    def _hiding(self, planes: Planes, rows: int, columns: int) -> dict[str, Any]:
-        """Which tiles of ``columns`` tokens a tile of ``rows`` tokens may leave out: HIDES 1 surely, 2 if proven."""
-        visible, steps = self.tables.visible(rows, columns)
-        if self.mask_value > _DEEP_MASK:
-            visible, steps = None, self.num_tokens // columns
-        hides = 0 if visible is None else 1 if self.mask_value == -math.inf else 2
-        return {"visible": visible, "HIDES": hides, "bias_max": planes.bias_max if hides == 2 else None, "steps": steps}
-
-    def _tensor_bytes(self) -> int:
-        return self.q.numel() * self.q.itemsize
-
-    def _launch(
-        self, kernel: Any, grid: int, arguments: dict[str, Any], config: Config, step: int, products: int
-    ) -> Launch:
-        """Plan a kernel whose main loop goes over tiles of ``step`` tokens."""
-        rows = config.block_m if step == config.block_n else config.block_n
-        windows = config.windows if "groups" in arguments else 1
-        scores = round(grid * windows * rows * (arguments["steps"] * step + arguments["TAIL"]))
-        # q, k, v, and per kernel: out; or dout, out, dq; or dout, dk, dv; or these and dq.
-        tensors = {2: 4, 5: 7}.get(products, 6)
-        added = sum(arguments[name].numel() for name in ("bias", "mask") if arguments[name] is not None)
-        work = Work(
-            steps=arguments["steps"],
-            scores_per_step=windows * rows * step,
-            scores=scores,
-            flops=scores * products * 2 * self.q.shape[-1],
-            bytes=tensors * self._tensor_bytes() + 4 * (self.q.numel() // self.q.shape[-1] + added),
-        )
-        return self._pick(kernel, grid, arguments | {"WINDOWS": windows}, config, work)
-
-    def _pick(self, kernel: Any, grid: int, arguments: dict[str, Any], config: Config, work: Work) -> Launch:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, options, work)
+        return self.call.q.shape[0] * self.num_windows
 
 
-def _tiles(config: Config, num_tokens: int, step: int) -> dict[str, int]:
-    """Cut ``num_tokens`` into full tiles of ``step`` and a shorter tail."""
-    full, tail = padded_length(num_tokens, step)
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TAIL": tail, "full_tiles": full}
+def _addressable(call: WindowCall) -> WindowCall:
+    """Copy what the kernels cannot address: grids that take more than one stride to count through, strided biases."""
+    q, k, v = (x if _token_stride(x) else x.contiguous() for x in (call.q, call.k, call.v))
+    bias, mask = (None if x is None else x.contiguous() for x in (call.bias, call.mask))
+    return call._replace(q=q, k=k, v=v, bias=bias, mask=mask)
 
 
-def _block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+def _describe(call: WindowCall, arch: str | None) -> _Problem:
+    device = call.q.device
+    wrap = tuple(bool(cyclic) for cyclic in call.wrap)
+    # Resolving an effective window and shift again changes nothing.
+    geometry = geo.resolve_windows(tuple(call.q.shape[1:4]), tuple(call.window), tuple(call.shift), wrap)
+    tables = window_tables(geometry, call.q.shape[0], 0 if call.mask is None else call.mask.shape[0], device)
+    positions = None
+    if call.bias is not None and call.bias_window:
+        depth, height, width, *extents = call.bias_window
+        positions = bias_positions((depth, height, width), (extents[0], extents[1]), geometry.num_tokens, device)
+    shape = ShapeClass(
+        arch=arch or architecture(device),
+        itemsize=call.q.itemsize,
+        tensor_cores=call.q.dtype != torch.float32 or _precision(call.q) != "ieee",
+        block_d=max(16, triton.next_power_of_2(call.q.shape[-1])),
+        num_tokens=geometry.num_tokens,
+        lean=not tables.has_padding and call.dropout_p == 0,
+        whole=not keeps_lse(geometry.num_tokens, "triton"),
+    )
+    planned = plan_planes(call, tables, positions)
+    return _Problem(call, tables, positions, planned, shape, geometry.num_windows)
 
 
 def _token_stride(x: Tensor) -> int:
@@ -495,3 +252,204 @@ def _precision(x: Tensor) -> str:
     if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
+
+
+# ---- Arguments ----
+
+
+def _shared_arguments(problem: _Problem) -> dict[str, Any]:
+    """Arguments that all attending kernels take, the same for all of a call."""
+    call = problem.call
+    rows = {
+        name: Rows(x, x.stride(0), _token_stride(x), x.stride(-2)) for name, x in zip("qkv", (call.q, call.k, call.v))
+    }
+    return {
+        **rows,
+        "pad_qkv": call.pad_qkv if problem.tables.has_padding else None,
+        "planes": problem.planned.planes,
+        "dropout": dropout_of(call.seed, call.dropout_p),
+        "heads": problem.heads,
+        "num_windows": problem.num_windows,
+        "grid_tokens": problem.grid_tokens,
+        "scale": call.scale,
+        "NUM_TOKENS": problem.num_tokens,
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_D": problem.shape.block_d,
+        "HAS_PADDING": problem.tables.has_padding,
+        "PRECISION": _precision(call.q),
+    }
+
+
+def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding | None, float]:
+    """Which tiles of ``step`` tokens a tile of ``rows`` tokens may leave out, and how many it sees on average."""
+    mask_value = problem.call.mask_value
+    visible, steps = problem.tables.visible(rows, step)
+    if visible is None or mask_value > _DEEP_MASK:
+        return None, problem.num_tokens // step
+    if mask_value == -math.inf:  # needs no proof
+        return Hiding(visible, None, None), steps
+    return Hiding(visible, mask_value, problem.planned.bias_max), steps
+
+
+# ---- Launches ----
+
+
+def _plan_queries(kernel: Any, problem: _Problem, given: dict[str, Any], cost: _Cost, config: Config) -> Launch:
+    """Plan a kernel whose programs own a tile of queries and go over the keys: forward, or dq."""
+    groups, kinds = problem.tables.groups(config.windows)
+    hiding, steps = _hiding(problem, config.block_m, config.block_n)
+    full, tail = padded_length(problem.num_tokens, config.block_n)
+    arguments = {
+        **_shared_arguments(problem),
+        **given,
+        "hiding": hiding,
+        "windows": Windows(problem.tables.tokens, groups, kinds),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TAIL": tail,
+        "WINDOWS": config.windows,
+    }
+    if kernel is window3d_forward:
+        arguments["full_tiles"] = full
+    grid = kinds.shape[0] * problem.heads * -(-problem.num_tokens // config.block_m)
+    rows = config.windows * config.block_m
+    work = _looped_work(problem, cost, grid, rows, config.block_n, steps, tail)
+    return _launch(kernel, grid, arguments, config, work)
+
+
+def _plan_keys(problem: _Problem, given: dict[str, Any], needs_pad: bool, config: Config) -> Launch:
+    """Plan dk and dv, whose programs own a tile of keys and go over the queries, and their share of padding keys.
+
+    Programs whose tile is all keys find dq as well.
+    """
+    tables, tiles = problem.tables, -(-problem.num_tokens // config.block_n)
+    hiding, steps = _hiding(problem, config.block_n, config.block_m)
+    _, tail = padded_length(problem.num_tokens, config.block_m)
+    pad_parts = None
+    if needs_pad:
+        pad_parts = new_workspace(problem.call.q, (problem.num_groups * tiles, 2, problem.heads, problem.head_dim))
+    arguments = {
+        **_shared_arguments(problem),
+        **given,
+        "hiding": hiding,
+        "pad_parts": pad_parts,
+        "windows": Windows(tables.tokens, tables.windows, tables.kinds),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TAIL": tail,
+    }
+    grid = problem.num_groups * problem.heads * tiles
+    cost = _KEYS_AND_QUERIES if problem.shape.whole else _KEYS
+    work = _looped_work(problem, cost, grid, config.block_n, config.block_m, steps, tail)
+    return _launch(window3d_backward_keys, grid, arguments, config, work)
+
+
+def _plan_bias(problem: _Problem, given: dict[str, Any], config: Config) -> Launch:
+    """Plan the gradient of the dense bias, in parts (shares of the windows, h, N, pitch)."""
+    tables, count = problem.tables, problem.num_tokens
+    tiles = problem.heads * -(-count // config.block_m) * -(-count // config.block_n)
+    shares = min(problem.num_groups, -(-_BIAS_PROGRAMS // tiles))
+    share = -(-problem.num_groups // shares)
+    shares = -(-problem.num_groups // share)
+    parts = new_workspace(problem.call.q, (shares, problem.heads, count, pitch_of(count)))
+    arguments = {
+        **_shared_arguments(problem),
+        **given,
+        "parts": parts,
+        "windows": Windows(tables.tokens, tables.windows, tables.kinds),
+        "kind_starts": tables.kind_starts,
+        "num_kinds": tables.num_kinds,
+        "share": share,
+        "ONE_KIND": tables.num_kinds == 1,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    scores = problem.num_groups * tiles * config.block_m * config.block_n
+    work = Work(
+        steps=share,
+        scores_per_step=config.block_m * config.block_n,
+        scores=scores,
+        flops=scores * 2 * 2 * problem.head_dim,
+        bytes=4 * _tensor_bytes(problem) + 4 * parts.numel(),
+    )
+    return _launch(window3d_backward_bias, tiles * shares, arguments, config, work)
+
+
+def _plan_bias_sum(problem: _Problem, parts: Tensor, dbias: Tensor) -> Launch:
+    """Plan the sum of the parts of the bias gradient, folded into the table if there is one."""
+    count, positions = problem.num_tokens, problem.positions
+    if positions is None:
+        return plan_sum(parts, dbias, problem.heads * count, count, pitch_of(count))
+    block_r, block_m = _FOLD_BLOCK
+    arguments = {
+        "parts": parts,
+        "positions": positions.positions,
+        "tokens_at": positions.tokens_at,
+        "grad_table": dbias,
+        "heads": problem.heads,
+        "num_rows": dbias.shape[0],
+        "num_parts": parts.shape[0],
+        "num_positions": positions.tokens_at.shape[0],
+        "origin": positions.origin,
+        "NUM_TOKENS": count,
+        "BLOCK_R": block_r,
+        "BLOCK_M": block_m,
+    }
+    work = Work(bytes=4 * (parts.numel() + dbias.numel()))
+    return Launch(window3d_fold_bias, -(-dbias.shape[0] // block_r) * problem.heads, arguments, work=work)
+
+
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], config: Config, work: Work) -> Launch:
+    return Launch(kernel, grid, arguments, {"num_warps": config.num_warps, "num_stages": config.num_stages}, work)
+
+
+# ---- Tuning ----
+
+
+def _tuned(kernel: Any, problem: _Problem, plan: Callable[[Config], Launch]) -> Launch:
+    """Plan a launch with the configuration of its shape class."""
+    name, shape = kernel.__name__, problem.shape
+    default = default_config(name, shape)
+    programs = problem.num_groups * problem.heads * -(-problem.num_tokens // default.block_m)
+    if programs < _FEW_PROGRAMS and not INTERPRETED:
+        default = default._replace(windows=1)
+    candidates = partial(candidate_configs, name, shape)
+    return plan(tuned(name, shape, default, candidates, plan, problem.call.q.device))
+
+
+# ---- Cost ----
+
+
+class _Cost(NamedTuple):
+    """What a kernel does at least.
+
+    Attributes:
+        products: matrix products of each tile of scores.
+        tensors: tensors of the size of q that it reads or writes.
+    """
+
+    products: int
+    tensors: int
+
+
+_FORWARD = _Cost(products=2, tensors=4)  # q, k, v; out
+_QUERIES = _Cost(products=3, tensors=6)  # q, k, v, dout, out; dq
+_KEYS = _Cost(products=4, tensors=6)  # q, k, v, dout; dk, dv
+_KEYS_AND_QUERIES = _Cost(products=5, tensors=7)  # and dq
+
+
+def _looped_work(problem: _Problem, cost: _Cost, grid: int, rows: int, step: int, steps: float, tail: int) -> Work:
+    """Count what programs do that own ``rows`` rows of scores and go over tiles of ``step`` tokens, and the tail."""
+    scores = round(grid * rows * (steps * step + tail))
+    row_numbers = problem.call.q.numel() // problem.head_dim  # log-sum-exps
+    return Work(
+        steps=steps,
+        scores_per_step=rows * step,
+        scores=scores,
+        flops=scores * cost.products * 2 * problem.head_dim,
+        bytes=cost.tensors * _tensor_bytes(problem) + 4 * (row_numbers + problem.planned.size),
+    )
+
+
+def _tensor_bytes(problem: _Problem) -> int:
+    return problem.call.q.numel() * problem.call.q.itemsize

@@ -37,36 +37,86 @@ class ShapeClass(NamedTuple):
     whole: bool = False
 
 
-# By (architecture, kind of products) and kernel: cuts for heads of up to 32, 64 and 128 channels, each without and
-# with padding or dropout, which take registers. "64x128x2/8": 64 queries, 128 keys, 2 windows, 8 warps.
+class _Cuts(NamedTuple):
+    """Cuts for heads of up to 32, 64 and 128 channels.
+
+    Attributes:
+        lean: of calls without padding and dropout.
+        full: of calls with either, which take registers.
+    """
+
+    lean: tuple[Config, Config, Config]
+    full: tuple[Config, Config, Config]
+
+
+# By architecture, kind of products, and kernel.
 _TABLE = {
-    ("sm_80", "half"): {
-        "window3d_forward": "64x64 64x32 64x64 32x64 32x64 32x16",
-        "window3d_backward_queries": "64x64x2 64x32 64x32 32x32 32x32 32x32/8",
-        "window3d_backward_keys": "64x64 64x32 64x32 64x32 64x64/8 32x64/8",
-        "window3d_backward_bias": "64x64 32x64 64x64 32x64 32x64 32x32/8",
-    },
-    ("sm_90", "half"): {
-        "window3d_forward": "64x128x2 64x64 64x64x2 64x64 64x64 64x32",
-        "window3d_backward_queries": "64x64x2 64x32 64x64 64x32 64x64 64x32",
-        "window3d_backward_keys": "64x64 64x64/8 64x64 32x64 32x64/8 32x64/8",
-        "window3d_backward_bias": "64x64 64x64/8 64x64 64x64/8 64x64 64x64/8",
-    },
+    ("sm_80", "half", "window3d_forward"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(32, 64)),
+        full=(Config(64, 32), Config(32, 64), Config(32, 16)),
+    ),
+    ("sm_80", "half", "window3d_backward_queries"): _Cuts(
+        lean=(Config(64, 64, windows=2), Config(64, 32), Config(32, 32)),
+        full=(Config(64, 32), Config(32, 32), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_80", "half", "window3d_backward_keys"): _Cuts(
+        lean=(Config(64, 64), Config(64, 32), Config(64, 64, num_warps=8)),
+        full=(Config(64, 32), Config(64, 32), Config(32, 64, num_warps=8)),
+    ),
+    ("sm_80", "half", "window3d_backward_bias"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(32, 64)),
+        full=(Config(32, 64), Config(32, 64), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_90", "half", "window3d_forward"): _Cuts(
+        lean=(Config(64, 128, windows=2), Config(64, 64, windows=2), Config(64, 64)),
+        full=(Config(64, 64), Config(64, 64), Config(64, 32)),
+    ),
+    ("sm_90", "half", "window3d_backward_queries"): _Cuts(
+        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 32), Config(64, 32), Config(64, 32)),
+    ),
+    ("sm_90", "half", "window3d_backward_keys"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(32, 64, num_warps=8)),
+        full=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 64, num_warps=8)),
+    ),
+    ("sm_90", "half", "window3d_backward_bias"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8), Config(64, 64, num_warps=8)),
+    ),
     # Triton 3.7 fails on the layouts of 64 rows in tensor memory, so the forward takes 32, without it.
-    ("sm_100", "half"): {
-        "window3d_forward": "32x64 32x64 32x64 32x64 32x64 32x16",
-        "window3d_backward_queries": "64x64x2 128x64/8 64x64x2 64x64 128x64/8 64x32",
-        "window3d_backward_keys": "64x64 64x64 64x64 64x64/8 64x64 32x64",
-        "window3d_backward_bias": "64x64 64x64 64x64 64x64 64x64/8 64x64/8",
-    },
-    ("sm_90", "tf32"): {
-        "window3d_forward": "64x64x2 64x64 64x64 64x32 64x32 32x32/8",
-        "window3d_backward_queries": "64x64 64x32 64x32 64x16 32x32/8 32x32/8",
-        "window3d_backward_keys": "64x64/8 32x64 32x64 32x64/8 32x32/8 32x32/8",
-        "window3d_backward_bias": "64x64 64x64/8 64x64 64x64/8 32x32 32x32/8",
-    },
+    ("sm_100", "half", "window3d_forward"): _Cuts(
+        lean=(Config(32, 64), Config(32, 64), Config(32, 64)),
+        full=(Config(32, 64), Config(32, 64), Config(32, 16)),
+    ),
+    ("sm_100", "half", "window3d_backward_queries"): _Cuts(
+        lean=(Config(64, 64, windows=2), Config(64, 64, windows=2), Config(128, 64, num_warps=8)),
+        full=(Config(128, 64, num_warps=8), Config(64, 64), Config(64, 32)),
+    ),
+    ("sm_100", "half", "window3d_backward_keys"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 64), Config(64, 64, num_warps=8), Config(32, 64)),
+    ),
+    ("sm_100", "half", "window3d_backward_bias"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64, num_warps=8)),
+        full=(Config(64, 64), Config(64, 64), Config(64, 64, num_warps=8)),
+    ),
+    ("sm_90", "tf32", "window3d_forward"): _Cuts(
+        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 32)),
+        full=(Config(64, 64), Config(64, 32), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_90", "tf32", "window3d_backward_queries"): _Cuts(
+        lean=(Config(64, 64), Config(64, 32), Config(32, 32, num_warps=8)),
+        full=(Config(64, 32), Config(64, 16), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_90", "tf32", "window3d_backward_keys"): _Cuts(
+        lean=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 32, num_warps=8)),
+        full=(Config(32, 64), Config(32, 64, num_warps=8), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_90", "tf32", "window3d_backward_bias"): _Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(32, 32)),
+        full=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8), Config(32, 32, num_warps=8)),
+    ),
 }
-_TABLE["gfx942", "half"] = _TABLE["sm_80", "half"]
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)
 # Kernels of the backward pass whose tiles hold all keys of a short window.
@@ -90,31 +140,25 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         config = Config(full, 64) if by_keys else Config(64, full, 2)
     else:
         products = "half" if shape.itemsize == 2 else "tf32" if shape.tensor_cores else "ieee"
-        cuts = _cuts(shape.arch, products, kernel)
-        column = 2 * (max(32, shape.block_d).bit_length() - 6) + (not shape.lean)
-        config = cuts[column] if cuts else _SMALL
+        arch = "sm_80" if shape.arch == "gfx942" else shape.arch
+        cuts = _TABLE.get((arch, products, kernel))
+        config = _SMALL if cuts is None else (cuts.lean if shape.lean else cuts.full)[_column(shape.block_d)]
     return _fit(kernel, config, shape)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     """List what autotuning tries: every cut of the kernel in the table, and smaller ones."""
     cuts = {_SMALL, Config(64, 32), Config(32, 64)}
-    for arch, products in _TABLE:
-        cuts.update(_cuts(arch, products, kernel))
+    for (_, _, name), row in _TABLE.items():
+        if name == kernel:
+            cuts.update(row.lean, row.full)
     if kernel in ("window3d_forward", "window3d_backward_queries"):
         cuts |= {config._replace(windows=2) for config in cuts}
     return sorted({_fit(kernel, config, shape) for config in cuts})
 
 
-@lru_cache
-def _cuts(arch: str, products: str, kernel: str) -> tuple[Config, ...]:
-    """Read a row of the table; nothing where there is none."""
-    row = _TABLE.get((arch, products), {}).get(kernel, "")
-    cuts = []
-    for entry in row.split():
-        tile, _, warps = entry.partition("/")
-        cuts.append(Config(*map(int, tile.split("x")), num_warps=int(warps or 4)))  # type: ignore[misc]
-    return tuple(cuts)
+def _column(block_d: int) -> int:
+    return 0 if block_d <= 32 else 1 if block_d == 64 else 2
 
 
 def padded_length(num_tokens: int, step: int) -> tuple[int, int]:

@@ -6,40 +6,44 @@ as well; if those would take too much memory, and for masks given by the caller,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
+import triton
 from torch import Tensor
 
-from vidattn.kernels.launch import Computation, Launch, Step, Work, new_workspace
-from vidattn.kernels.window3d_bias import window3d_dense_bias
+from vidattn.calls import WindowCall
+from vidattn.kernels.launch import Launch, Work, new_workspace
+from vidattn.kernels.window3d_bias import window3d_copy_planes, window3d_dense_bias, window3d_largest_bias
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables
-from vidattn.kernels.window3d_tiles import PITCH_UNIT
+from vidattn.kernels.window3d_tiles import PITCH_UNIT, Planes
 
-__all__ = ["Planes", "pitch_of", "plan_planes"]
+__all__ = ["PlannedPlanes", "pitch_of", "plan_planes"]
 
 COMBINED_LIMIT = 64 * 2**20  # bytes of planes that hold bias and mask, for every head and kind of window
 _BLOCK = (16, 128)
 
 
 @dataclass(frozen=True)
-class Planes:
+class PlannedPlanes:
     """Planes, and the launches that fill them.
 
     Attributes:
-        bias: float32 planes of bias, or of bias and mask; None without either.
-        bias_kind: elements from a kind's planes to the next kind's, 0 where all kinds share them.
-        bias_head: elements from a head's plane to the next.
-        mask: float32 (kinds, N, pitch), added too; None without.
+        planes: argument of the kernels; None where nothing is added.
         bias_max: float32 (1,), the largest bias, where a mask may hide tiles; None without bias.
         launches: what has to run first.
     """
 
-    bias: Tensor | None = None
-    bias_kind: int = 0
-    bias_head: int = 0
-    mask: Tensor | None = None
+    planes: Planes | None = None
     bias_max: Tensor | None = None
-    launches: list[Step] = field(default_factory=list)
+    launches: tuple[Launch, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Elements of the planes."""
+        if self.planes is None:
+            return 0
+        return sum(x.numel() for x in (self.planes.bias, self.planes.mask) if x is not None)
 
 
 def pitch_of(num_tokens: int) -> int:
@@ -48,110 +52,93 @@ def pitch_of(num_tokens: int) -> int:
     return -(-num_tokens // unit) * unit
 
 
-def plan_planes(
-    bias: Tensor | None,
-    positions: BiasPositions | None,
-    mask: Tensor | None,
-    tables: WindowTables,
-    num_tokens: int,
-    mask_value: float,
-) -> Planes:
+def plan_planes(call: WindowCall, tables: WindowTables, positions: BiasPositions | None) -> PlannedPlanes:
     """Lay out what is added to the scores.
 
     Nothing that is made from a table outlives the call: a table can change without any sign of it.
 
     Args:
-        bias: bias table (rows, h) if ``positions`` are given, else dense bias (h, N, N); None without.
-        positions: positions of the tokens in the table.
-        mask: (kinds, N, N) given by the caller; None without.
+        call: the call, whose bias and mask are contiguous; the caller's masks are those of the kinds of windows.
         tables: tables of the grid, which hold its regions.
-        num_tokens: tokens of a window.
-        mask_value: what is added between regions.
+        positions: positions of the tokens in the bias table; None for a dense bias, and without bias.
 
     Returns:
         The planes.
     """
-    pitch = pitch_of(num_tokens)
-    size = num_tokens * pitch
-    if positions is None or bias is None:
-        if mask is not None or bias is not None:
-            steps: list[Step] = []
-            dense, given = (None if x is None else _plan_padded(x, pitch, steps) for x in (bias, mask))
-            return Planes(dense, bias_head=size, mask=given, launches=steps)
+    if call.bias is not None and positions is not None:
+        return _plan_from_table(call, call.bias, tables, positions)
+    size = tables.num_tokens * pitch_of(tables.num_tokens)
+    if call.bias is None and call.mask is None:
         if tables.hidden is None:
-            return Planes()
-        alone, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, tables.tokens)
-        return Planes(alone, bias_kind=size, launches=[launch])
+            return PlannedPlanes()
+        masks, launch = _plan_dense(call, tables, num_kinds=tables.num_kinds)
+        return PlannedPlanes(Planes(masks, size, 0, None), launches=(launch,))
+    given = [None if x is None else _plan_copy(x) for x in (call.bias, call.mask)]
+    bias, mask = (None if copy is None else copy[0] for copy in given)
+    return PlannedPlanes(Planes(bias, 0, size, mask), launches=tuple(copy[1] for copy in given if copy is not None))
 
-    heads = bias.shape[1]
-    masked = tables.hidden is not None
-    combined = masked and tables.num_kinds * heads * size * 4 <= COMBINED_LIMIT
-    kinds = tables.num_kinds if combined else 1
-    dense, launch = _plan_dense(bias, positions, tables, num_tokens, mask_value, kinds if combined else 0, bias)
-    launches: list[Step] = [launch]
-    largest = None
-    if masked:
-        largest = new_workspace(bias, (1,))
-        launches.append(Computation(_largest, (largest, bias)))
-    masks: Tensor | None = None
-    if masked and not combined:
-        masks, launch = _plan_dense(None, None, tables, num_tokens, mask_value, tables.num_kinds, tables.tokens)
-        launches.append(launch)
-    return Planes(
-        dense,
-        bias_kind=heads * size if combined else 0,
-        bias_head=size,
-        mask=masks,
-        bias_max=largest,
-        launches=launches,
-    )
+
+def _plan_from_table(call: WindowCall, table: Tensor, tables: WindowTables, positions: BiasPositions) -> PlannedPlanes:
+    """Lay out planes of a bias table, and of the regions of a shifted grid."""
+    heads, size = table.shape[1], tables.num_tokens * pitch_of(tables.num_tokens)
+    if tables.hidden is None:
+        dense, launch = _plan_dense(call, tables, positions)
+        return PlannedPlanes(Planes(dense, 0, size, None), launches=(launch,))
+    largest, find_largest = _plan_largest(table)
+    if tables.num_kinds * heads * size * 4 <= COMBINED_LIMIT:
+        dense, launch = _plan_dense(call, tables, positions, num_kinds=tables.num_kinds)
+        return PlannedPlanes(Planes(dense, heads * size, size, None), largest, (launch, find_largest))
+    dense, launch = _plan_dense(call, tables, positions)
+    masks, fill_masks = _plan_dense(call, tables, num_kinds=tables.num_kinds)
+    return PlannedPlanes(Planes(dense, 0, size, masks), largest, (launch, fill_masks, find_largest))
 
 
 def _plan_dense(
-    table: Tensor | None,
-    positions: BiasPositions | None,
-    tables: WindowTables,
-    num_tokens: int,
-    mask_value: float,
-    num_kinds: int,
-    like: Tensor,
+    call: WindowCall, tables: WindowTables, positions: BiasPositions | None = None, *, num_kinds: int = 0
 ) -> tuple[Tensor, Launch]:
-    """Allocate the planes of ``num_kinds`` kinds, or of none in particular when 0, and plan their filling."""
+    """Allocate the planes of ``num_kinds`` kinds, or of none in particular when 0, and plan their filling.
+
+    They hold the bias if ``positions`` are given, and the mask of the kinds if there are some.
+    """
+    table = None if positions is None else call.bias
     heads = 1 if table is None else table.shape[1]
-    pitch = pitch_of(num_tokens)
-    planes = new_workspace(like, (max(num_kinds, 1), heads, num_tokens, pitch))
+    num_tokens, pitch = tables.num_tokens, pitch_of(tables.num_tokens)
+    planes = new_workspace(call.q, (max(num_kinds, 1), heads, num_tokens, pitch))
     rows, columns = _BLOCK
     arguments = {
-        "table": None if table is None else table.contiguous(),
+        "table": table,
         "positions": None if positions is None else positions.positions,
         "regions": tables.regions,
-        "kind_bits": tables.kind_bits,
+        "kind_bits": tables.kind_bits if num_kinds else None,
         "planes": planes,
         "heads": heads,
         "origin": 0 if positions is None else positions.origin,
-        "mask_value": mask_value,
+        "mask_value": call.mask_value,
         "NUM_TOKENS": num_tokens,
         "BLOCK_M": rows,
         "BLOCK_N": columns,
-        "HAS_TABLE": table is not None,
-        "HAS_REGIONS": num_kinds > 0,
     }
     grid = planes.shape[0] * heads * -(-num_tokens // rows) * -(-pitch // columns)
     return planes, Launch(window3d_dense_bias, grid, arguments, work=Work(bytes=4 * planes.numel()))
 
 
-def _plan_padded(planes: Tensor, pitch: int, steps: list[Step]) -> Tensor:
-    """Plan to bring (planes, N, N) to (planes, N, pitch) float32, zeros in the padding."""
-    padded = new_workspace(planes, (*planes.shape[:-1], pitch))
-    steps.append(Computation(_pad, (padded, planes)))
-    return padded
+def _plan_copy(given: Tensor) -> tuple[Tensor, Launch]:
+    """Allocate planes for (planes, N, N), and plan the copy."""
+    *_, num_tokens = given.shape
+    planes = new_workspace(given, (*given.shape[:-1], pitch_of(num_tokens)))
+    arguments = {
+        "source": given,
+        "planes": planes,
+        "NUM_TOKENS": num_tokens,
+        "BLOCK": triton.next_power_of_2(planes.shape[-1]),
+    }
+    work = Work(bytes=given.numel() * given.itemsize + 4 * planes.numel())
+    return planes, Launch(window3d_copy_planes, math.prod(given.shape[:-1]), arguments, work=work)
 
 
-def _pad(padded: Tensor, planes: Tensor) -> None:
-    size = planes.shape[-1]
-    padded[..., size:].zero_()
-    padded[..., :size].copy_(planes)
-
-
-def _largest(largest: Tensor, bias: Tensor) -> None:
-    largest.copy_(bias.amax())
+def _plan_largest(table: Tensor) -> tuple[Tensor, Launch]:
+    """Allocate and plan the largest element of a table."""
+    largest = new_workspace(table, (1,))
+    arguments = {"table": table, "largest": largest, "size": table.numel(), "BLOCK": 4096}
+    work = Work(bytes=table.numel() * table.itemsize)
+    return largest, Launch(window3d_largest_bias, 1, arguments, work=work)

@@ -1,18 +1,28 @@
 """Tiles of scores of 3D window attention: which queries and keys, what is added, which the region mask hides."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from vidattn.kernels.rows import load_rows, row_offsets
 
 __all__ = [
+    "Hiding",
+    "Kept",
+    "Place",
+    "Planes",
+    "Queries",
+    "Tiles",
+    "Window",
+    "Windows",
     "added_to_scores",
     "hidden_keys_are_negligible",
     "hidden_tile",
     "is_negligible",
     "largest_norm",
     "locate",
-    "plane",
+    "plane_offsets",
     "position",
     "row_norms",
     "scores_of",
@@ -26,62 +36,171 @@ MAP_UNIT = tl.constexpr(128)
 NEGLIGIBLE = tl.constexpr(-40.0)
 
 
+# ---- Arguments of the kernels ----
+
+
+class Windows(NamedTuple):
+    """Tables of window3d_tables.py, int32.
+
+    Attributes:
+        tokens: (windows of a batch element, pitch), the grid token that each slot holds.
+        listed: (windows, 2), or (groups, windows of a group, 2): batch element, window of it.
+        kinds: (windows,) or (groups,), their kinds.
+    """
+
+    tokens: Any
+    listed: Any
+    kinds: Any
+
+
+class Planes(NamedTuple):
+    """What is added to the scores (window3d_planes.py), float32 planes (N, pitch); None where nothing is.
+
+    Attributes:
+        bias: planes of bias, or of bias and mask; None without either.
+        kind: elements from a kind's planes to the next kind's, 0 where all kinds share them.
+        head: elements from a head's plane to the next.
+        mask: (kinds, N, pitch), added too; None without.
+    """
+
+    bias: Any
+    kind: Any
+    head: Any
+    mask: Any
+
+
+class Hiding(NamedTuple):
+    """Tiles that the region mask hides as a whole; None where there are none.
+
+    Attributes:
+        visible: int32 (kinds, tiles, 2), first and one past the last full tile that a tile sees.
+        mask_value: what a hidden score is lowered by, so that a proof may leave it out; None where that is infinite.
+        bias_max: float32 (1,), the largest bias, for the proof; None without bias.
+    """
+
+    visible: Any
+    mask_value: Any
+    bias_max: Any
+
+
+class Kept(NamedTuple):
+    """What the backward pass reads of each row, float32 (B, D, H, W, h); None where rows are seen whole.
+
+    Attributes:
+        lse: log-sum-exp of the forward pass.
+        delta: sum(dout * out).
+    """
+
+    lse: Any
+    delta: Any
+
+
+# ---- Where a program is ----
+
+
+class Place(NamedTuple):
+    """Tile, head, and window or group of windows of a program."""
+
+    tile: Any
+    head: Any
+    group: Any
+
+
+class Window(NamedTuple):
+    """A window: batch element (64 bits), pointer to its token map, and its number, for dropout."""
+
+    batch: Any
+    tokens: Any
+    number: Any
+
+
 @triton.jit
 def position(heads, NUM_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """(tile, head, group) of this program: tiles of one head of one group are neighbours, for they share keys."""
+    """Place of this program: tiles of one head of one group are neighbours, for they share keys."""
     tiles: tl.constexpr = (NUM_TOKENS + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    return program % tiles, program // tiles % heads, program // tiles // heads
+    return Place(program % tiles, program // tiles % heads, program // tiles // heads)
 
 
 @triton.jit
-def locate(windows, rank, tokens, num_windows, NUM_TOKENS: tl.constexpr):
-    """Batch element, token map and number (for dropout) of the window that a list of windows holds at ``rank``."""
+def locate(windows, rank, num_windows, NUM_TOKENS: tl.constexpr):
+    """Window that the list of windows holds at ``rank``."""
     map_pitch: tl.constexpr = (NUM_TOKENS + MAP_UNIT - 1) // MAP_UNIT * MAP_UNIT
-    batch, place = tl.load(windows + rank * 2), tl.load(windows + rank * 2 + 1)
-    return batch.to(tl.int64), tokens + place * map_pitch, batch * num_windows + place
+    batch, place = tl.load(windows.listed + rank * 2), tl.load(windows.listed + rank * 2 + 1)
+    return Window(batch.to(tl.int64), windows.tokens + place * map_pitch, batch * num_windows + place)
+
+
+# ---- Scores ----
+
+
+class Queries(NamedTuple):
+    """A tile of queries of one head in windows of one kind, and what it takes to meet their keys.
+
+    Attributes:
+        head: number of the head.
+        first: first query of the tile.
+        numbers: number of each window, for dropout.
+        maps: token map of each window.
+        rows: q of each window, (BLOCK_M, BLOCK_D).
+        k: pointer to the keys of each window.
+        v: pointer to the values of each window.
+        k_token: elements from a token's key to the next.
+        v_token: elements from a token's value to the next.
+        pad_k: pointer to the key of padding tokens; None for zeros.
+        pad_v: pointer to their value; None for zeros.
+        planes: argument of the kernel.
+        plane: where the planes of this head and kind start in them.
+        dropout: argument of the kernel.
+        scale: factor of q k^T.
+    """
+
+    head: Any
+    first: Any
+    numbers: Any
+    maps: Any
+    rows: Any
+    k: Any
+    v: Any
+    k_token: Any
+    v_token: Any
+    pad_k: Any
+    pad_v: Any
+    planes: Any
+    plane: Any
+    dropout: Any
+    scale: Any
+
+
+class Plane(NamedTuple):
+    """Elements to the bias of a head and to the mask of a kind of window."""
+
+    bias: Any
+    mask: Any
 
 
 @triton.jit
-def plane(
-    bias,
-    mask,
-    kind,
-    head,
-    bias_kind,
-    bias_head,
-    NUM_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+def plane_offsets(planes, kind, head, NUM_TOKENS: tl.constexpr):
     """Where the bias of this head and the mask of this kind of window start: (N, pitch) float32 each."""
     pitch: tl.constexpr = (NUM_TOKENS + PITCH_UNIT - 1) // PITCH_UNIT * PITCH_UNIT
     wide = tl.full([], 0, tl.int64) + kind
-    if HAS_BIAS:
-        bias = bias + wide * bias_kind + head.to(tl.int64) * bias_head
-    else:
-        bias = 0  # never read; older Triton returns no None
-    if HAS_MASK:
-        mask = mask + wide * (NUM_TOKENS * pitch)
-    else:
-        mask = 0
-    return bias, mask
+    bias = wide
+    if planes is not None:
+        bias = wide * planes.kind + head.to(tl.int64) * planes.head
+    return Plane(bias, wide * (NUM_TOKENS * pitch))
 
 
 @triton.jit
 def added_to_scores(
-    bias,
-    mask,
+    planes,
+    plane,
     first_query,
     first_key,
     NUM_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAST_END: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
 ):
-    """Bias plus mask of a tile, float32 (BLOCK_M, BLOCK_N), from their planes; 0 without any.
+    """Bias plus mask of a tile, float32 (BLOCK_M, BLOCK_N), from their planes.
 
     ``PAST_END`` says that queries may lie past the last one; keys may reach into the padding of a plane's rows.
     """
@@ -93,36 +212,46 @@ def added_to_scores(
         first_row = first_query * pitch
     inside = rows[:, None] * pitch + (first_key + tl.arange(0, BLOCK_N))[None, :]
     added = 0.0
-    if HAS_BIAS:
-        added = tl.load((bias + first_row) + inside)
-    if HAS_MASK:
-        added += tl.load((mask + first_row) + inside)
+    if planes.bias is not None:
+        added = tl.load((planes.bias + plane.bias + first_row) + inside)
+    if planes.mask is not None:
+        added += tl.load((planes.mask + plane.mask + first_row) + inside)
     return added
 
 
 @triton.jit
-def scores_of(q_rows, k_rows, added, scale, HAS_ADDED: tl.constexpr, PRECISION: tl.constexpr):
+def scores_of(q_rows, k_rows, added, scale, PRECISION: tl.constexpr):
     """Scores of a tile. The scale multiplies the float32 product: folded into q it would be rounded with it."""
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION) * scale
-    if HAS_ADDED:
+    if added is not None:
         scores += added
     return scores
 
 
+# ---- Tiles that the region mask hides ----
+
+
+class Tiles(NamedTuple):
+    """First and one past the last of the full tiles that a tile sees."""
+
+    first: Any
+    last: Any
+
+
 @triton.jit
-def visible_tiles(visible, kind, tile, full_tiles, TILES: tl.constexpr, HIDES: tl.constexpr):
-    """First and one past the last tile that the region mask does not hide as a whole from tile number ``tile``."""
+def visible_tiles(hiding, kind, tile, full_tiles, TILES: tl.constexpr):
+    """Full tiles that the region mask does not hide as a whole from tile number ``tile``."""
     first, last = 0, full_tiles
-    if HIDES:
-        first = tl.load(visible + (kind * TILES + tile) * 2)
-        last = tl.load(visible + (kind * TILES + tile) * 2 + 1)
-    return first, last
+    if hiding is not None:
+        first = tl.load(hiding.visible + (kind * TILES + tile) * 2)
+        last = tl.load(hiding.visible + (kind * TILES + tile) * 2 + 1)
+    return Tiles(first, last)
 
 
 @triton.jit
-def hidden_tile(rank, first, last):
-    """The hidden tile number ``rank``: those in front of ``first``, then those from ``last`` on."""
-    return tl.where(rank < first, rank, rank + last - first)
+def hidden_tile(rank, tiles):
+    """The hidden tile number ``rank``: those in front of the visible ones, then those behind."""
+    return tl.where(rank < tiles.first, rank, rank + tiles.last - tiles.first)
 
 
 @triton.jit
@@ -140,46 +269,39 @@ def largest_norm(rows):
 
 
 @triton.jit
-def is_negligible(norms, other_norm, reference, bias_max, scale, mask_value):
-    """1 if every masked score is so far below its row's ``reference`` (maximum or log-sum-exp) that it cannot count.
+def is_negligible(norms, other_norm, reference, hiding, scale):
+    """1 if every hidden score is so far below its row's ``reference`` (maximum or log-sum-exp) that it cannot count.
 
     By Cauchy-Schwarz a score is at most |scale| |q| |k| + the largest bias + the mask. A NaN proves nothing.
     """
-    bound = tl.abs(scale) * norms * other_norm + mask_value
-    if bias_max is not None:
-        bound += tl.load(bias_max)
+    bound = tl.abs(scale) * norms * other_norm + hiding.mask_value
+    if hiding.bias_max is not None:
+        bound += tl.load(hiding.bias_max)
     return tl.min(tl.where(bound - reference < NEGLIGIBLE, 1, 0), 0)
 
 
 @triton.jit
 def hidden_keys_are_negligible(
-    q_rows,
+    queries,
     references,
-    first,
-    last,
-    maps,
-    k_bases,
-    k_token,
-    pad_k,
-    bias_max,
-    scale,
-    mask_value,
+    tiles,
+    hiding,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FULL: tl.constexpr,
     WINDOWS: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
 ):
     """1 if a bound on their scores proves that no hidden tile of keys counts; ``references`` as in is_negligible."""
     proven = 1
     for w in tl.static_range(WINDOWS):
         largest = 0.0
-        for rank in range(0, FULL - (last - first)):
-            keys = tl.load(maps[w] + hidden_tile(rank, first, last) * BLOCK_N + tl.arange(0, BLOCK_N))
-            k_rows = load_rows(k_bases[w], keys, row_offsets(keys, k_token), pad_k, HEAD_DIM, BLOCK_D, MASKED, HAS_PAD)
+        for rank in range(0, FULL - (tiles.last - tiles.first)):
+            tokens = tl.load(queries.maps[w] + hidden_tile(rank, tiles) * BLOCK_N + tl.arange(0, BLOCK_N))
+            offsets = row_offsets(tokens, queries.k_token)
+            k_rows = load_rows(queries.k[w], tokens, offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k)
             largest = tl.maximum(largest, largest_norm(k_rows), propagate_nan=tl.PropagateNan.ALL)
-        norms = row_norms(q_rows[w])
-        proven &= is_negligible(norms, largest, references[w], bias_max, scale, mask_value)
+        norms = row_norms(queries.rows[w])
+        proven &= is_negligible(norms, largest, references[w], hiding, queries.scale)
     return proven

@@ -291,8 +291,10 @@ def test_measured_rates_replace_assumed_ones(tmp_path):
 
 
 @dataclasses.dataclass
-class FakeKernel:
-    params: tuple = ()
+class FakeSource:
+    signature: dict = dataclasses.field(default_factory=dict)
+    constants: dict = dataclasses.field(default_factory=dict)
+    attrs: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -300,9 +302,8 @@ class FakeLaunch:
     work: Work
     grid: int = 10
     name: str = "kernel"
-    kernel: FakeKernel = dataclasses.field(default_factory=FakeKernel)
-    arguments: dict = dataclasses.field(default_factory=dict)
     options: dict = dataclasses.field(default_factory=dict)
+    source: type = FakeSource
 
 
 KERNEL = sass.Kernel(

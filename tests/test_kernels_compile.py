@@ -25,6 +25,7 @@ from benchmarks.shapes import (
     MixingCase,
     WindowCase,
 )
+from vidattn.calls import WindowCall
 from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._arguments import draw_seed
@@ -72,16 +73,26 @@ class Call:
             qkv = torch.empty(groups, 1, 1, tokens, 3, heads, self.case.head_dim, dtype=getattr(torch, self.dtype))
             bias = torch.empty(heads, tokens, tokens) if self.has_bias else None
             mask = torch.empty(windows, tokens, tokens) if self.has_mask else None
-        out, lse = tensors.new_outputs(qkv.select(-3, 0))
-        inputs = (*qkv.unbind(-3), bias, [], mask, None, draw_seed(qkv, self.dropout_p))
-        options = ([1, 1, tokens], [0, 0, 0], [0, 0, 0], self.case.head_dim**-0.5, 0.0, self.dropout_p)
-        if direction == "forward":
-            return window3d.plan_forward(*inputs, *options, out, lse, arch=arch)
-        gradients = tensors.new_gradients(qkv, None, None)[1]
-        grad_bias = tensors.new_sum(bias, lse, self.has_bias)
-        return window3d.plan_backward(
-            torch.empty_like(out), *inputs, out, lse, *options, *gradients, grad_bias, None, arch=arch
+        call = WindowCall(
+            *qkv.unbind(-3),
+            bias=bias,
+            bias_window=[],
+            mask=mask,
+            pad_qkv=None,
+            seed=draw_seed(qkv, self.dropout_p),
+            window=(1, 1, tokens),
+            shift=(0, 0, 0),
+            wrap=(False, False, False),
+            scale=self.case.head_dim**-0.5,
+            mask_value=0.0,
+            dropout_p=self.dropout_p,
         )
+        out, lse = tensors.new_outputs(call)
+        if direction == "forward":
+            return window3d.plan_forward(call, out, lse, arch=arch)
+        dq, dk, dv = torch.empty_like(qkv).unbind(-3)
+        dbias = tensors.new_sum(bias, call, self.has_bias)
+        return window3d.plan_backward(call, torch.empty_like(out), out, lse, dq, dk, dv, dbias, None, arch=arch)
 
     def __str__(self) -> str:
         grid, window = ("x".join(map(str, part)) for part in (self.case.grid, self.case.window))

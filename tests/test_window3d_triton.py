@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,23 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 from attention_cases import device_of, evaluate, to
 from torch import Tensor
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 from window3d_cases import Case
 
 import vidattn
+from benchmarks.gpu_audit import plan_window3d, specialisation
+from benchmarks.shapes import GPU_WINDOW_CASES
 from vidattn import backends, reference
 from vidattn import geometry as geo
+from vidattn.calls import WindowCall
 from vidattn.kernels import configs, window3d, window3d_planes, window3d_tables
 from vidattn.kernels.configs import Config
-from vidattn.kernels.launch import INTERPRETED, Launch
+from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
+from vidattn.kernels.rows import Rows
+from vidattn.kernels.softmax import dropout_of
 from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, default_config, padded_length
+from vidattn.kernels.window3d_tiles import Planes, Windows
 from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
@@ -62,11 +71,21 @@ def plan(
         qkv = torch.empty(batch, *grid, 3, heads, head_dim, dtype=dtype)
         table, seed = torch.empty(geo.num_bias_rows(window), heads), torch.empty(1, dtype=torch.int64)
         out, lse = torch.empty(batch, *grid, heads * head_dim, dtype=dtype), torch.empty(batch, *grid, heads)
-    bias_window = [*window, *geo.bias_extents(window, windows, "prefix")]
-    return window3d.plan_forward(
-        *qkv.unbind(-3), table, bias_window, None, None, seed if dropout_p else None, windows.window, windows.shift,
-        windows.wrap, head_dim**-0.5, mask_value, dropout_p, out, lse, arch=arch,
-    )  # fmt: skip
+    call = WindowCall(
+        *qkv.unbind(-3),
+        bias=table,
+        bias_window=[*window, *geo.bias_extents(window, windows, "prefix")],
+        mask=None,
+        pad_qkv=None,
+        seed=seed if dropout_p else None,
+        window=windows.window,
+        shift=windows.shift,
+        wrap=windows.wrap,
+        scale=head_dim**-0.5,
+        mask_value=mask_value,
+        dropout_p=dropout_p,
+    )
+    return window3d.plan_forward(call, out, lse, arch=arch)
 
 
 # ---- Tables ----
@@ -167,7 +186,7 @@ def test_more_groups_than_a_grid_axis_holds() -> None:
         attend = plan(grid, (1, 1, 2), batch=batch, heads=1)[-1]
         windows = batch * math.prod(grid) // 2
         assert windows > 65_535
-        assert attend.arguments["groups"].numel() == 2 * windows
+        assert attend.arguments["windows"].listed.numel() == 2 * windows
         assert attend.grid == -(-windows // attend.arguments["WINDOWS"])
 
 
@@ -183,13 +202,53 @@ def test_strides_past_two_to_the_31_are_passed_in_64_bits() -> None:
     qkv = far.as_strided((2, 1, 2, 4, 3, 2, 8), (2**31 + 8, 384, 192, 48, 16, 8, 1))
     with torch.device("meta"):
         out, lse = torch.empty(2, 1, 2, 4, 16, dtype=torch.bfloat16), torch.empty(2, 1, 2, 4, 2)
-    (attend,) = window3d.plan_forward(
-        *qkv.unbind(-3), None, [], None, None, None, (1, 2, 2), (0, 0, 0), (0, 0, 0), 1.0, -100.0, 0.0, out, lse,
-        arch="sm_90",
-    )  # fmt: skip
+    call = WindowCall(
+        *qkv.unbind(-3), None, [], None, None, None, (1, 2, 2), (0, 0, 0), (False, False, False), 1.0, -100.0, 0.0
+    )
+    (attend,) = window3d.plan_forward(call, out, lse, arch="sm_90")
     kinds = attend.source().signature
-    assert [kinds[f"{name}_batch"] for name in "qkv"] == ["i64"] * 3
-    assert [kinds[f"{name}_token"] for name in "qkv"] == ["i32"] * 3
+    assert [kinds[name] for name in "qkv"] == [Rows("*bf16", "i64", "i32", "i32")] * 3
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_launch_is_specialised_alike_whether_it_is_run_or_compiled_ahead() -> None:
+    """By type, alignment and divisibility of each argument and each part of one, as Triton itself looks at them."""
+    q = torch.zeros(2 * 3 * 24 + 1)
+    rows = (
+        Rows(q, 1, 16, 24),
+        Rows(q[1:], 2**31, 17, 0),
+        Rows(q[4:].to(torch.bfloat16), 32, 1, 8),
+    )
+    backend = make_backend(TARGETS["sm_90"])
+    kernel = window3d.window3d_forward
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    for numbers in ((1, 16, 3), (32, 1, 2**31)):
+        for planes, dropout in ((None, None), (Planes(q, 0, 448, None), dropout_of(torch.zeros(1).long(), 0.5))):
+            options = dict.fromkeys(kernel.arg_names, 1)  # the constants
+            options |= dict(zip("qkv", rows)) | {"pad_qkv": q, "planes": planes, "hiding": None, "dropout": dropout}
+            options |= {"out": q[1:], "lse": q, "windows": Windows(*[torch.zeros(4).int()] * 3), "scale": 1.0}
+            options |= dict(zip(("heads", "num_windows", "grid_tokens"), numbers)) | {"full_tiles": 16}
+            source = Launch(kernel, 1, options).source()
+            bound, specialisation, _ = binder(**options)
+            _, signature, constants, attributes = kernel._pack_args(backend, {}, bound, specialisation, {})
+            assert source.signature == signature and source.constants == constants
+            assert [type(kind) for kind in source.signature.values()] == [type(kind) for kind in signature.values()]
+            assert source.attrs == {place: found for place, found in attributes.items() if found}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_kernel_is_compiled_once_for_all_batches_heads_and_grids(direction: str, dropout_p: float) -> None:
+    def kernels(dropout_p: float = dropout_p, **changes: Any) -> list[str]:
+        case = replace(GPU_WINDOW_CASES["swin_t_stage1_shifted"], **changes)
+        launches = plan_window3d(case, direction, torch.bfloat16, "sm_90", dropout_p=dropout_p)
+        return [specialisation(launch) for launch in launches]
+
+    expected = kernels()
+    for changes in ({"batch": 3}, {"heads": 1}, {"heads": 6}, {"grid": (24, 63, 70)}, {"grid": (32, 28, 28)}):
+        assert kernels(**changes) == expected, changes
+    if dropout_p > 0:
+        assert kernels(0.5) == kernels(0.3) == expected
 
 
 @pytest.mark.parametrize(
@@ -214,20 +273,23 @@ def test_stride_from_token_to_token(shape: tuple[int, ...], strides: tuple[int, 
 
 
 def test_a_shallow_mask_hides_nothing_and_an_infinite_one_needs_no_proof() -> None:
-    for mask_value, hides in ((-100.0, 2), (-math.inf, 1), (-5.0, 0), (0.0, 0)):
-        arguments = plan(shift=(4, 3, 3), mask_value=mask_value)[-1].arguments
-        assert arguments["HIDES"] == hides
-        assert (arguments["visible"] is None) == (hides == 0)
-        assert (arguments["bias_max"] is None) == (hides != 2)
-    assert plan()[-1].arguments["HIDES"] == 0
+    for mask_value in (-5.0, 0.0):
+        assert plan(shift=(4, 3, 3), mask_value=mask_value)[-1].arguments["hiding"] is None
+    assert plan()[-1].arguments["hiding"] is None
+    hiding = plan(shift=(4, 3, 3), mask_value=-math.inf)[-1].arguments["hiding"]
+    assert (hiding.mask_value, hiding.bias_max) == (None, None)
+    hiding = plan(shift=(4, 3, 3), mask_value=-100.0)[-1].arguments["hiding"]
+    assert hiding.mask_value == -100.0 and hiding.bias_max.shape == (1,)
 
 
 def test_planes_hold_the_masks_unless_they_would_take_too_much() -> None:
     *_, attend = plan(shift=(4, 3, 3))
-    assert attend.arguments["bias"].shape == (8, 3, 392, 448) and attend.arguments["mask"] is None
+    planes = attend.arguments["planes"]
+    assert planes.bias.shape == (8, 3, 392, 448) and planes.mask is None
     *_, attend = plan((16, 24, 24), (8, 12, 12), (4, 6, 6), heads=24)
-    assert attend.arguments["bias"].shape == (1, 24, 1152, 1152) and attend.arguments["bias_kind"] == 0
-    assert attend.arguments["mask"].shape == (8, 1, 1152, 1152)
+    planes = attend.arguments["planes"]
+    assert planes.bias.shape == (1, 24, 1152, 1152) and planes.kind == 0
+    assert planes.mask.shape == (8, 1, 1152, 1152)
 
 
 # ---- Configurations ----
@@ -416,15 +478,15 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
     q, k, v = (guarded(x) for x in inputs["qkv"].unbind(-3))
     table, pad, dout = guarded(inputs["bias_table"]), guarded(inputs.get("pad_qkv")), guarded(inputs["grad_out"])
     out, lse = guarded(None, tuple(dout.shape), dtype), guarded(None, tuple(q.shape[:-1]))
-    common = (
+    call = WindowCall(
         q, k, v, table, [*case.window, *geo.bias_extents(case.window, windows, "prefix")], None, pad,
-        seed if case.dropout_p else None,
+        seed if case.dropout_p else None, windows.window, windows.shift, windows.wrap,
+        case.head_dim**-0.5, -100.0, case.dropout_p,
     )  # fmt: skip
-    options = (windows.window, windows.shift, windows.wrap, case.head_dim**-0.5, -100.0, case.dropout_p)
-    window3d.forward(*common, *options, out, lse)
+    window3d.forward(call, out, lse)
     grads = [guarded(None, tuple(q.shape), dtype) for _ in range(3)]
     grads += [guarded(None, tuple(table.shape)), None if pad is None else guarded(None, tuple(pad.shape))]
-    window3d.backward(dout, *common, out, lse, *options, *grads)
+    window3d.backward(call, dout, out, lse, *grads)
     for check in checks:
         check()
     expected, expected_lse = reference.window3d_attention(
@@ -437,6 +499,19 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
 
 
 # ---- Planes ----
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1, 4096, 5000])
+def test_planes_know_the_largest_bias(size: int) -> None:
+    device = device_of("triton")
+    table = torch.randn(size, 1, device=device, generator=torch.Generator(device).manual_seed(0)) - 5
+    for value in (None, -math.inf, math.nan):
+        if value is not None:
+            table[size // 2] = value
+        largest, launch = window3d_planes._plan_largest(table)
+        launch.run()
+        torch.testing.assert_close(largest, table.amax().reshape(1), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_triton
