@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -23,7 +25,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidattn.kernels.launch import INTERPRETED, Launch, Step, is_capturing, is_table, record_workspaces
+from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing, is_table, record_workspaces
 
 __all__ = ["forget", "run"]
 
@@ -35,12 +37,12 @@ _lock = Lock()
 _used_by_graphs: list[Tensor] = []  # a captured graph goes on reading its tables: they must outlive their plan
 
 
-def run(planner: Callable[..., Sequence[Step]], *arguments: Any) -> None:
+def run(planner: Callable[..., Sequence[Launch]], *arguments: Any) -> None:
     """Run a call by the plan that is kept of calls like it; the first one is planned.
 
     Args:
-        planner: gives the steps of a call, in order. It looks at shapes, takes views, and allocates by
-            ``new_workspace``; all that is to be computed is a step.
+        planner: gives the launches of a call, in order. It looks at shapes, takes views, and allocates by
+            ``new_workspace``; all that is to be computed is a launch.
         *arguments: what it takes: tensors, numbers, and tuples or lists of them. Tensors of one device.
     """
     given, pointers, described = _describe(arguments)
@@ -58,7 +60,7 @@ def run(planner: Callable[..., Sequence[Step]], *arguments: Any) -> None:
     if not known:
         _run_and_keep(key, planner, arguments, given)
     elif plan is None:
-        _run_steps(planner(*arguments))
+        _run_launches(planner(*arguments))
     else:
         plan.run(given, pointers)
 
@@ -162,31 +164,31 @@ class _Arguments:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A step of a kept plan.
+    """A launch of a kept plan.
 
     Attributes:
-        step: the step, with places in its arguments.
-        compiled: the kernel to launch; None if the step is run as it would be without a plan.
-        arguments: what the kernel takes.
+        launch: the launch, with places in its arguments.
+        compiled: the kernel to launch; None if only Triton may choose it.
+        arguments: what it takes.
     """
 
-    step: Step
+    launch: Launch
     compiled: Any = None
     arguments: _Arguments | None = None
 
-    def rerun(self, sources: Sequence[Tensor]) -> None:
-        """Run the step on the tensors of a call."""
-        found = _mapped(self.step.arguments, lambda value: value.find(sources) if isinstance(value, _Place) else value)
-        replace(self.step, arguments=found).run()
+    def run(self, sources: Sequence[Tensor]) -> None:
+        """Launch on the tensors of a call, as without a plan."""
+        found = _mapped(self.launch.arguments, lambda x: x.find(sources) if isinstance(x, _Place) else x)
+        replace(self.launch, arguments=found).run()
 
-    def launch(self, sources: Sequence[Tensor], addresses: Sequence[int], stream: int) -> None:
-        """Launch the kernel as Triton would, unless it does more for this one."""
-        step, kernel = self.step, self.compiled
-        if self.arguments is None or not isinstance(step, Launch) or step.kernel.pre_run_hooks:
-            self.rerun(sources)
+    def run_compiled(self, sources: Sequence[Tensor], addresses: Sequence[int], stream: int) -> None:
+        """Launch the compiled kernel as Triton would, unless it does more for this one."""
+        if self.arguments is None or self.launch.kernel.pre_run_hooks:
+            self.run(sources)
             return
-        values = self.arguments.at(addresses)
-        kernel.run(step.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+        kernel, values = self.compiled, self.arguments.at(addresses)
+        no_hooks = (None, None, None)
+        kernel.run(self.launch.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *no_hooks, *values)
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,13 @@ class _Plan:
     """A kept plan.
 
     Attributes:
-        steps: what it does.
+        launches: what it does.
         workspaces: shape and dtype of what each call allocates.
         tables: what it reads besides the tensors of a call.
         streams: those that may be reading the tables.
     """
 
-    steps: tuple[_Kept, ...]
+    launches: tuple[_Kept, ...]
     workspaces: tuple[tuple[torch.Size, torch.dtype], ...]
     tables: tuple[Tensor, ...]
     streams: set[int | None]
@@ -210,15 +212,19 @@ class _Plan:
         sources, device = [*given], given[0].device
         sources += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.workspaces]
         if INTERPRETED or _hooked():
-            for kept in self.steps:
-                kept.rerun(sources)
+            for kept in self.launches:
+                kept.run(sources)
         else:
             addresses = [*addresses, *(workspace.data_ptr() for workspace in sources[len(given) :])]
-            driver = triton.runtime.driver.active
-            stream = driver.get_current_stream(driver.get_current_device())
-            for kept in self.steps:
-                kept.launch(sources, addresses, stream)
+            stream = _current_stream()
+            for kept in self.launches:
+                kept.run_compiled(sources, addresses, stream)
         _hold(self.tables, self.streams)
+
+
+def _current_stream() -> int:
+    driver = triton.runtime.driver.active
+    return driver.get_current_stream(driver.get_current_device())
 
 
 def _hooked() -> bool:
@@ -235,92 +241,94 @@ def _hold(tables: Sequence[Tensor], streams: set[int | None]) -> None:
         tables: those of a plan that has just been launched.
         streams: where it was launched before; None among them stands for a graph. The current one is added.
     """
-    if not tables or tables[0].device.type != "cuda" or None in streams:
+    if not tables or not tables[0].is_cuda or None in streams:
         return
     if is_capturing():
         _used_by_graphs.extend(tables)
         streams.add(None)
-        return
-    stream = torch.cuda.current_stream()
-    if stream.cuda_stream not in streams:
+    elif (stream := _current_stream()) not in streams:
         for table in tables:
-            table.record_stream(stream)
-        streams.add(stream.cuda_stream)
+            table.record_stream(torch.cuda.current_stream())
+        streams.add(stream)
 
 
 # ---- Making them ----
 
 
 def _run_and_keep(
-    key: Hashable, planner: Callable[..., Sequence[Step]], arguments: Sequence[Any], given: Sequence[Tensor]
+    key: Hashable, planner: Callable[..., Sequence[Launch]], arguments: Sequence[Any], given: Sequence[Tensor]
 ) -> None:
     """Plan a call, run it, and keep the plan if it can be."""
     with record_workspaces() as workspaces, _Recorder(given, workspaces) as recorder:
-        steps = planner(*arguments)
-    compiled, tables, streams = _run_steps(steps)
+        launches = planner(*arguments)
+    compiled, tables, streams = _run_launches(launches)
     if len({id(x) for x in given}) < len(given):
         return  # one tensor in two places: another call may have two
-    used = {_storage(x) for step in steps for x in _tensors(step.arguments)}
-    workspaces = [x for x in workspaces if _storage(x) in used]
-    kept = [_keep(step, kernel, [*given, *workspaces]) for step, kernel in zip(steps, compiled, strict=True)]
+    used = {id(recorder.origin(x)) for launch in launches for x in _tensors(launch.arguments)}
+    workspaces = [x for x in workspaces if id(x) in used]
+    find = partial(_place, recorder, [*given, *workspaces])
     plan = None
-    if not recorder.looked and None not in kept:
-        plan = _Plan(tuple(kept), tuple((x.shape, x.dtype) for x in workspaces), tables, streams)  # type: ignore[arg-type]
+    if not recorder.looked:
+        with suppress(LookupError):
+            kept = tuple(_keep(launch, kernel, find) for launch, kernel in zip(launches, compiled, strict=True))
+            plan = _Plan(kept, tuple((x.shape, x.dtype) for x in workspaces), tables, streams)
     with _lock:
         _plans[key] = plan
         while len(_plans) > _PLANS_KEPT:
             _plans.popitem(last=False)
 
 
-def _run_steps(steps: Sequence[Step]) -> tuple[list[Any], tuple[Tensor, ...], set[int | None]]:
+def _run_launches(launches: Sequence[Launch]) -> tuple[list[Any], tuple[Tensor, ...], set[int | None]]:
     """Run what has just been planned; gives the compiled kernels, the tables, and the streams that may read those."""
-    compiled = [step.run() for step in steps]
-    tables = tuple({id(x): x for step in steps for x in _tensors(step.arguments) if is_table(x)}.values())
+    compiled = [launch.run() for launch in launches]
+    tables = tuple({id(x): x for launch in launches for x in _tensors(launch.arguments) if is_table(x)}.values())
     streams: set[int | None] = set()
     _hold(tables, streams)
     return compiled, tables, streams
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes whether a planner computes with a tensor of the call: what comes of that must not be kept."""
+    """Watches a planner: of which tensor a view is, and whether it computes with one of the call.
+
+    Attributes:
+        looked: whether it does; what comes of that must not be kept.
+    """
 
     def __init__(self, given: Sequence[Tensor], workspaces: Sequence[Tensor]) -> None:
         super().__init__()
-        self.given, self.workspaces = given, workspaces
         self.looked = False
+        self._given, self._workspaces = given, workspaces
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}  # by id, which lives as long as the view does
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not (function.is_view or function._schema.name in _ALLOCATES):
-            known = {_storage(x) for x in (*self.given, *self.workspaces)}
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            self._views.update((id(view), (view, self.origin(args[0]))) for view in _tensors(result))
+        elif function._schema.name not in _ALLOCATES:
+            known = {_storage(x) for x in (*self._given, *self._workspaces)}
             self.looked |= any(_storage(x) in known for x in _tensors((args, kwargs)))
-        return function(*args, **(kwargs or {}))
+        return result
+
+    def origin(self, x: Tensor) -> Tensor:
+        """Give the tensor that ``x`` is a view of, or itself."""
+        return self._views[id(x)][1] if id(x) in self._views else x
 
 
-def _keep(step: Step, compiled: Any, sources: Sequence[Tensor]) -> _Kept | None:
-    """Put places in a step; None if a tensor is neither of the call, nor a workspace, nor a table."""
-    if not all(is_table(x) or _sources_of(x, sources) for x in _tensors(step.arguments)):
-        return None
-    places = replace(step, arguments=_mapped(step.arguments, lambda value: _place(value, sources)))
-    # Others than CUDA specialise by more than the key has.
-    if not isinstance(places, Launch) or compiled is None or compiled.metadata.target.backend != "cuda":
-        return _Kept(places)
-    return _Kept(places, compiled, _Arguments([places.arguments[name] for name in places.kernel.arg_names]))
-
-
-def _sources_of(x: Tensor, sources: Sequence[Tensor]) -> list[int]:
-    """Tell which source a tensor is, or is a view of; none of them if it may be a view of several."""
-    same = [number for number, source in enumerate(sources) if source is x]
-    around = [number for number, source in enumerate(sources) if _storage(source) == _storage(x)]
-    return same or (around if len(around) == 1 else [])  # another call may have the several apart
-
-
-def _place(value: Any, sources: Sequence[Tensor]) -> Any:
+def _place(recorder: _Recorder, sources: Sequence[Tensor], value: Any) -> Any:
+    """Give the place of a tensor; LookupError if it is neither of the call, nor a workspace, nor a table."""
     if not isinstance(value, Tensor) or is_table(value):
         return value
-    number = _sources_of(value, sources)[0]
-    source = sources[number]
-    start = None if source is value else value.data_ptr() - source.data_ptr()
+    origin = recorder.origin(value)
+    number = {id(source): number for number, source in enumerate(sources)}[id(origin)]
+    start = None if origin is value else value.data_ptr() - origin.data_ptr()
     return _Place(number, start, value.dtype, value.shape, value.stride())
+
+
+def _keep(launch: Launch, compiled: Any, find: Callable[[Any], Any]) -> _Kept:
+    kept = replace(launch, arguments=_mapped(launch.arguments, find))
+    if compiled is None or compiled.metadata.target.backend != "cuda":  # others specialise by more than the key has
+        return _Kept(kept)
+    return _Kept(kept, compiled, _Arguments([kept.arguments[name] for name in launch.kernel.arg_names]))
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
