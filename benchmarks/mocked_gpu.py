@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from vidattn.kernels import plans
 from vidattn.kernels.launch import TARGETS
 from vidattn.ops import _library
 
-__all__ = ["MockedGpu", "mocked_gpu"]
+__all__ = ["Launched", "MockedGpu", "mocked_gpu"]
 
 
 class Launched(NamedTuple):
@@ -43,14 +43,12 @@ class MockedGpu:
 
     Attributes:
         stream: the current one.
-        launched: what was launched, if it is noted.
-        noted: whether it is.
+        on_launch: is told of every launch; None for nobody.
         compiled: names of the kernels that were compiled, in order.
     """
 
     stream: int = 0
-    launched: list[Launched] = field(default_factory=list)
-    noted: bool = True
+    on_launch: Callable[[Launched], None] | None = None
     compiled: list[str] = field(default_factory=list)
     device: int = 1000  # no GPU that is there has this number, so that no kernel of it is taken
     functions: set[JITFunction] = field(default_factory=set)
@@ -69,9 +67,16 @@ class MockedGpu:
         self.compiled.append(function.__name__)
         name = f"{function.__name__} {len(self.compiled)}"
 
-        def run(grid: int, _y: int, _z: int, stream: int, *rest: Any) -> None:
-            if self.noted:
-                self.launched.append(Launched(name, grid, stream, rest[5:]))
+        def run(
+            grid: int, _y: int, _z: int, stream: int, _function: Any, _packed: Any, data: Any, enter: Any, leave: Any,
+            *arguments: Any,
+        ) -> None:  # fmt: skip
+            if enter is not None:
+                enter(data)
+            if self.on_launch is not None:
+                self.on_launch(Launched(name, grid, stream, arguments))
+            if leave is not None:
+                leave(data)
 
         kernel = SimpleNamespace(
             run=run,
