@@ -37,7 +37,7 @@ from benchmarks.shapes import (
     WindowCase,
 )
 from benchmarks.tables import print_table
-from vidattn.calls import WindowCall
+from vidattn.calls import DividedCall, MixingCall, WindowCall
 from vidattn.geometry import bias_extents, explain_windows
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._arguments import draw_seed
@@ -230,16 +230,22 @@ def plan_divided(
     lse = None
     if tensors.keeps_lse(keys, "triton"):
         lse = qkv.new_empty(case.batch, frames * (sites + cls_rows), heads, dtype=torch.float32)
-    inputs = (*qkv.unbind(-3), draw_seed(qkv, dropout_p))
-    options = (frames, case.token_order == "hwt", case.temporal_heads, case.head_dim**-0.5, dropout_p)
+    call = DividedCall(
+        *qkv.unbind(-3),
+        seed=draw_seed(qkv, dropout_p),
+        num_frames=frames,
+        time_fastest=case.token_order == "hwt",
+        temporal_heads=case.temporal_heads,
+        scale=case.head_dim**-0.5,
+        dropout_p=dropout_p,
+    )
     if direction == "forward":
-        return divided.plan_forward(*inputs, *options, out, cls, cls_mean, lse, arch=arch)
+        return divided.plan_forward(call, out, cls, cls_mean, lse, arch=arch)
+    dout = torch.empty_like(context)[:, cls_rows:]
     dcls = None if cls is None else cls[:, :1].expand_as(cls)  # that of the mean
     kept = (None, None, None) if lse is None else (out, cls, lse)
-    gradients = torch.empty_like(qkv).unbind(-3)
-    return divided.plan_backward(
-        torch.empty_like(context)[:, cls_rows:], dcls, *inputs, *options, *kept, *gradients, arch=arch
-    )
+    dq, dk, dv = torch.empty_like(qkv).unbind(-3)
+    return divided.plan_backward(call, dout, dcls, *kept, dq, dk, dv, arch=arch)
 
 
 def plan_mixing(
@@ -250,14 +256,20 @@ def plan_mixing(
 
     with torch.device("meta"):
         qkv = torch.empty(case.qkv_shape, dtype=dtype)
-    out, lse = tensors.new_outputs(qkv.select(-3, 0))
+    call = MixingCall(
+        *qkv.unbind(-3),
+        seed=draw_seed(qkv, dropout_p),
+        num_frames=case.num_frames,
+        channel_shifts=[value for shift in case.channel_shifts for value in shift],
+        scale=case.head_dim**-0.5,
+        dropout_p=dropout_p,
+    )
+    out, lse = tensors.new_outputs(call)
     kept = (out, lse) if tensors.keeps_lse(case.num_tokens, "triton") else (None, None)
-    shifts = [value for shift in case.channel_shifts for value in shift]
-    inputs = (*qkv.unbind(-3), draw_seed(qkv, dropout_p), case.num_frames, shifts, case.head_dim**-0.5, dropout_p)
     if direction == "forward":
-        return mixing.plan_forward(*inputs, out, kept[1], arch=arch)
-    gradients = torch.empty_like(qkv).unbind(-3)
-    return mixing.plan_backward(torch.empty_like(out), *inputs, *kept, *gradients, arch=arch)
+        return mixing.plan_forward(call, out, kept[1], arch=arch)
+    dq, dk, dv = torch.empty_like(qkv).unbind(-3)
+    return mixing.plan_backward(call, torch.empty_like(out), *kept, dq, dk, dv, arch=arch)
 
 
 def plan_shift(case: MixingCase, direction: str, dtype: torch.dtype, arch: str) -> list[Launch]:

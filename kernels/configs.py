@@ -10,16 +10,19 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
 
 from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
 
-__all__ = ["Config", "architecture", "over_all_keys", "tuned"]
+__all__ = ["ByHead", "Config", "Entry", "Table", "architecture", "entries", "look_up", "over_all_keys", "tuned"]
+
+Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
@@ -38,6 +41,59 @@ class Config(NamedTuple):
     windows: int = 1
     num_warps: int = 4
     num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class ByHead(Generic[Entry]):
+    """A row of a table: entries by the channels of a head, each (plain, with options that take registers).
+
+    Attributes:
+        up_to_32: for heads of up to 32 channels.
+        up_to_64: of up to 64.
+        up_to_128: of up to 128.
+    """
+
+    up_to_32: tuple[Entry, Entry]
+    up_to_64: tuple[Entry, Entry]
+    up_to_128: tuple[Entry, Entry]
+
+
+# By (architecture, kind of products) and kernel.
+Table = dict[tuple[str, str], dict[str, ByHead[Entry]]]
+
+
+def look_up(table: Table[Entry], place: tuple[str, str], kernel: str, block_d: int, options: bool) -> Entry | None:
+    """Look up an entry of a table.
+
+    Args:
+        table: the table.
+        place: architecture and kind of products.
+        kernel: name of the kernel.
+        block_d: head dimension, rounded up to a power of two.
+        options: whether there are options that take registers.
+
+    Returns:
+        The entry; None where the table has none.
+    """
+    row = table.get(place, {}).get(kernel)
+    if row is None:
+        return None
+    pair = row.up_to_32 if block_d <= 32 else row.up_to_64 if block_d <= 64 else row.up_to_128
+    return pair[options]
+
+
+def entries(table: Table[Entry], kernel: str) -> set[Entry]:
+    """Collect what a table has for a kernel, for all architectures.
+
+    Args:
+        table: the table.
+        kernel: name of the kernel.
+
+    Returns:
+        The entries.
+    """
+    rows = [kernels[kernel] for kernels in table.values() if kernel in kernels]
+    return {entry for row in rows for pair in (row.up_to_32, row.up_to_64, row.up_to_128) for entry in pair}
 
 
 def over_all_keys(keys: int, block_d: int, itemsize: int) -> Config:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 
-from vidattn.kernels.configs import Config, over_all_keys
+from vidattn.kernels.configs import ByHead, Config, Entry, Table, entries, look_up, over_all_keys
 
 __all__ = ["ShapeClass", "candidate_configs", "default_config", "packed_config", "padded_length"]
 
@@ -44,58 +44,118 @@ class ShapeClass(NamedTuple):
         return "half" if self.itemsize == 2 else "tf32" if self.tensor_cores else "ieee"
 
 
-# By (architecture, kind of products) and kernel: entries for heads of up to 32, 64 and 128 channels, each without and
-# with dropout, which takes registers. Here the most rows of a tile that holds whole sequences. Tiles are as small as
-# the sequence allows: several in a larger one would need more instructions a row, and wait for each other.
-_PACKED = {
+# Entries are for calls (without, with) dropout, which takes registers. Here the most rows of a tile that holds whole
+# sequences. Tiles are as small as the sequence allows: several in a larger one would need more instructions a row, and
+# wait for each other.
+_PACKED: Table[int] = {
     ("sm_80", "half"): {
-        "divided_forward_packed": "128 128 128 128 64 64",
-        "divided_backward_packed": "128 128 64 64 64 64",
+        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(64, 64)),
+        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(64, 64), up_to_128=(64, 64)),
     },
     ("sm_90", "half"): {
-        "divided_forward_packed": "128 128 128 128 128 128",
-        "divided_backward_packed": "128 128 128 128 128 64",
+        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
+        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 64)),
     },
     ("sm_100", "half"): {
-        "divided_forward_packed": "128 128 128 128 128 128",
-        "divided_backward_packed": "128 128 128 128 128 128",
+        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
+        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
     },
     ("sm_90", "tf32"): {
-        "divided_forward_packed": "128 128 128 128 64 64",
-        "divided_backward_packed": "64 64 64 64 32 32",
+        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(64, 64)),
+        "divided_backward_packed": ByHead(up_to_32=(64, 64), up_to_64=(64, 64), up_to_128=(32, 32)),
     },
 }
 _PACKED["gfx942", "half"] = _PACKED["sm_80", "half"]
-# Of longer sequences the cuts. "64x128/8": 64 queries, 128 keys, 8 warps.
-_STREAM = {
+# Of longer sequences the cuts.
+_STREAM: Table[Config] = {
     ("sm_80", "half"): {
-        "divided_forward_stream": "64x128 64x128 64x64 64x64 32x64 32x64",
-        "divided_backward_queries": "64x32 64x64 64x64 64x64 32x32 32x32/8",
-        "divided_backward_keys": "64x64 32x32 32x32 32x32 64x64/8 32x32",
+        "divided_forward_stream": ByHead(
+            up_to_32=(Config(64, 128), Config(64, 128)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(32, 64), Config(32, 64)),
+        ),
+        "divided_backward_queries": ByHead(
+            up_to_32=(Config(64, 32), Config(64, 64)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(32, 32), Config(32, 32, num_warps=8)),
+        ),
+        "divided_backward_keys": ByHead(
+            up_to_32=(Config(64, 64), Config(32, 32)),
+            up_to_64=(Config(32, 32), Config(32, 32)),
+            up_to_128=(Config(64, 64, num_warps=8), Config(32, 32)),
+        ),
     },
     ("sm_90", "half"): {
-        "divided_forward_stream": "64x128 64x128 64x128 64x128 64x128 64x64",
-        "divided_backward_queries": "64x64 64x64 64x64 64x64 64x64 64x32",
-        "divided_backward_keys": "64x64 32x64 64x64 32x64 32x32 32x32",
+        "divided_forward_stream": ByHead(
+            up_to_32=(Config(64, 128), Config(64, 128)),
+            up_to_64=(Config(64, 128), Config(64, 128)),
+            up_to_128=(Config(64, 128), Config(64, 64)),
+        ),
+        "divided_backward_queries": ByHead(
+            up_to_32=(Config(64, 64), Config(64, 64)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(64, 64), Config(64, 32)),
+        ),
+        "divided_backward_keys": ByHead(
+            up_to_32=(Config(64, 64), Config(32, 64)),
+            up_to_64=(Config(64, 64), Config(32, 64)),
+            up_to_128=(Config(32, 32), Config(32, 32)),
+        ),
     },
     ("sm_100", "half"): {
-        "divided_forward_stream": "64x128 64x32 64x128 64x64 64x64 64x32",
-        "divided_backward_queries": "64x64 64x64 64x64 64x64 64x64 64x32",
-        "divided_backward_keys": "64x64 64x64 64x64 64x64 64x64 32x32",
+        "divided_forward_stream": ByHead(
+            up_to_32=(Config(64, 128), Config(64, 32)),
+            up_to_64=(Config(64, 128), Config(64, 64)),
+            up_to_128=(Config(64, 64), Config(64, 32)),
+        ),
+        "divided_backward_queries": ByHead(
+            up_to_32=(Config(64, 64), Config(64, 64)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(64, 64), Config(64, 32)),
+        ),
+        "divided_backward_keys": ByHead(
+            up_to_32=(Config(64, 64), Config(64, 64)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(64, 64), Config(32, 32)),
+        ),
     },
     ("sm_90", "tf32"): {
-        "divided_forward_stream": "64x128 64x128 64x64 64x64 64x32 32x32",
-        "divided_backward_queries": "64x64 64x64 64x32 64x32 32x32 32x32",
-        "divided_backward_keys": "64x64 32x64 32x64 32x32 32x32 32x32",
+        "divided_forward_stream": ByHead(
+            up_to_32=(Config(64, 128), Config(64, 128)),
+            up_to_64=(Config(64, 64), Config(64, 64)),
+            up_to_128=(Config(64, 32), Config(32, 32)),
+        ),
+        "divided_backward_queries": ByHead(
+            up_to_32=(Config(64, 64), Config(64, 64)),
+            up_to_64=(Config(64, 32), Config(64, 32)),
+            up_to_128=(Config(32, 32), Config(32, 32)),
+        ),
+        "divided_backward_keys": ByHead(
+            up_to_32=(Config(64, 64), Config(32, 64)),
+            up_to_64=(Config(32, 64), Config(32, 32)),
+            up_to_128=(Config(32, 32), Config(32, 32)),
+        ),
     },
 }
 _STREAM["gfx942", "half"] = _STREAM["sm_80", "half"]
 # Mixed channels have cuts of their own only where those above would spill.
-_MIXED = {
+_MIXED: Table[Config] = {
     ("sm_80", "half"): {
-        "divided_forward_stream": "64x128 64x128 64x64 64x32 32x64 32x64",
-        "divided_backward_queries": "64x32 64x64 64x32 64x32 128x32/8 128x32/8",
-        "divided_backward_keys": "64x64 32x32 32x32 64x32 64x64/8 64x64/8",
+        "divided_forward_stream": ByHead(
+            up_to_32=(Config(64, 128), Config(64, 128)),
+            up_to_64=(Config(64, 64), Config(64, 32)),
+            up_to_128=(Config(32, 64), Config(32, 64)),
+        ),
+        "divided_backward_queries": ByHead(
+            up_to_32=(Config(64, 32), Config(64, 64)),
+            up_to_64=(Config(64, 32), Config(64, 32)),
+            up_to_128=(Config(128, 32, num_warps=8), Config(128, 32, num_warps=8)),
+        ),
+        "divided_backward_keys": ByHead(
+            up_to_32=(Config(64, 64), Config(32, 32)),
+            up_to_64=(Config(32, 32), Config(64, 32)),
+            up_to_128=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8)),
+        ),
     },
 }
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
@@ -105,7 +165,7 @@ _SMALL = Config(32, 32)
 def packed_config(kernel: str, shape: ShapeClass) -> Config | None:
     """Look up how whole sequences are packed into tiles of ``block_m`` rows; None where they do not fit."""
     interpreted, exact = shape.arch == "interpreter", shape.products == "ieee"
-    most = 128 if interpreted else int(_column(_PACKED, kernel, shape) or 16)
+    most = 128 if interpreted else _entry(_PACKED, kernel, shape) or 16
     rows = max(64 if interpreted else 16, triton.next_power_of_2(shape.length))
     # Products of float32 at full precision are multiply-adds: fewer rows a warp.
     return Config(rows, rows, num_warps=rows // (8 if exact else 16), num_stages=1) if rows <= most else None
@@ -118,29 +178,19 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         full = max(16, min(64, 2 ** (shape.length.bit_length() - 1)))
         config = Config(full, 64) if kernel == "divided_backward_keys" else Config(64, full)
     else:
-        entry = (shape.mixed and _column(_MIXED, kernel, shape)) or _column(_STREAM, kernel, shape)
-        config = _cut(entry) if entry else _SMALL
+        mixed = _entry(_MIXED, kernel, shape) if shape.mixed else None
+        config = mixed or _entry(_STREAM, kernel, shape) or _SMALL
     return _fit(kernel, config, shape)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     """List what autotuning tries: every cut of the kernel in the table, and smaller ones."""
-    cuts = {_SMALL, Config(64, 32), Config(32, 64)}
-    for table in (*_STREAM.values(), *_MIXED.values()):
-        cuts.update(map(_cut, table[kernel].split()))
+    cuts = {_SMALL, Config(64, 32), Config(32, 64), *entries(_STREAM, kernel), *entries(_MIXED, kernel)}
     return sorted({_fit(kernel, config, shape) for config in cuts})
 
 
-def _column(table: dict[tuple[str, str], dict[str, str]], kernel: str, shape: ShapeClass) -> str:
-    """Look up an entry of a table; nothing where there is none."""
-    entries = table.get((shape.arch, shape.products), {}).get(kernel, "").split()
-    return entries[2 * (max(32, shape.block_d).bit_length() - 6) + shape.dropout] if entries else ""
-
-
-def _cut(entry: str) -> Config:
-    tile, _, warps = entry.partition("/")
-    block_m, block_n = map(int, tile.split("x"))
-    return Config(block_m, block_n, num_warps=int(warps or 4))
+def _entry(table: Table[Entry], kernel: str, shape: ShapeClass) -> Entry | None:
+    return look_up(table, (shape.arch, shape.products), kernel, shape.block_d, shape.dropout)
 
 
 def padded_length(length: int, has_cls: bool, step: int) -> tuple[int, int]:

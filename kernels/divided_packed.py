@@ -4,55 +4,93 @@ Weights between different sequences are 0. Times an infinity or a NaN that is a 
 finite does its work again, for one sequence after the other with the rows of all others 0.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from vidattn.kernels.divided_tiles import positions
+from vidattn.kernels.divided_tiles import Sequence, positions
+from vidattn.kernels.rows import row_offsets
 from vidattn.kernels.softmax import dropout_factors_at, softmax_rows
 
-__all__ = ["attend_packed", "is_not_finite", "locate_packed"]
+__all__ = ["Packed", "Weights", "attend_packed", "is_not_finite", "locate_packed", "packed_factors", "packed_offsets"]
+
+
+class Packed(NamedTuple):
+    """A tile that holds several sequences, by its rows.
+
+    Attributes:
+        sequence: of each row its sequence; all are of one head.
+        slots: of each row its slot.
+        numbers: of each row the number of its sequence in the tile.
+        inside: whether a row is one.
+    """
+
+    sequence: Any
+    slots: Any
+    numbers: Any
+    inside: Any
+
+
+class Weights(NamedTuple):
+    """What softmax makes of a tile.
+
+    Attributes:
+        weights: (BLOCK, BLOCK), exp(s - m) within the sequences.
+        maximum: (BLOCK,), m.
+        total: (BLOCK,), sum of exp(s - m).
+    """
+
+    weights: Any
+    maximum: Any
+    total: Any
 
 
 @triton.jit
-def locate_packed(first_head, heads, places, num_groups, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Head of this program's tile; of each row its group, place in the clip, slot, sequence in the tile, and if it is.
+def locate_packed(
+    first_head, heads, places, num_groups, place_step, slot_step, SHAPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows of this program's tile.
 
     Neighbouring programs have different heads: those of a token are neighbours in memory.
     """
-    PER_TILE: tl.constexpr = BLOCK // LENGTH
-    program, numbers = tl.program_id(0), tl.arange(0, BLOCK)
-    sequences = numbers // LENGTH
-    groups = program // heads * PER_TILE + sequences
-    inside = (sequences < PER_TILE) & (groups < num_groups)
-    return first_head + program % heads, groups, groups % places, numbers % LENGTH, sequences, inside
+    PER_TILE: tl.constexpr = BLOCK // SHAPE.length
+    program, rows = tl.program_id(0), tl.arange(0, BLOCK)
+    numbers = rows // SHAPE.length
+    group = program // heads * PER_TILE + numbers
+    sequence = Sequence(
+        head=first_head + program % heads,
+        group=group,
+        clip=(group // places).to(tl.int64),
+        place=group % places,
+        place_step=place_step,
+        slot_step=slot_step,
+    )
+    inside = (numbers < PER_TILE) & (group < num_groups)
+    return Packed(sequence=sequence, slots=rows % SHAPE.length, numbers=numbers, inside=inside)
 
 
 @triton.jit
-def attend_packed(
-    q_rows,
-    k_rows,
-    sequences,
-    slots,
-    groups,
-    head,
-    dropout,
-    unit,
-    LENGTH: tl.constexpr,
-    CLS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Weights exp(s - m) within the sequences, their maxima and sums, and what dropout multiplies them by."""
-    scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=PRECISION)
-    if BLOCK != LENGTH:
-        scores = tl.where(sequences[:, None] == sequences[None, :], scores, float("-inf"))
+def packed_offsets(rows, sequence, tokens):
+    """Elements from the first token of a tensor to each one."""
+    return sequence.clip * rows.batch + row_offsets(tokens, rows.token)
+
+
+@triton.jit
+def attend_packed(q_rows, k_rows, packed, unit, SHAPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Attend within the sequences."""
+    scores = tl.dot(q_rows, tl.trans(k_rows), input_precision=SHAPE.precision)
+    if SHAPE.length != BLOCK:
+        scores = tl.where(packed.numbers[:, None] == packed.numbers[None, :], scores, float("-inf"))
     weights, row_max, row_sum = softmax_rows(scores, unit)
-    factors = 1.0
-    if HAS_DROPOUT:
-        of_rows = positions(slots, LENGTH, CLS)
-        factors = dropout_factors_at(dropout, groups[:, None], head, of_rows[:, None], of_rows[None, :])
-    return weights, row_max, row_sum, factors
+    return Weights(weights=weights, maximum=row_max, total=row_sum)
+
+
+@triton.jit
+def packed_factors(dropout, packed, SHAPE: tl.constexpr):
+    """What dropout multiplies the weights by, (BLOCK, BLOCK)."""
+    sequence, of_rows = packed.sequence, positions(packed.slots, SHAPE)
+    return dropout_factors_at(dropout, sequence.group[:, None], sequence.head, of_rows[:, None], of_rows[None, :])
 
 
 @triton.jit

@@ -25,6 +25,7 @@ __all__ = [
     "new_table",
     "new_workspace",
     "record_workspaces",
+    "tensors_in",
 ]
 
 # Decided when triton is imported: its decorators then make functions that run on the CPU, one program after the other.
@@ -103,7 +104,7 @@ class Launch:
         """
         if self.grid == 0:
             return None
-        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        device = next(tensors_in(self.arguments)).device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
@@ -131,6 +132,15 @@ class Launch:
                 specialised = not parameter.do_not_specialize
                 signature[parameter.name] = _specialise(value, place, specialised, constants, attributes)
         return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(inner)
 
 
 def _specialise(

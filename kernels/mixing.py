@@ -1,21 +1,22 @@
 """Launches space-time mixing attention and temporal shift.
 
-The functions take what the native ops ``_space_time_mixing_attention_forward / _backward`` and ``_temporal_shift``
-take. The tokens of a frame are a sequence of divided attention, and its kernels attend in it: channels of keys and
-values that come from other frames are one more offset a column when they are loaded, and when their gradients are
-stored.
+The functions take a call, then the tensors of the pass, as the native ops ``_space_time_mixing_attention_forward /
+_backward`` do, and what ``_temporal_shift`` takes. The tokens of a frame are a sequence of divided attention, and its
+kernels attend in it: channels of keys and values that come from other frames are one more offset a column when they are
+loaded, and when their gradients are stored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidattn.calls import DividedCall, MixingCall
 from vidattn.kernels import divided, plans
+from vidattn.kernels.divided_sequences import Mixing
 from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.mixing_shift import temporal_shift as temporal_shift_kernel
 
@@ -25,46 +26,28 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1024  # words of a program
 
 
-def forward(*arguments: Any) -> None:
+def forward(call: MixingCall, out: Tensor, lse: Tensor | None) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    plans.run(plan_forward, *arguments)
+    plans.run(plan_forward, call, out, lse)
 
 
-def backward(*arguments: Any) -> None:
+def backward(
+    call: MixingCall, dout: Tensor, out: Tensor | None, lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
-    plans.run(plan_backward, *arguments)
+    plans.run(plan_backward, call, dout, out, lse, dq, dk, dv)
 
 
-def temporal_shift(*arguments: Any) -> None:
+def temporal_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> None:
     """Shift; arguments as of :func:`plan_shift`, the result in ``out``."""
-    plans.run(plan_shift, *arguments)
+    plans.run(plan_shift, x, num_frames, channel_shifts, out)
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    num_frames: int,
-    channel_shifts: Sequence[int],
-    scale: float,
-    dropout_p: float,
-    out: Tensor,
-    lse: Tensor | None,
-    *,
-    arch: str | None = None,
-) -> list[Launch]:
+def plan_forward(call: MixingCall, out: Tensor, lse: Tensor | None, *, arch: str | None = None) -> list[Launch]:
     """Plan the forward pass.
 
     Args:
-        q: (B * T, N, h, d), last dimension dense; so are ``k`` and ``v``.
-        k: like ``q``.
-        v: like ``q``.
-        seed: int64 (1,), needed when ``dropout_p > 0``.
-        num_frames: T, frames of a segment.
-        channel_shifts: first, last and frame offset of each range of concatenated channels, in ascending order.
-        scale: factor of q k^T.
-        dropout_p: dropout probability.
+        call: inputs and options.
         out: (B * T, N, h * d), last dimension dense.
         lse: float32 (B * T, N, h), contiguous; None if not needed.
         arch: architecture to plan for; that of the device when None.
@@ -72,21 +55,12 @@ def plan_forward(
     Returns:
         The launches.
     """
-    mixing = divided.Mixing(num_frames, _near(channel_shifts, num_frames))
-    options = (1, False, 0, scale, dropout_p)
-    return divided.plan_forward(q, k, v, seed, *options, out, None, None, lse, mixing=mixing, arch=arch)
+    return divided.plan_forward(_in_each_frame(call), out, None, None, lse, mixing=_mixing(call), arch=arch)
 
 
 def plan_backward(
+    call: MixingCall,
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    num_frames: int,
-    channel_shifts: Sequence[int],
-    scale: float,
-    dropout_p: float,
     out: Tensor | None,
     lse: Tensor | None,
     dq: Tensor,
@@ -98,15 +72,8 @@ def plan_backward(
     """Plan the backward pass.
 
     Args:
+        call: inputs and options.
         dout: like ``out``, any strides but a dense last dimension.
-        q: as in :func:`plan_forward`, and so are all arguments up to ``dropout_p``.
-        k: like ``q``.
-        v: like ``q``.
-        seed: key of the dropout mask.
-        num_frames: T.
-        channel_shifts: ranges of channels.
-        scale: factor of q k^T.
-        dropout_p: dropout probability.
         out: context of the forward pass; it and ``lse`` may be None where rows are seen whole.
         lse: its log-sum-exp.
         dq: (B * T, N, h, d), last dimension dense, of the same strides as ``dk`` and ``dv``.
@@ -117,11 +84,27 @@ def plan_backward(
     Returns:
         The launches.
     """
-    mixing = divided.Mixing(num_frames, _near(channel_shifts, num_frames))
-    options = (1, False, 0, scale, dropout_p)
-    return divided.plan_backward(
-        dout, None, q, k, v, seed, *options, out, None, lse, dq, dk, dv, mixing=mixing, arch=arch
+    mixing = _mixing(call)
+    return divided.plan_backward(_in_each_frame(call), dout, None, out, None, lse, dq, dk, dv, mixing=mixing, arch=arch)
+
+
+def _in_each_frame(call: MixingCall) -> DividedCall:
+    """Give the call of divided attention that attends in each frame: a clip of one frame."""
+    return DividedCall(
+        call.q,
+        call.k,
+        call.v,
+        call.seed,
+        num_frames=1,
+        time_fastest=False,
+        temporal_heads=0,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
     )
+
+
+def _mixing(call: MixingCall) -> Mixing:
+    return Mixing(call.num_frames, _near(call.channel_shifts, call.num_frames))
 
 
 def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> list[Launch]:
@@ -133,7 +116,7 @@ def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: T
     Args:
         x: (frames, outer, channels, inner), contiguous, of any dtype.
         num_frames: frames of a segment.
-        channel_shifts: as in :func:`plan_forward`.
+        channel_shifts: first, last and frame offset of each range of channels, in ascending order, flat.
         out: like ``x``.
 
     Returns:

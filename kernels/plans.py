@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing, is_table, record_workspaces
+from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing, is_table, record_workspaces, tensors_in
 
 __all__ = ["forget", "run"]
 
@@ -264,7 +264,7 @@ def _run_and_keep(
     compiled, tables, streams = _run_launches(launches)
     if len({id(x) for x in given}) < len(given):
         return  # one tensor in two places: another call may have two
-    used = {id(recorder.origin(x)) for launch in launches for x in _tensors(launch.arguments)}
+    used = {id(recorder.origin(x)) for launch in launches for x in tensors_in(launch.arguments)}
     workspaces = [x for x in workspaces if id(x) in used]
     find = partial(_place, recorder, [*given, *workspaces])
     plan = None
@@ -281,7 +281,7 @@ def _run_and_keep(
 def _run_launches(launches: Sequence[Launch]) -> tuple[list[Any], tuple[Tensor, ...], set[int | None]]:
     """Run what has just been planned; gives the compiled kernels, the tables, and the streams that may read those."""
     compiled = [launch.run() for launch in launches]
-    tables = tuple({id(x): x for launch in launches for x in _tensors(launch.arguments) if is_table(x)}.values())
+    tables = tuple({id(x): x for launch in launches for x in tensors_in(launch.arguments) if is_table(x)}.values())
     streams: set[int | None] = set()
     _hold(tables, streams)
     return compiled, tables, streams
@@ -303,10 +303,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.is_view:
-            self._views.update((id(view), (view, self.origin(args[0]))) for view in _tensors(result))
+            self._views.update((id(view), (view, self.origin(args[0]))) for view in tensors_in(result))
         elif function._schema.name not in _ALLOCATES:
             known = {_storage(x) for x in (*self._given, *self._workspaces)}
-            self.looked |= any(_storage(x) in known for x in _tensors((args, kwargs)))
+            self.looked |= any(_storage(x) in known for x in tensors_in((args, kwargs)))
         return result
 
     def origin(self, x: Tensor) -> Tensor:
@@ -339,15 +339,6 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         changed = [_mapped(inner, change) for inner in value]
         return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
     return change(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Go through the tensors of nested arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(inner)
 
 
 def _storage(x: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidattn import geometry as geo
-from vidattn.kernels.launch import is_capturing, new_table, new_table
+from vidattn.kernels.launch import is_capturing, new_table
 from vidattn.kernels.rows import NO_TOKEN, PADDING
 from vidattn.kernels.window3d_tiles import MAP_UNIT
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.gpu_audit import plan_divided
 from benchmarks.shapes import GPU_DIVIDED_CASES, DividedCase
 from vidattn import reference
+from vidattn.calls import DividedCall
 from vidattn.kernels import divided
 from vidattn.kernels.divided_configs import (
     ShapeClass,
@@ -193,12 +194,14 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
     if max(case.num_frames, case.num_sites) > tensors.WHOLE_ROW_KEYS:
         lse = guarded((batch, patches + case.num_frames * case.has_cls, heads), torch.float32)
     temporal_heads = {"temporal": heads, "factorized": heads // 2}.get(case.kind, 0)
-    options = (case.num_frames, case.token_order == "hwt", temporal_heads, head_dim**-0.5, case.dropout_p)
-    common = (q, k, v, seed if case.dropout_p else None, *options)
-    divided.forward(*common, out, cls, mean, lse)
+    call = DividedCall(
+        q, k, v, seed if case.dropout_p else None,
+        case.num_frames, case.token_order == "hwt", temporal_heads, head_dim**-0.5, case.dropout_p,
+    )  # fmt: skip
+    divided.forward(call, out, cls, mean, lse)
     grads = [guarded(q.shape, dtype) for _ in range(3)]
     kept = (None, None, None) if lse is None else (out, cls, lse)
-    divided.backward(dout, dcls, *common, *kept, *grads)
+    divided.backward(call, dout, dcls, *kept, *grads)
     for check_guards in checks:
         check_guards()
     wanted = evaluate(case.function(reference), to(inputs, torch.float64), dict(case.options(), seed=seed))
@@ -260,7 +263,10 @@ def test_dropout_of_packed_sequences_is_that_of_each_alone() -> None:
     seed = seed_of(3).to(device_of("triton"))
     qkv = torch.randn(1, 5 * 7, 3, 2, 8, device=device_of("triton"))
     out = torch.empty(1, 5 * 7, 16, device=qkv.device)
-    divided.forward(*qkv.unbind(2), seed, 5, True, 2, 0.3, 0.4, out, None, None, None)
+    call = DividedCall(
+        *qkv.unbind(2), seed, num_frames=5, time_fastest=True, temporal_heads=2, scale=0.3, dropout_p=0.4
+    )
+    divided.forward(call, out, None, None, None)
     expected = reference.temporal_attention(qkv, 5, token_order="hwt", scale=0.3, dropout_p=0.4, seed=seed)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 

@@ -24,6 +24,7 @@ import vidattn
 from benchmarks.gpu_audit import plan_mixing
 from benchmarks.shapes import GPU_MIXING_CASES, MixingCase
 from vidattn import reference
+from vidattn.calls import MixingCall
 from vidattn.kernels import divided, mixing
 from vidattn.ops import _tensors as tensors
 
@@ -35,7 +36,8 @@ def plan(case: MixingCase, direction: str = "forward") -> list[tuple[str, int, i
     """Kernels with the heads and ranges of each."""
     launches = plan_mixing(case, direction, torch.bfloat16, "sm_90")
     return [
-        (launch.name, *(launch.arguments[name] for name in ("first_head", "heads", "SHIFTS"))) for launch in launches
+        (launch.name, launch.arguments["first_head"], launch.arguments["heads"], launch.arguments["SHAPE"].shifts)
+        for launch in launches
     ]
 
 
@@ -163,10 +165,10 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
     lse = guarded((frames, tokens, heads), torch.float32) if tokens > tensors.WHOLE_ROW_KEYS else None
     shifts = case.channel_shifts or reference.mixing.xvit_channel_shifts(heads * head_dim, case.shift_div)
     flat = [value for shift in shifts for value in shift]
-    common = (q, k, v, seed if case.dropout_p else None, case.num_frames, flat, head_dim**-0.5, case.dropout_p)
-    mixing.forward(*common, out, lse)
+    call = MixingCall(q, k, v, seed if case.dropout_p else None, case.num_frames, flat, head_dim**-0.5, case.dropout_p)
+    mixing.forward(call, out, lse)
     grads = [guarded(q.shape, dtype) for _ in range(3)]
-    mixing.backward(dout, *common, None if lse is None else out, lse, *grads)
+    mixing.backward(call, dout, None if lse is None else out, lse, *grads)
     for check_guards in checks:
         check_guards()
     wanted = evaluate(case.function(reference), to(inputs, torch.float64), dict(case.options(), seed=seed))

@@ -21,8 +21,10 @@ from torch import Tensor
 
 import vidattn
 from benchmarks.mocked_gpu import Launched, MockedGpu, mocked_gpu
-from vidattn.kernels import plans, window3d_tables
-from vidattn.kernels.launch import INTERPRETED, is_table
+from vidattn.kernels import plans
+from vidattn.kernels.launch import INTERPRETED, is_table, tensors_in
+from vidattn.kernels.window3d_bias import window3d_dense_bias
+from vidattn.kernels.window3d_forward import window3d_forward
 
 on_mocked_gpu = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: the interpreter has no driver")
 needs_triton = pytest.mark.needs_triton
@@ -74,6 +76,7 @@ CALLS = {
     "per_frame": Call("spatial_attention", (2, 13, 3, 2, 8), {"num_frames": 3, "cls_token": "per_frame"}),
     "long_frames": Call("spatial_attention", (1, 281, 3, 1, 8), {"num_frames": 2, "cls_token": "mean"}),
     "factorized": Call("factorized_dot_product_attention", (2, 12, 3, 2, 8), {"num_frames": 3, "dropout_p": 0.2}),
+    "shift": Call("temporal_shift", (6, 5, 8), {"num_frames": 3, "channel_shifts": [(0, 2, 1), (2, 4, -1)]}),
     "mixing": Call("space_time_mixing_attention", (6, 5, 3, 2, 8), {"num_frames": 3}),
 }
 
@@ -119,7 +122,7 @@ def assert_as_planned_anew(launched: list[Launched], request: tuple[Any, ...]) -
     for launch in planner(*arguments):
         launch.run()
     assert [launch[:3] for launch in found] == [launch[:3] for launch in launched]
-    given = {x.untyped_storage().data_ptr() for x in plans._tensors(arguments)}
+    given = {x.untyped_storage().data_ptr() for x in tensors_in(arguments)}
     moved: dict[int, int] = {}
     for one, expected in zip(found, launched, strict=True):
         _compare(one.arguments, expected.arguments, given, moved)
@@ -146,7 +149,9 @@ def _compare(found: Any, expected: Any, given: set[int], moved: dict[int, int]) 
 
 @on_mocked_gpu
 @pytest.mark.parametrize("name", CALLS)
-def test_a_warm_call_launches_what_a_new_plan_would(name: str, gpu: MockedGpu, launched: list[Launched], requests: list[Any]) -> None:
+def test_a_warm_call_launches_what_a_new_plan_would(
+    name: str, gpu: MockedGpu, launched: list[Launched], requests: list[Any]
+) -> None:
     call = CALLS[name]
     call.run(call.tensors())
     compiled, passes = len(gpu.compiled), len(requests)
@@ -282,12 +287,12 @@ def test_nothing_of_a_call_is_kept_alive(gpu: MockedGpu, requests: list[Any]) ->
         for _ in range(2):
             tensors = call.tensors()
             references += [weakref.ref(x) for x in (*tensors.values(), *call.run(tensors))]
-    references += [weakref.ref(x) for request in requests for x in plans._tensors(request)]
+    references += [weakref.ref(x) for request in requests for x in tensors_in(request)]
     requests.clear()
     del tensors
     gc.collect()
     assert all(reference() is None for reference in references)
-    held = [x for plan in plans._plans.values() for kept in plan.launches for x in plans._tensors(kept.launch.arguments)]
+    held = [x for plan in plans._plans.values() for kept in plan.launches for x in tensors_in(kept.launch.arguments)]
     assert held and all(is_table(x) for x in held)
 
 
@@ -319,12 +324,6 @@ def test_a_call_within_a_call_has_workspaces_of_its_own(gpu: MockedGpu) -> None:
     forward()
     assert [x.kernel for x in inner] == [x.kernel for x in outer]
     assert addresses(inner).isdisjoint(addresses(outer))
-
-
-def _place_of_planes() -> int:
-    from vidattn.kernels.window3d_bias import window3d_dense_bias
-
-    return window3d_dense_bias.arg_names.index("planes")
 
 
 # ---- Streams, graphs, hooks ----
@@ -375,8 +374,6 @@ def test_hooks_see_warm_launches(gpu: MockedGpu, launched: list[Launched], monke
     finally:
         hooks.remove(seen.append)
     assert len(seen) == len(expected)
-    from vidattn.kernels.window3d_forward import window3d_forward
-
     monkeypatch.setattr(window3d_forward, "pre_run_hooks", [lambda **arguments: seen.append(arguments["out"])])
     outputs = call.run(call.tensors())
     assert len(seen) == len(expected) + 1 and seen[-1].data_ptr() == outputs[0].data_ptr()
