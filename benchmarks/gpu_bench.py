@@ -47,6 +47,7 @@ from benchmarks.shapes import (
 )
 from benchmarks.tables import print_table
 from benchmarks.window3d_contenders import computes_the_same
+from tests.imported_copy import describe
 
 OURS, BASELINE = "vidattn", "eager"
 COMPILED = ("compiled", "flex")  # contenders that take long to prepare
@@ -525,6 +526,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: torch {torch.__version__} finds no GPU\n")
+    print(describe())
     rates = Rates()
     if options.rates is not None:
         try:

@@ -420,7 +420,9 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     import vidattn
+    from tests.imported_copy import describe
 
+    print(describe())
     reasons = vidattn.why_not("window3d_attention", backend=options.backend)
     if options.backend in ("cuda", "triton") and not torch.cuda.is_available():
         reasons.append(f"torch {torch.__version__} finds no GPU")

@@ -187,8 +187,9 @@ def _queries_tile(
     factors = None
     if dropout is not None:
         factors = tile_factors(dropout, sequence, queries.first, first_key, SHAPE, BLOCK_M, BLOCK)
+    PRECISION: tl.constexpr = SHAPE.precision
     _, grad_scores = score_gradients(
-        scores, queries.kept.lse, queries.kept.delta, queries.dout, v_rows, factors, SHAPE.precision, unit
+        scores, queries.kept.lse, queries.kept.delta, queries.dout, v_rows, factors, PRECISION, unit
     )
     return tl.dot(grad_scores.to(k_rows.dtype), k_rows, total, input_precision=SHAPE.precision)
 
@@ -253,7 +254,8 @@ def divided_backward_queries(
     keys = HeadRows(head_of(k, clip, head), k.token, k_columns)
     values = HeadRows(head_of(v, clip, head), v.token, v_columns)
 
-    total = tl.zeros([BLOCK_M, SHAPE.block_d], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.block_d
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in tl.range(0, full_tiles):
         total = _queries_tile(
             total, step * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, BLOCK_N, False
@@ -353,8 +355,9 @@ def _keys_tile(
     factors = None
     if dropout is not None:
         factors = tile_factors(dropout, sequence, first_query, keys.first, SHAPE, BLOCK, BLOCK_N)
-    dropped, grad_scores = score_gradients(scores, q_lse, delta, dout_rows, keys.v, factors, SHAPE.precision, unit)
-    if queries.dq is not None:
+    PRECISION: tl.constexpr = SHAPE.precision
+    dropped, grad_scores = score_gradients(scores, q_lse, delta, dout_rows, keys.v, factors, PRECISION, unit)
+    if queries.kept is None:
         dq = tl.dot(grad_scores.to(keys.k.dtype), keys.k, input_precision=SHAPE.precision) * unit  # k has the sign
         stored = rows if SHAPE.has_cls else tokens
         store_rows(queries.dq.base, stored, row_offsets(tokens, queries.dq.token), dq, SHAPE.head_dim, SHAPE.block_d)
@@ -431,7 +434,8 @@ def divided_backward_keys(
         cls_part=dq_part,
     )
 
-    zeros = tl.zeros([BLOCK_N, SHAPE.block_d], tl.float32)
+    BLOCK_D: tl.constexpr = SHAPE.block_d
+    zeros = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = _KeyGrads(k=zeros, v=zeros)
     for step in tl.range(0, full_tiles):
         sums = _keys_tile(

@@ -152,7 +152,8 @@ def _attend_tile(
     factors = None
     if dropout is not None:
         factors = tile_factors(dropout, sequence, first_query, first_key, SHAPE, BLOCK_M, BLOCK)
-    return softmax_step(state, scores, v_rows, factors, SHAPE.precision, unit)
+    PRECISION: tl.constexpr = SHAPE.precision
+    return softmax_step(state, scores, v_rows, factors, PRECISION, unit)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -49,6 +49,9 @@ UNSPECIALISED = (
 class Shape(NamedTuple):
     """What a kernel is compiled for, as one argument.
 
+    A field that stands in a list, or is no number and goes on to another function, is named as a constant first: there
+    Triton takes no field.
+
     Attributes:
         length: tokens of a sequence, a cls token included.
         has_cls: whether the last slot is a cls token.

@@ -57,7 +57,8 @@ def mixed_columns(frames, head, segment, stride, SHAPE: tl.constexpr):
     ``frames`` are places in the segment, (BLOCK, 1) or the same for all rows.
     """
     channels = tl.arange(0, SHAPE.block_d)[None, :]
-    offsets = channel_offsets(head * SHAPE.head_dim + channels, SHAPE.shifts)
+    SHIFTS: tl.constexpr = SHAPE.shifts
+    offsets = channel_offsets(head * SHAPE.head_dim + channels, SHIFTS)
     inside = (frames + offsets >= 0) & (frames + offsets < segment)
     if SHAPE.block_d != SHAPE.head_dim:
         inside = inside & (channels < SHAPE.head_dim)
@@ -86,7 +87,8 @@ def store_key_grads(base, tokens, offsets, rows, frames, head, segment, stride, 
     """
     if SHAPE.shifts is not None:
         channels = tl.arange(0, SHAPE.block_d)[None, :]
-        sources = frames + channel_offsets(head * SHAPE.head_dim + channels, SHAPE.shifts)
+        SHIFTS: tl.constexpr = SHAPE.shifts
+        sources = frames + channel_offsets(head * SHAPE.head_dim + channels, SHIFTS)
         inside = (sources >= 0) & (sources < segment)
         around = tl.where(sources < 0, sources + segment, sources)  # offsets reach around no further than this
         around = tl.where(around >= segment, around - segment, around)

@@ -111,8 +111,8 @@ def plan_backward(
     Args:
         call: inputs and options.
         dout: like ``out``, any strides.
-        out: context of the forward pass, contiguous; it and ``lse`` may be None where rows are seen whole.
-        lse: its log-sum-exp, contiguous.
+        out: context of the forward pass; it and ``lse`` may be None where rows are seen whole.
+        lse: its log-sum-exp.
         dq: (B, D, H, W, h, d), dense but for one stride from token to token, batch elements too, which all three share.
         dk: like ``dq``.
         dv: like ``dq``.
@@ -124,6 +124,7 @@ def plan_backward(
         The launches.
     """
     dout = dout.contiguous()
+    out, lse = (None if x is None else x.contiguous() for x in (out, lse))
     problem = _describe(_addressable(call), arch)
     token = dq.stride(0) // problem.grid_tokens
     launches, kept = [*problem.planned.launches], None
@@ -279,12 +280,12 @@ def _shared_arguments(problem: _Problem) -> dict[str, Any]:
     }
 
 
-def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding | None, float]:
+def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding, float]:
     """Which tiles of ``step`` tokens a tile of ``rows`` tokens may leave out, and how many it sees on average."""
     mask_value = problem.call.mask_value
     visible, steps = problem.tables.visible(rows, step)
     if visible is None or mask_value > _DEEP_MASK:
-        return None, problem.num_tokens // step
+        return Hiding(None, None, None), problem.num_tokens // step
     if mask_value == -math.inf:  # needs no proof
         return Hiding(visible, None, None), steps
     return Hiding(visible, mask_value, problem.planned.bias_max), steps

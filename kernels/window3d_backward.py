@@ -22,6 +22,7 @@ from vidattn.kernels.window3d_tiles import (
     is_negligible,
     largest_norm,
     locate,
+    meet_keys,
     plane_offsets,
     position,
     row_norms,
@@ -76,40 +77,23 @@ def _queries_tile(
     PRECISION: tl.constexpr,
 ):
     """Add what ``BLOCK`` keys give to dq of every window."""
-    keys = first_key + tl.arange(0, BLOCK)
-    added = None
-    if queries.planes is not None:
-        added = added_to_scores(
-            queries.planes,
-            queries.plane,
-            queries.first,
-            first_key,
-            NUM_TOKENS,
-            BLOCK_M,
-            BLOCK,
-            NUM_TOKENS % BLOCK_M != 0,
-        )  # (BLOCK_M, BLOCK)
-    query_numbers = queries.first + tl.arange(0, BLOCK_M)
+    added, planes = None, queries.planes
+    if planes.bias is not None:
+        past_end: tl.constexpr = NUM_TOKENS % BLOCK_M != 0
+        added = added_to_scores(planes, queries.plane, queries.first, first_key, NUM_TOKENS, BLOCK_M, BLOCK, past_end)
+    numbers = queries.first + tl.arange(0, BLOCK_M)
     updated = ()
     for w in tl.static_range(WINDOWS):
-        tokens = tl.load(queries.maps[w] + keys)
-        k_offsets, v_offsets = row_offsets(tokens, queries.k_token), row_offsets(tokens, queries.v_token)
-        k_rows = load_rows(
-            queries.k[w], tokens, k_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k
-        )  # (BLOCK, BLOCK_D)
-        v_rows = load_rows(queries.v[w], tokens, v_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_v)
-        scores = scores_of(queries.rows[w], k_rows, added, queries.scale, PRECISION)  # (BLOCK_M, BLOCK)
-        if IS_TAIL:
-            scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+        keys = meet_keys(queries, w, first_key, added, NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK, MASKED, IS_TAIL, PRECISION)
         factors = None
         if queries.dropout is not None:
             factors = dropout_factors(
-                queries.dropout, queries.numbers[w], queries.head, query_numbers, first_key, BLOCK_M, BLOCK
+                queries.dropout, queries.numbers[w], queries.head, numbers, first_key, BLOCK_M, BLOCK
             )
         _, grad_scores = score_gradients(
-            scores, given.lse[w], given.delta[w], given.dout[w], v_rows, factors, PRECISION
+            keys.scores, given.lse[w], given.delta[w], given.dout[w], keys.v, factors, PRECISION
         )
-        updated += (tl.dot(grad_scores.to(k_rows.dtype), k_rows, sums[w], input_precision=PRECISION),)
+        updated += (tl.dot(grad_scores.to(keys.k.dtype), keys.k, sums[w], input_precision=PRECISION),)
     return updated
 
 
@@ -189,7 +173,7 @@ def window3d_backward_queries(
             sums, FULL * BLOCK_N, queries, given,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:
             proven = hidden_keys_are_negligible(
@@ -277,7 +261,7 @@ def _keys_tile(
     """Add what ``BLOCK`` queries give to dk and dv; store their dq where it is complete."""
     queries = first_query + tl.arange(0, BLOCK)
     added = None
-    if keys.planes is not None:
+    if keys.planes.bias is not None:
         added = added_to_scores(
             keys.planes, keys.plane, first_query, keys.first, NUM_TOKENS, BLOCK, BLOCK_N, PAST_END
         )  # (BLOCK, BLOCK_N)
@@ -396,7 +380,7 @@ def window3d_backward_keys(
             sums, FULL * BLOCK_M, keys,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, TAIL, BLOCK_N, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:
             proven = _hidden_queries_are_negligible(keys, tiles, hiding, HEAD_DIM, BLOCK_D, BLOCK_M, FULL, HAS_PADDING)
@@ -469,7 +453,7 @@ def window3d_backward_bias(
         num_kinds = 1
     for kind in range(num_kinds):
         added = None
-        if planes is not None:
+        if planes.bias is not None:
             plane = plane_offsets(planes, kind, head, NUM_TOKENS)
             added = added_to_scores(
                 planes, plane, row_tile * BLOCK_M, first_key, NUM_TOKENS, BLOCK_M, BLOCK_N, True

@@ -11,9 +11,9 @@ from vidattn.kernels.window3d_tiles import (
     hidden_keys_are_negligible,
     hidden_tile,
     locate,
+    meet_keys,
     plane_offsets,
     position,
-    scores_of,
     visible_tiles,
 )
 
@@ -36,37 +36,20 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """Take ``BLOCK`` keys of every window into the states of its queries; the windows share what is added."""
-    keys = first_key + tl.arange(0, BLOCK)
-    added = None
-    if queries.planes is not None:
-        added = added_to_scores(
-            queries.planes,
-            queries.plane,
-            queries.first,
-            first_key,
-            NUM_TOKENS,
-            BLOCK_M,
-            BLOCK,
-            NUM_TOKENS % BLOCK_M != 0,
-        )  # (BLOCK_M, BLOCK)
-    query_numbers = queries.first + tl.arange(0, BLOCK_M)
+    added, planes = None, queries.planes
+    if planes.bias is not None:
+        past_end: tl.constexpr = NUM_TOKENS % BLOCK_M != 0
+        added = added_to_scores(planes, queries.plane, queries.first, first_key, NUM_TOKENS, BLOCK_M, BLOCK, past_end)
+    numbers = queries.first + tl.arange(0, BLOCK_M)
     updated = ()
     for w in tl.static_range(WINDOWS):
-        tokens = tl.load(queries.maps[w] + keys)
-        k_offsets, v_offsets = row_offsets(tokens, queries.k_token), row_offsets(tokens, queries.v_token)
-        k_rows = load_rows(
-            queries.k[w], tokens, k_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k
-        )  # (BLOCK, BLOCK_D)
-        v_rows = load_rows(queries.v[w], tokens, v_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_v)
-        scores = scores_of(queries.rows[w], k_rows, added, queries.scale, PRECISION)  # (BLOCK_M, BLOCK)
-        if IS_TAIL:
-            scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+        keys = meet_keys(queries, w, first_key, added, NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK, MASKED, IS_TAIL, PRECISION)
         factors = None
         if queries.dropout is not None:
             factors = dropout_factors(
-                queries.dropout, queries.numbers[w], queries.head, query_numbers, first_key, BLOCK_M, BLOCK
+                queries.dropout, queries.numbers[w], queries.head, numbers, first_key, BLOCK_M, BLOCK
             )
-        updated += (softmax_step(states[w], scores, v_rows, factors, PRECISION),)
+        updated += (softmax_step(states[w], keys.scores, keys.v, factors, PRECISION),)
     return updated
 
 
@@ -135,7 +118,7 @@ def window3d_forward(
             states, FULL * BLOCK_N, queries,
             NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, TAIL, WINDOWS, True, True, PRECISION,
         )  # fmt: skip
-    if hiding is not None and hiding.mask_value is not None:
+    if hiding.mask_value is not None:
         # The mask is finite: a hidden key still counts if its score is far above all others.
         hidden = FULL - (tiles.last - tiles.first)
         if hidden > 0:

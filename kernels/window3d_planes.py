@@ -29,20 +29,18 @@ class PlannedPlanes:
     """Planes, and the launches that fill them.
 
     Attributes:
-        planes: argument of the kernels; None where nothing is added.
+        planes: argument of the kernels.
         bias_max: float32 (1,), the largest bias, where a mask may hide tiles; None without bias.
         launches: what has to run first.
     """
 
-    planes: Planes | None = None
+    planes: Planes
     bias_max: Tensor | None = None
     launches: tuple[Launch, ...] = ()
 
     @property
     def size(self) -> int:
         """Elements of the planes."""
-        if self.planes is None:
-            return 0
         return sum(x.numel() for x in (self.planes.bias, self.planes.mask) if x is not None)
 
 
@@ -70,12 +68,14 @@ def plan_planes(call: WindowCall, tables: WindowTables, positions: BiasPositions
     size = tables.num_tokens * pitch_of(tables.num_tokens)
     if call.bias is None and call.mask is None:
         if tables.hidden is None:
-            return PlannedPlanes()
+            return PlannedPlanes(Planes(None, 0, 0, None))
         masks, launch = _plan_dense(call, tables, num_kinds=tables.num_kinds)
         return PlannedPlanes(Planes(masks, size, 0, None), launches=(launch,))
-    given = [None if x is None else _plan_copy(x) for x in (call.bias, call.mask)]
-    bias, mask = (None if copy is None else copy[0] for copy in given)
-    return PlannedPlanes(Planes(bias, 0, size, mask), launches=tuple(copy[1] for copy in given if copy is not None))
+    copies = [_plan_copy(x) for x in (call.bias, call.mask) if x is not None]
+    launches = tuple(launch for _, launch in copies)
+    if call.bias is None:
+        return PlannedPlanes(Planes(copies[0][0], size, 0, None), launches=launches)
+    return PlannedPlanes(Planes(copies[0][0], 0, size, None if call.mask is None else copies[1][0]), launches=launches)
 
 
 def _plan_from_table(call: WindowCall, table: Tensor, tables: WindowTables, positions: BiasPositions) -> PlannedPlanes:

@@ -10,6 +10,7 @@ from vidattn.kernels.rows import load_rows, row_offsets
 __all__ = [
     "Hiding",
     "Kept",
+    "KeyTile",
     "Place",
     "Planes",
     "Queries",
@@ -22,6 +23,7 @@ __all__ = [
     "is_negligible",
     "largest_norm",
     "locate",
+    "meet_keys",
     "plane_offsets",
     "position",
     "row_norms",
@@ -54,12 +56,12 @@ class Windows(NamedTuple):
 
 
 class Planes(NamedTuple):
-    """What is added to the scores (window3d_planes.py), float32 planes (N, pitch); None where nothing is.
+    """What is added to the scores (window3d_planes.py), float32 planes (N, pitch).
 
     Attributes:
-        bias: planes of bias, or of bias and mask; None without either.
+        bias: planes of bias, of bias and mask, or of masks alone; None where nothing is added.
         kind: elements from a kind's planes to the next kind's, 0 where all kinds share them.
-        head: elements from a head's plane to the next.
+        head: elements from a head's plane to the next, 0 where all heads share it.
         mask: (kinds, N, pitch), added too; None without.
     """
 
@@ -70,11 +72,12 @@ class Planes(NamedTuple):
 
 
 class Hiding(NamedTuple):
-    """Tiles that the region mask hides as a whole; None where there are none.
+    """Tiles that the region mask hides as a whole.
 
     Attributes:
-        visible: int32 (kinds, tiles, 2), first and one past the last full tile that a tile sees.
-        mask_value: what a hidden score is lowered by, so that a proof may leave it out; None where that is infinite.
+        visible: int32 (kinds, tiles, 2), first and one past the last full tile that a tile sees; None if it sees all.
+        mask_value: what is added to hidden scores, which a proof may leave out; None where there are none, or where
+            it is infinite and they need no proof.
         bias_max: float32 (1,), the largest bias, for the proof; None without bias.
     """
 
@@ -183,10 +186,7 @@ def plane_offsets(planes, kind, head, NUM_TOKENS: tl.constexpr):
     """Where the bias of this head and the mask of this kind of window start: (N, pitch) float32 each."""
     pitch: tl.constexpr = (NUM_TOKENS + PITCH_UNIT - 1) // PITCH_UNIT * PITCH_UNIT
     wide = tl.full([], 0, tl.int64) + kind
-    bias = wide
-    if planes is not None:
-        bias = wide * planes.kind + head.to(tl.int64) * planes.head
-    return Plane(bias, wide * (NUM_TOKENS * pitch))
+    return Plane(wide * planes.kind + head.to(tl.int64) * planes.head, wide * (NUM_TOKENS * pitch))
 
 
 @triton.jit
@@ -211,9 +211,7 @@ def added_to_scores(
     else:
         first_row = first_query * pitch
     inside = rows[:, None] * pitch + (first_key + tl.arange(0, BLOCK_N))[None, :]
-    added = 0.0
-    if planes.bias is not None:
-        added = tl.load((planes.bias + plane.bias + first_row) + inside)
+    added = tl.load((planes.bias + plane.bias + first_row) + inside)
     if planes.mask is not None:
         added += tl.load((planes.mask + plane.mask + first_row) + inside)
     return added
@@ -226,6 +224,49 @@ def scores_of(q_rows, k_rows, added, scale, PRECISION: tl.constexpr):
     if added is not None:
         scores += added
     return scores
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys that queries meet.
+
+    Attributes:
+        k: keys, (BLOCK, BLOCK_D).
+        v: values, (BLOCK, BLOCK_D).
+        scores: (BLOCK_M, BLOCK), -inf past the last key.
+    """
+
+    k: Any
+    v: Any
+    scores: Any
+
+
+@triton.jit
+def meet_keys(
+    queries,
+    w: tl.constexpr,
+    first_key,
+    added,
+    NUM_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Load ``BLOCK`` keys and values of window number ``w`` of the queries, and take their scores.
+
+    ``MASKED`` says that some may be no token, ``IS_TAIL`` that some are past the last.
+    """
+    keys = first_key + tl.arange(0, BLOCK)
+    tokens = tl.load(queries.maps[w] + keys)
+    k_offsets, v_offsets = row_offsets(tokens, queries.k_token), row_offsets(tokens, queries.v_token)
+    k_rows = load_rows(queries.k[w], tokens, k_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_k)
+    v_rows = load_rows(queries.v[w], tokens, v_offsets, HEAD_DIM, BLOCK_D, MASKED, queries.pad_v)
+    scores = scores_of(queries.rows[w], k_rows, added, queries.scale, PRECISION)
+    if IS_TAIL:
+        scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+    return KeyTile(k_rows, v_rows, scores)
 
 
 # ---- Tiles that the region mask hides ----
@@ -242,7 +283,7 @@ class Tiles(NamedTuple):
 def visible_tiles(hiding, kind, tile, full_tiles, TILES: tl.constexpr):
     """Full tiles that the region mask does not hide as a whole from tile number ``tile``."""
     first, last = 0, full_tiles
-    if hiding is not None:
+    if hiding.visible is not None:
         first = tl.load(hiding.visible + (kind * TILES + tile) * 2)
         last = tl.load(hiding.visible + (kind * TILES + tile) * 2 + 1)
     return Tiles(first, last)

@@ -19,6 +19,7 @@ import torch
 
 import vidattn
 import vidattn.ops
+from vidattn.installation import is_checkout
 
 BUILD = "python setup.py build_ext --inplace"
 
@@ -26,11 +27,6 @@ BUILD = "python setup.py build_ext --inplace"
 def has_extension(package: Path) -> bool:
     """Tell whether a folder of the package holds the compiled extension."""
     return any(package.glob("_C*.so")) or any(package.glob("_C*.pyd"))
-
-
-def is_source_tree(package: Path) -> bool:
-    """Tell whether a folder of the package is part of a clone, where the extension can be built in place."""
-    return (package.parent / "setup.py").is_file() and (package.parent / "csrc").is_dir()
 
 
 def installed_copies() -> list[Path]:
@@ -58,7 +54,7 @@ def why_refused(
     Returns:
         What is wrong and the command that helps.
     """
-    if has_extension(package) or not is_source_tree(package):
+    if has_extension(package) or not is_checkout(package):
         return None
     if environment.get("VIDATTN_BACKEND", "auto") not in ("", "auto"):
         return None

@@ -450,7 +450,9 @@ def test_runner_refuses_a_backend_that_cannot_run(capsys):
         return
     with pytest.raises(SystemExit) as stopped:
         gpu_test.main([])
-    assert stopped.value.code == 2 and "finds no GPU" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and "finds no GPU" in printed.err
+    assert printed.out.startswith(f"vidattn {vidattn.__version__} from {Path(vidattn.__file__).parent}")
 
 
 def test_steps_fit_into_eight_minutes_and_their_files_exist():

@@ -37,7 +37,7 @@ from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.kernels.rows import Rows
 from vidattn.kernels.softmax import dropout_of
 from vidattn.kernels.window3d_configs import ShapeClass, candidate_configs, default_config, padded_length
-from vidattn.kernels.window3d_tiles import Planes, Windows
+from vidattn.kernels.window3d_tiles import Hiding, Planes, Windows
 from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
@@ -223,9 +223,17 @@ def test_a_launch_is_specialised_alike_whether_it_is_run_or_compiled_ahead() -> 
     kernel = window3d.window3d_forward
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     for numbers in ((1, 16, 3), (32, 1, 2**31)):
-        for planes, dropout in ((None, None), (Planes(q, 0, 448, None), dropout_of(torch.zeros(1).long(), 0.5))):
+        for planes, dropout in (
+            (Planes(None, 0, 0, None), None),
+            (Planes(q, 0, 448, None), dropout_of(torch.zeros(1).long(), 0.5)),
+        ):
             options = dict.fromkeys(kernel.arg_names, 1)  # the constants
-            options |= dict(zip("qkv", rows)) | {"pad_qkv": q, "planes": planes, "hiding": None, "dropout": dropout}
+            options |= dict(zip("qkv", rows)) | {
+                "pad_qkv": q,
+                "planes": planes,
+                "hiding": Hiding(None, None, None),
+                "dropout": dropout,
+            }
             options |= {"out": q[1:], "lse": q, "windows": Windows(*[torch.zeros(4).int()] * 3), "scale": 1.0}
             options |= dict(zip(("heads", "num_windows", "grid_tokens"), numbers)) | {"full_tiles": 16}
             source = Launch(kernel, 1, options).source()
@@ -274,10 +282,10 @@ def test_stride_from_token_to_token(shape: tuple[int, ...], strides: tuple[int, 
 
 def test_a_shallow_mask_hides_nothing_and_an_infinite_one_needs_no_proof() -> None:
     for mask_value in (-5.0, 0.0):
-        assert plan(shift=(4, 3, 3), mask_value=mask_value)[-1].arguments["hiding"] is None
-    assert plan()[-1].arguments["hiding"] is None
+        assert plan(shift=(4, 3, 3), mask_value=mask_value)[-1].arguments["hiding"] == (None, None, None)
+    assert plan()[-1].arguments["hiding"] == (None, None, None)
     hiding = plan(shift=(4, 3, 3), mask_value=-math.inf)[-1].arguments["hiding"]
-    assert (hiding.mask_value, hiding.bias_max) == (None, None)
+    assert hiding.visible is not None and hiding[1:] == (None, None)
     hiding = plan(shift=(4, 3, 3), mask_value=-100.0)[-1].arguments["hiding"]
     assert hiding.mask_value == -100.0 and hiding.bias_max.shape == (1,)
 

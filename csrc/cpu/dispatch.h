@@ -7,7 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <deque>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -16,23 +18,28 @@
 
 namespace vidattn {
 
-// The arguments of an op, one after the other; all of them have to be taken.
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+// The arguments of an op, one after the other; all of them have to be taken. Keeps the tensors alive.
 class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : stack_(stack) {}
   template <class T>
   T take() {
-    return torch::stable::detail::to<T>(stack_[next_++]);
+    return torch::stable::detail::to<T>(*stack_++);
+  }
+  const Tensor& tensor() { return tensors_.emplace_back(take<Tensor>()); }
+  // Null for None.
+  const Tensor* maybe_tensor() {
+    auto given = take<std::optional<Tensor>>();
+    return given ? &tensors_.emplace_back(*std::move(given)) : nullptr;
   }
 
  private:
-  StableIValue* const stack_;
-  int64_t next_ = 0;
+  StableIValue* stack_;
+  std::deque<Tensor> tensors_;  // which stay where they are
 };
-
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
 
 inline Element element_of(const Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -58,19 +65,26 @@ inline RowTensor row_tensor(const Tensor& t, int64_t head_dim, int64_t first = 0
           {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(2)) * bytes}};
 }
 
-// Reads what the arguments of every family have: the type and shape of q, and dropout.
-template <class Call, class Args>
-void read_common(const Call& call, Args& a) {
-  STD_TORCH_CHECK(call.q.scalar_type() == call.k.scalar_type() && call.q.scalar_type() == call.v.scalar_type(),
-                  "expected q, k and v of one dtype");
-  a.element = element_of(call.q);
-  a.heads = call.q.size(-2), a.head_dim = call.q.size(-1);
-  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
-  a.scale = call.scale, a.dropout_p = call.dropout_p;
-  if (a.dropout_p > 0) {
-    STD_TORCH_CHECK(call.seed.has_value(), "dropout needs a seed");
-    a.seed = static_cast<uint64_t>(*call.seed->template const_data_ptr<int64_t>());
+// What the arguments of every family begin with.
+struct Tokens {
+  explicit Tokens(Arguments& from) : q(from.tensor()), k(from.tensor()), v(from.tensor()) {
+    STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                    "expected q, k and v of one dtype");
   }
+  const Tensor &q, &k, &v;
+};
+
+template <class Args>
+void set_shape(Args& a, const Tensor& q) {
+  a.element = element_of(q);
+  a.heads = q.size(-2), a.head_dim = q.size(-1);
+  STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 128, "expected head_dim between 1 and 128, got ", a.head_dim);
+}
+
+template <class Args>
+void set_seed(Args& a, const Tensor* seed) {
+  STD_TORCH_CHECK(a.dropout_p == 0 || seed, "dropout needs a seed");
+  if (a.dropout_p > 0) a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
 }
 
 // The kernels of the current instruction set, from VIDATTN_KERNELS of the family.

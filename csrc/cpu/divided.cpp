@@ -8,47 +8,48 @@
 namespace vidattn {
 namespace {
 
-// The fields of DividedCall in vidattn/calls.py, which says what they are.
-struct DividedCall {
-  explicit DividedCall(Arguments& from) : from(from) {}
-  Arguments& from;
-  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
-  const MaybeTensor seed = from.take<MaybeTensor>();
-  const int64_t num_frames = from.take<int64_t>();
-  const bool time_fastest = from.take<bool>();
-  const int64_t temporal_heads = from.take<int64_t>();
-  const double scale = from.take<double>(), dropout_p = from.take<double>();
-};
-
 const DividedKernels& kernels(const DividedArgs& a) {
   return kernels_for<DividedKernels>(a.element, VIDATTN_KERNELS(divided));
 }
 
-DividedArgs make_args(const DividedCall& call, bool has_cls) {
+// Reads the fields of DividedCall in vidattn/calls.py, which says what they are, and after them the context or its
+// gradient, which has the patches of a clip alone.
+DividedArgs read_call(Arguments& from, Slot context) {
   DividedArgs a{};
-  read_common(call, a);
-  const Tensor& q = call.q;
-  a.batch = q.size(0), a.frames = call.num_frames, a.cls = has_cls;
-  STD_TORCH_CHECK(a.frames >= 1 && q.size(1) > a.cls && (q.size(1) - a.cls) % a.frames == 0,
+  const Tokens tokens(from);
+  const Tensor* seed = from.maybe_tensor();
+  a.frames = from.take<int64_t>();
+  a.time_fastest = from.take<bool>();
+  a.temporal_heads = from.take<int64_t>();
+  a.scale = from.take<double>(), a.dropout_p = from.take<double>();
+  const Tensor& patches = from.tensor();
+
+  set_shape(a, tokens.q);
+  set_seed(a, seed);
+  a.batch = patches.size(0);
+  STD_TORCH_CHECK(a.frames >= 1 && patches.size(1) >= 1 && patches.size(1) % a.frames == 0,
                   "expected num_frames * sites rows");
-  a.tensor[kQ] = row_tensor(q, a.head_dim, a.cls);
-  a.tensor[kK] = row_tensor(call.k, a.head_dim, a.cls);
-  a.tensor[kV] = row_tensor(call.v, a.head_dim, a.cls);
+  a.sites = patches.size(1) / a.frames;
+  a.cls = tokens.q.size(1) - patches.size(1);
+  STD_TORCH_CHECK(a.cls == 0 || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1), " rows");
+  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim, a.cls);
+  a.tensor[kK] = row_tensor(tokens.k, a.head_dim, a.cls);
+  a.tensor[kV] = row_tensor(tokens.v, a.head_dim, a.cls);
+  a.tensor[context] = row_tensor(patches, a.head_dim);
   return a;
 }
 
 // Runs one pass for the heads that attend over time, then for those that attend over space.
-void run_axes(DividedArgs& a, const DividedCall& call, bool backward) {
+void run_axes(DividedArgs& a, bool backward) {
   const DividedKernels& cpu = kernels(a);
-  const int64_t sites = (call.q.size(1) - a.cls) / a.frames;
   for (bool over_time : {true, false}) {
-    a.first_head = over_time ? 0 : call.temporal_heads;
-    a.num_heads = over_time ? call.temporal_heads : a.heads - call.temporal_heads;
+    a.first_head = over_time ? 0 : a.temporal_heads;
+    a.num_heads = over_time ? a.temporal_heads : a.heads - a.temporal_heads;
     if (a.num_heads == 0) continue;
     STD_TORCH_CHECK(!over_time || !a.cls, "a cls token attends over space only");
-    a.patches = over_time ? a.frames : sites;
-    a.groups = over_time ? sites : a.frames;
-    const int64_t frame_step = call.time_fastest ? 1 : sites, site_step = call.time_fastest ? a.frames : 1;
+    a.patches = over_time ? a.frames : a.sites;
+    a.groups = over_time ? a.sites : a.frames;
+    const int64_t frame_step = a.time_fastest ? 1 : a.sites, site_step = a.time_fastest ? a.frames : 1;
     a.position_step = over_time ? frame_step : site_step;
     a.group_step = over_time ? site_step : frame_step;
     a.short_sequences = !a.cls && a.patches <= kShortSequence && a.element != Element::float64;
@@ -61,36 +62,27 @@ void run_axes(DividedArgs& a, const DividedCall& call, bool backward) {
 }
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const DividedCall call(arguments);
-  const Tensor out = arguments.take<Tensor>();
-  const MaybeTensor cls = arguments.take<MaybeTensor>(), cls_mean = arguments.take<MaybeTensor>();
-  const MaybeTensor lse = arguments.take<MaybeTensor>();
-  DividedArgs a = make_args(call, cls.has_value());
-  a.tensor[kOut] = row_tensor(out, a.head_dim);
+  Arguments from(stack);
+  DividedArgs a = read_call(from, kOut);
+  const Tensor *cls = from.maybe_tensor(), *cls_mean = from.maybe_tensor(), *lse = from.maybe_tensor();
+  STD_TORCH_CHECK((cls != nullptr) == (a.cls == 1), "expected room for the context of a cls token where there is one");
+  STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
   if (cls) a.cls_out = cls->data_ptr();
   if (cls_mean) {
     const int64_t bytes = bytes_of(a.element);
     a.cls_mean = {static_cast<char*>(cls_mean->data_ptr()), {cls_mean->stride(0) * bytes, 0, a.head_dim * bytes}};
   }
-  STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
-  run_axes(a, call, false);
+  run_axes(a, false);
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const DividedCall call(arguments);
-  const Tensor dout = arguments.take<Tensor>();
-  const MaybeTensor dcls = arguments.take<MaybeTensor>();
-  arguments.take<MaybeTensor>();  // out,
-  arguments.take<MaybeTensor>();  // cls and
-  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
-  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
-  DividedArgs a = make_args(call, dcls.has_value());
-  a.tensor[kDout] = row_tensor(dout, a.head_dim);
-  a.tensor[kDq] = row_tensor(dq, a.head_dim, a.cls);
-  a.tensor[kDk] = row_tensor(dk, a.head_dim, a.cls);
-  a.tensor[kDv] = row_tensor(dv, a.head_dim, a.cls);
+  Arguments from(stack);
+  DividedArgs a = read_call(from, kDout);
+  const Tensor* dcls = from.maybe_tensor();
+  STD_TORCH_CHECK((dcls != nullptr) == (a.cls == 1), "expected a gradient of the cls token where there is one");
+  // out, cls and lse: here a query's scores are at hand all at once
+  from.maybe_tensor(), from.maybe_tensor(), from.maybe_tensor();
+  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim, a.cls);
   std::unique_ptr<double[]> gradients;  // floats but for float64
   if (dcls) {
     STD_TORCH_CHECK(dcls->stride(-1) == 1 || dcls->size(-1) == 1, "the last dimension must be contiguous");
@@ -100,7 +92,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     gradients.reset(new double[a.element == Element::float64 ? size : (size + 1) / 2]);
     a.cls_gradients = gradients.get();
   }
-  run_axes(a, call, true);
+  run_axes(a, true);
 }
 
 }  // namespace

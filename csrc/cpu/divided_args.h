@@ -12,6 +12,9 @@ namespace vidattn {
 struct DividedArgs {
   int64_t batch, frames, heads, head_dim;
   int64_t cls;                    // 1: a row in front of the patches opens every sequence; else 0
+  int64_t sites;                  // of a frame
+  bool time_fastest;              // whether the frames of a site are neighbours, or the sites of a frame
+  int64_t temporal_heads;         // the first ones attend over time, the others over space
   int64_t first_head, num_heads;  // the heads that attend along this axis
   int64_t patches;                // of a sequence, the cls token not counted
   int64_t groups;                 // of a clip

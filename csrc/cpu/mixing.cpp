@@ -8,17 +8,6 @@
 namespace vidattn {
 namespace {
 
-// The fields of MixingCall in vidattn/calls.py, which says what they are.
-struct MixingCall {
-  explicit MixingCall(Arguments& from) : from(from) {}
-  Arguments& from;
-  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
-  const MaybeTensor seed = from.take<MaybeTensor>();
-  const int64_t num_frames = from.take<int64_t>();
-  const Ints channel_shifts = from.take<Ints>();
-  const double scale = from.take<double>(), dropout_p = from.take<double>();
-};
-
 const MixingKernels& kernels(const MixingArgs& a) {
   return kernels_for<MixingKernels>(a.element, VIDATTN_KERNELS(mixing));
 }
@@ -39,40 +28,43 @@ std::vector<ChannelShift> channel_shifts(const Ints& flat, int64_t channels) {
 
 // ---- Attention ----
 
-MixingArgs make_args(const MixingCall& call, const std::vector<ChannelShift>& shifts) {
+// Reads the fields of MixingCall in vidattn/calls.py, which says what they are. The ranges of channels go to `shifts`.
+MixingArgs read_call(Arguments& from, std::vector<ChannelShift>& shifts) {
   MixingArgs a{};
-  read_common(call, a);
-  a.frames = call.q.size(0), a.tokens = call.q.size(1), a.segment = call.num_frames;
+  const Tokens tokens(from);
+  const Tensor* seed = from.maybe_tensor();
+  a.segment = from.take<int64_t>();
+  const Ints flat = from.take<Ints>();
+  a.scale = from.take<double>(), a.dropout_p = from.take<double>();
+
+  set_shape(a, tokens.q);
+  set_seed(a, seed);
+  a.frames = tokens.q.size(0), a.tokens = tokens.q.size(1);
   STD_TORCH_CHECK(a.segment >= 1 && a.frames % a.segment == 0, "expected whole segments of frames");
-  a.tensor[kQ] = row_tensor(call.q, a.head_dim), a.tensor[kK] = row_tensor(call.k, a.head_dim);
-  a.tensor[kV] = row_tensor(call.v, a.head_dim);
+  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim);
+  a.tensor[kK] = row_tensor(tokens.k, a.head_dim);
+  a.tensor[kV] = row_tensor(tokens.v, a.head_dim);
+  shifts = channel_shifts(flat, a.heads * a.head_dim);
   a.shifts = shifts.data(), a.num_shifts = static_cast<int64_t>(shifts.size());
   return a;
 }
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const MixingCall call(arguments);
-  const Tensor out = arguments.take<Tensor>();
-  const MaybeTensor lse = arguments.take<MaybeTensor>();
-  const auto shifts = channel_shifts(call.channel_shifts, call.q.size(2) * call.q.size(3));
-  MixingArgs a = make_args(call, shifts);
-  a.tensor[kOut] = row_tensor(out, a.head_dim);
-  STD_TORCH_CHECK(!lse, "the CPU's backward pass needs no log-sum-exp");
+  Arguments from(stack);
+  std::vector<ChannelShift> shifts;
+  MixingArgs a = read_call(from, shifts);
+  a.tensor[kOut] = row_tensor(from.tensor(), a.head_dim);
+  STD_TORCH_CHECK(!from.maybe_tensor(), "the CPU's backward pass needs no log-sum-exp");
   run(a, kernels(a), false, a.frames * a.heads, kernels(a).forward);
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const MixingCall call(arguments);
-  const Tensor dout = arguments.take<Tensor>();
-  arguments.take<MaybeTensor>();  // out and
-  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
-  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
-  const auto shifts = channel_shifts(call.channel_shifts, call.q.size(2) * call.q.size(3));
-  MixingArgs a = make_args(call, shifts);
-  a.tensor[kDout] = row_tensor(dout, a.head_dim), a.tensor[kDq] = row_tensor(dq, a.head_dim);
-  a.tensor[kDk] = row_tensor(dk, a.head_dim), a.tensor[kDv] = row_tensor(dv, a.head_dim);
+  Arguments from(stack);
+  std::vector<ChannelShift> shifts;
+  MixingArgs a = read_call(from, shifts);
+  a.tensor[kDout] = row_tensor(from.tensor(), a.head_dim);
+  from.maybe_tensor(), from.maybe_tensor();  // out and lse: here a query's scores are at hand all at once
+  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
   run(a, kernels(a), true, a.frames * a.heads, kernels(a).backward);
 }
 

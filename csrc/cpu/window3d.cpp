@@ -9,19 +9,6 @@
 namespace vidattn {
 namespace {
 
-// The fields of WindowCall in vidattn/calls.py, which says what they are.
-struct WindowCall {
-  explicit WindowCall(Arguments& from) : from(from) {}
-  Arguments& from;
-  const Tensor q = from.take<Tensor>(), k = from.take<Tensor>(), v = from.take<Tensor>();
-  const MaybeTensor bias = from.take<MaybeTensor>();
-  const Ints bias_window = from.take<Ints>();
-  const MaybeTensor mask = from.take<MaybeTensor>(), pad_qkv = from.take<MaybeTensor>();
-  const MaybeTensor seed = from.take<MaybeTensor>();
-  const Ints window = from.take<Ints>(), shift = from.take<Ints>(), wrap = from.take<Ints>();
-  const double scale = from.take<double>(), mask_value = from.take<double>(), dropout_p = from.take<double>();
-};
-
 const Window3dKernels& kernels(const Window3dArgs& a) {
   return kernels_for<Window3dKernels>(a.element, VIDATTN_KERNELS(window3d));
 }
@@ -37,30 +24,39 @@ TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
   return view;
 }
 
-Window3dArgs make_args(const WindowCall& call) {
-  const Ints &window = call.window, &shift = call.shift, &bias_window = call.bias_window;
-  STD_TORCH_CHECK(call.q.dim() == 6 && window.size() == 3 && shift.size() == 3 && call.wrap.size() == 3,
-                  "expected q of 6 dimensions and 3 axes");
+// Reads the fields of WindowCall in vidattn/calls.py, which says what they are.
+Window3dArgs read_call(Arguments& from) {
   Window3dArgs a{};
-  read_common(call, a);
-  a.batch = call.q.size(0);
+  const Tokens tokens(from);
+  const Tensor* bias = from.maybe_tensor();
+  const Ints bias_window = from.take<Ints>();
+  const Tensor *mask = from.maybe_tensor(), *pad_qkv = from.maybe_tensor(), *seed = from.maybe_tensor();
+  const Ints window = from.take<Ints>(), shift = from.take<Ints>(), wrap = from.take<Ints>();
+  a.scale = from.take<double>(), a.mask_value = from.take<double>(), a.dropout_p = from.take<double>();
+
+  const Tensor& q = tokens.q;
+  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3,
+                  "expected q of 6 dimensions and 3 axes");
+  set_shape(a, q);
+  set_seed(a, seed);
+  a.batch = q.size(0);
   a.tokens = 1, a.groups = a.batch;
   for (int axis = 0; axis < 3; ++axis) {
-    a.grid[axis] = call.q.size(axis + 1);
+    a.grid[axis] = q.size(axis + 1);
     a.window[axis] = window[axis];
     a.shift[axis] = shift[axis];
     STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis],
                     "expected 0 <= shift < window");
     a.count[axis] = ceil_div(a.grid[axis], window[axis]);
-    a.region_mask[axis] = shift[axis] > 0 && !call.wrap[axis];
+    a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
-  a.tensor[kQ] = token_tensor(call.q, a.head_dim);
-  a.tensor[kK] = token_tensor(call.k, a.head_dim);
-  a.tensor[kV] = token_tensor(call.v, a.head_dim);
-  if (call.pad_qkv) a.pad_qkv = static_cast<const char*>(call.pad_qkv->data_ptr());
-  if (const MaybeTensor& bias = call.bias) {
+  a.tensor[kQ] = token_tensor(q, a.head_dim);
+  a.tensor[kK] = token_tensor(tokens.k, a.head_dim);
+  a.tensor[kV] = token_tensor(tokens.v, a.head_dim);
+  if (pad_qkv) a.pad_qkv = static_cast<const char*>(pad_qkv->data_ptr());
+  if (bias) {
     a.bias = bias->data_ptr();
     a.bias_is_table = !bias_window.empty();
     a.bias_size = bias->numel() / a.heads;
@@ -77,18 +73,15 @@ Window3dArgs make_args(const WindowCall& call) {
       STD_TORCH_CHECK(a.bias_size == a.tokens * a.tokens, "dense bias of the wrong shape");
     }
   }
-  if (call.mask) a.mask = call.mask->data_ptr(), a.mask_groups = call.mask->size(0);
-  a.mask_value = call.mask_value;
+  if (mask) a.mask = mask->data_ptr(), a.mask_groups = mask->size(0);
   return a;
 }
 
 void forward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const WindowCall call(arguments);
-  const Tensor out = arguments.take<Tensor>(), lse = arguments.take<Tensor>();
-  Window3dArgs a = make_args(call);
-  a.tensor[kOut] = token_tensor(out, a.head_dim);
-  a.lse = lse.data_ptr();
+  Arguments from(stack);
+  Window3dArgs a = read_call(from);
+  a.tensor[kOut] = token_tensor(from.tensor(), a.head_dim);
+  a.lse = from.tensor().data_ptr();
   run(a, kernels(a), false, a.heads * a.groups, kernels(a).forward);
 }
 
@@ -134,18 +127,12 @@ void backward_as(Window3dArgs& a, T* dbias, T* dpad) {
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const WindowCall call(arguments);
-  Window3dArgs a = make_args(call);
-  const Tensor dout = arguments.take<Tensor>();
-  a.tensor[kDout] = token_tensor(dout, a.head_dim);
-  arguments.take<MaybeTensor>();  // out and
-  arguments.take<MaybeTensor>();  // lse are for backends that do not have a query's scores at hand all at once
-  const Tensor dq = arguments.take<Tensor>(), dk = arguments.take<Tensor>(), dv = arguments.take<Tensor>();
-  a.tensor[kDq] = token_tensor(dq, a.head_dim);
-  a.tensor[kDk] = token_tensor(dk, a.head_dim);
-  a.tensor[kDv] = token_tensor(dv, a.head_dim);
-  const MaybeTensor dbias = arguments.take<MaybeTensor>(), dpad = arguments.take<MaybeTensor>();
+  Arguments from(stack);
+  Window3dArgs a = read_call(from);
+  a.tensor[kDout] = token_tensor(from.tensor(), a.head_dim);
+  from.maybe_tensor(), from.maybe_tensor();  // out and lse: here a query's scores are at hand all at once
+  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = token_tensor(from.tensor(), a.head_dim);
+  const Tensor *dbias = from.maybe_tensor(), *dpad = from.maybe_tensor();
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (a.element == Element::float64)
     backward_as(a, static_cast<double*>(dbias_data), static_cast<double*>(dpad_data));
