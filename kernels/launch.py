@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 import triton
@@ -179,13 +180,13 @@ def new_workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
     workspace = like.new_empty(shape, dtype=dtype)
     recorded = getattr(_recording, "workspaces", None)
     if recorded is not None:
-        recorded.append(workspace)
+        recorded.append(ref(workspace))
     return workspace
 
 
 @contextlib.contextmanager
-def record_workspaces() -> Iterator[list[Tensor]]:
-    """Collect the workspaces that this thread allocates."""
+def record_workspaces() -> Iterator[list[ref[Tensor]]]:
+    """Collect the workspaces that this thread allocates; those of launches that were only tried may be gone."""
     outer = getattr(_recording, "workspaces", None)
     _recording.workspaces = []
     try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import torch
 import triton
@@ -230,8 +231,9 @@ def _current_stream() -> int:
 def _hooked() -> bool:
     """Tell whether somebody wants to know of launches, or changes how kernels are compiled."""
     runtime = triton.knobs.runtime
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook)
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    if runtime.add_stages_inspection_hook is not None:
+        return True
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
 
 def _hold(tables: Sequence[Tensor], streams: set[int | None]) -> None:
@@ -259,13 +261,12 @@ def _run_and_keep(
     key: Hashable, planner: Callable[..., Sequence[Launch]], arguments: Sequence[Any], given: Sequence[Tensor]
 ) -> None:
     """Plan a call, run it, and keep the plan if it can be."""
-    with record_workspaces() as workspaces, _Recorder(given, workspaces) as recorder:
+    with record_workspaces() as allocated, _Recorder(given, allocated) as recorder:
         launches = planner(*arguments)
     compiled, tables, streams = _run_launches(launches)
     if len({id(x) for x in given}) < len(given):
         return  # one tensor in two places: another call may have two
-    used = {id(recorder.origin(x)) for launch in launches for x in tensors_in(launch.arguments)}
-    workspaces = [x for x in workspaces if id(x) in used]
+    workspaces = _alive(allocated)
     find = partial(_place, recorder, [*given, *workspaces])
     plan = None
     if not recorder.looked:
@@ -294,10 +295,10 @@ class _Recorder(TorchDispatchMode):
         looked: whether it does; what comes of that must not be kept.
     """
 
-    def __init__(self, given: Sequence[Tensor], workspaces: Sequence[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor], allocated: Sequence[ref[Tensor]]) -> None:
         super().__init__()
         self.looked = False
-        self._given, self._workspaces = given, workspaces
+        self._given, self._allocated = given, allocated
         self._views: dict[int, tuple[Tensor, Tensor]] = {}  # by id, which lives as long as the view does
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -305,13 +306,17 @@ class _Recorder(TorchDispatchMode):
         if function.is_view:
             self._views.update((id(view), (view, self.origin(args[0]))) for view in tensors_in(result))
         elif function._schema.name not in _ALLOCATES:
-            known = {_storage(x) for x in (*self._given, *self._workspaces)}
+            known = {_storage(x) for x in (*self._given, *_alive(self._allocated))}
             self.looked |= any(_storage(x) in known for x in tensors_in((args, kwargs)))
         return result
 
     def origin(self, x: Tensor) -> Tensor:
         """Give the tensor that ``x`` is a view of, or itself."""
         return self._views[id(x)][1] if id(x) in self._views else x
+
+
+def _alive(allocated: Sequence[ref[Tensor]]) -> list[Tensor]:
+    return [x for reference in allocated if (x := reference()) is not None]
 
 
 def _place(recorder: _Recorder, sources: Sequence[Tensor], value: Any) -> Any:
