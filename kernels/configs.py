@@ -20,7 +20,7 @@ import triton
 
 from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
 
-__all__ = ["ByHead", "Config", "Entry", "Table", "architecture", "entries", "look_up", "over_all_keys", "tuned"]
+__all__ = ["Config", "Cuts", "Entry", "Table", "architecture", "entries", "over_all_keys", "table_arch", "tuned"]
 
 Entry = TypeVar("Entry")
 
@@ -44,42 +44,29 @@ class Config(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ByHead(Generic[Entry]):
-    """A row of a table: entries by the channels of a head, each (plain, with options that take registers).
+class Cuts(Generic[Entry]):
+    """Entries of a table for heads of up to 32, 64 and 128 channels.
 
     Attributes:
-        up_to_32: for heads of up to 32 channels.
-        up_to_64: of up to 64.
-        up_to_128: of up to 128.
+        lean: of calls without options that take registers: dropout, padding.
+        full: of calls with one.
     """
 
-    up_to_32: tuple[Entry, Entry]
-    up_to_64: tuple[Entry, Entry]
-    up_to_128: tuple[Entry, Entry]
+    lean: tuple[Entry, Entry, Entry]
+    full: tuple[Entry, Entry, Entry]
+
+    def of(self, block_d: int, *, lean: bool) -> Entry:
+        """Give the entry for a head dimension, rounded up to a power of two."""
+        return (self.lean if lean else self.full)[0 if block_d <= 32 else 1 if block_d == 64 else 2]
 
 
-# By (architecture, kind of products) and kernel.
-Table = dict[tuple[str, str], dict[str, ByHead[Entry]]]
+# By architecture, kind of products, and kernel.
+Table = dict[tuple[str, str, str], Cuts[Entry]]
 
 
-def look_up(table: Table[Entry], place: tuple[str, str], kernel: str, block_d: int, options: bool) -> Entry | None:
-    """Look up an entry of a table.
-
-    Args:
-        table: the table.
-        place: architecture and kind of products.
-        kernel: name of the kernel.
-        block_d: head dimension, rounded up to a power of two.
-        options: whether there are options that take registers.
-
-    Returns:
-        The entry; None where the table has none.
-    """
-    row = table.get(place, {}).get(kernel)
-    if row is None:
-        return None
-    pair = row.up_to_32 if block_d <= 32 else row.up_to_64 if block_d <= 64 else row.up_to_128
-    return pair[options]
+def table_arch(arch: str) -> str:
+    """Name the architecture whose entries another one takes: gfx942 has none of its own."""
+    return "sm_80" if arch == "gfx942" else arch
 
 
 def entries(table: Table[Entry], kernel: str) -> set[Entry]:
@@ -92,8 +79,7 @@ def entries(table: Table[Entry], kernel: str) -> set[Entry]:
     Returns:
         The entries.
     """
-    rows = [kernels[kernel] for kernels in table.values() if kernel in kernels]
-    return {entry for row in rows for pair in (row.up_to_32, row.up_to_64, row.up_to_128) for entry in pair}
+    return {entry for (*_, name), cuts in table.items() if name == kernel for entry in (*cuts.lean, *cuts.full)}
 
 
 def over_all_keys(keys: int, block_d: int, itemsize: int) -> Config:

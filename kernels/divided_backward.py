@@ -71,11 +71,14 @@ def _backward_sequences(
         v_columns = mixed_columns(frames, head, segment, v.batch, SHAPE)
     keys = HeadRows(k.base + head * k.head, k.token, k_columns)
     values = HeadRows(v.base + head * v.head, v.token, v_columns)
-    q_offsets = packed_offsets(q, sequence, at.tokens)
+    q_offsets = packed_offsets(sequence, at.tokens, q.batch, q.token)
     q_rows = load_signed(q.base + head * q.head, at.tokens, q_offsets, SHAPE)  # (BLOCK, BLOCK_D), as all rows here
-    k_rows = load_keys(keys, at.tokens, packed_offsets(k, sequence, at.tokens), SHAPE, True)
-    v_rows = load_keys(values, at.tokens, packed_offsets(v, sequence, at.tokens), SHAPE, True)
-    dout_base, dout_offsets = dout.base + head * SHAPE.head_dim, packed_offsets(dout, sequence, at.rows)
+    k_rows = load_keys(keys, at.tokens, packed_offsets(sequence, at.tokens, k.batch, k.token), SHAPE, True)
+    v_rows = load_keys(values, at.tokens, packed_offsets(sequence, at.tokens, v.batch, v.token), SHAPE, True)
+    dout_base, dout_offsets = (
+        dout.base + head * SHAPE.head_dim,
+        packed_offsets(sequence, at.rows, dout.batch, dout.token),
+    )
     dout_rows = load_rows(dout_base, at.rows, dout_offsets, SHAPE.head_dim, SHAPE.block_d, True)
     is_cls = inside & (slots == SHAPE.length - 1)
     if SHAPE.has_cls:
@@ -95,7 +98,10 @@ def _backward_sequences(
     delta = tl.sum(weights * grad_weights, 1)
     grad_scores = (weights * (grad_weights - delta[:, None])).to(q_rows.dtype)
 
-    stored, offsets = at.rows if SHAPE.has_cls else at.tokens, packed_offsets(grads, sequence, at.tokens)
+    stored, offsets = (
+        at.rows if SHAPE.has_cls else at.tokens,
+        packed_offsets(sequence, at.tokens, grads.batch, grads.token),
+    )
     first = head * grads.head
     v_grad = tl.dot(tl.trans(dropped.to(q_rows.dtype)), dout_rows, input_precision=SHAPE.precision)
     store_key_grads(grads.v + first, stored, offsets, v_grad, frames, head, segment, grads.batch, SHAPE)

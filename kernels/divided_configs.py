@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 
-from vidattn.kernels.configs import ByHead, Config, Entry, Table, entries, look_up, over_all_keys
+from vidattn.kernels.configs import Config, Cuts, Entry, Table, entries, over_all_keys, table_arch
 
 __all__ = ["ShapeClass", "candidate_configs", "default_config", "packed_config", "padded_length"]
 
@@ -44,119 +44,83 @@ class ShapeClass(NamedTuple):
         return "half" if self.itemsize == 2 else "tf32" if self.tensor_cores else "ieee"
 
 
-# Entries are for calls (without, with) dropout, which takes registers. Here the most rows of a tile that holds whole
-# sequences. Tiles are as small as the sequence allows: several in a larger one would need more instructions a row, and
-# wait for each other.
+# Here the most rows of a tile that holds whole sequences. Tiles are as small as the sequence allows: several in a
+# larger one would need more instructions a row, and wait for each other.
 _PACKED: Table[int] = {
-    ("sm_80", "half"): {
-        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(64, 64)),
-        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(64, 64), up_to_128=(64, 64)),
-    },
-    ("sm_90", "half"): {
-        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
-        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 64)),
-    },
-    ("sm_100", "half"): {
-        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
-        "divided_backward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(128, 128)),
-    },
-    ("sm_90", "tf32"): {
-        "divided_forward_packed": ByHead(up_to_32=(128, 128), up_to_64=(128, 128), up_to_128=(64, 64)),
-        "divided_backward_packed": ByHead(up_to_32=(64, 64), up_to_64=(64, 64), up_to_128=(32, 32)),
-    },
+    ("sm_80", "half", "divided_forward_packed"): Cuts(lean=(128, 128, 64), full=(128, 128, 64)),
+    ("sm_80", "half", "divided_backward_packed"): Cuts(lean=(128, 64, 64), full=(128, 64, 64)),
+    ("sm_90", "half", "divided_forward_packed"): Cuts(lean=(128, 128, 128), full=(128, 128, 128)),
+    ("sm_90", "half", "divided_backward_packed"): Cuts(lean=(128, 128, 128), full=(128, 128, 64)),
+    ("sm_100", "half", "divided_forward_packed"): Cuts(lean=(128, 128, 128), full=(128, 128, 128)),
+    ("sm_100", "half", "divided_backward_packed"): Cuts(lean=(128, 128, 128), full=(128, 128, 128)),
+    ("sm_90", "tf32", "divided_forward_packed"): Cuts(lean=(128, 128, 64), full=(128, 128, 64)),
+    ("sm_90", "tf32", "divided_backward_packed"): Cuts(lean=(64, 64, 32), full=(64, 64, 32)),
 }
-_PACKED["gfx942", "half"] = _PACKED["sm_80", "half"]
 # Of longer sequences the cuts.
 _STREAM: Table[Config] = {
-    ("sm_80", "half"): {
-        "divided_forward_stream": ByHead(
-            up_to_32=(Config(64, 128), Config(64, 128)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(32, 64), Config(32, 64)),
-        ),
-        "divided_backward_queries": ByHead(
-            up_to_32=(Config(64, 32), Config(64, 64)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(32, 32), Config(32, 32, num_warps=8)),
-        ),
-        "divided_backward_keys": ByHead(
-            up_to_32=(Config(64, 64), Config(32, 32)),
-            up_to_64=(Config(32, 32), Config(32, 32)),
-            up_to_128=(Config(64, 64, num_warps=8), Config(32, 32)),
-        ),
-    },
-    ("sm_90", "half"): {
-        "divided_forward_stream": ByHead(
-            up_to_32=(Config(64, 128), Config(64, 128)),
-            up_to_64=(Config(64, 128), Config(64, 128)),
-            up_to_128=(Config(64, 128), Config(64, 64)),
-        ),
-        "divided_backward_queries": ByHead(
-            up_to_32=(Config(64, 64), Config(64, 64)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(64, 64), Config(64, 32)),
-        ),
-        "divided_backward_keys": ByHead(
-            up_to_32=(Config(64, 64), Config(32, 64)),
-            up_to_64=(Config(64, 64), Config(32, 64)),
-            up_to_128=(Config(32, 32), Config(32, 32)),
-        ),
-    },
-    ("sm_100", "half"): {
-        "divided_forward_stream": ByHead(
-            up_to_32=(Config(64, 128), Config(64, 32)),
-            up_to_64=(Config(64, 128), Config(64, 64)),
-            up_to_128=(Config(64, 64), Config(64, 32)),
-        ),
-        "divided_backward_queries": ByHead(
-            up_to_32=(Config(64, 64), Config(64, 64)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(64, 64), Config(64, 32)),
-        ),
-        "divided_backward_keys": ByHead(
-            up_to_32=(Config(64, 64), Config(64, 64)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(64, 64), Config(32, 32)),
-        ),
-    },
-    ("sm_90", "tf32"): {
-        "divided_forward_stream": ByHead(
-            up_to_32=(Config(64, 128), Config(64, 128)),
-            up_to_64=(Config(64, 64), Config(64, 64)),
-            up_to_128=(Config(64, 32), Config(32, 32)),
-        ),
-        "divided_backward_queries": ByHead(
-            up_to_32=(Config(64, 64), Config(64, 64)),
-            up_to_64=(Config(64, 32), Config(64, 32)),
-            up_to_128=(Config(32, 32), Config(32, 32)),
-        ),
-        "divided_backward_keys": ByHead(
-            up_to_32=(Config(64, 64), Config(32, 64)),
-            up_to_64=(Config(32, 64), Config(32, 32)),
-            up_to_128=(Config(32, 32), Config(32, 32)),
-        ),
-    },
+    ("sm_80", "half", "divided_forward_stream"): Cuts(
+        lean=(Config(64, 128), Config(64, 64), Config(32, 64)),
+        full=(Config(64, 128), Config(64, 64), Config(32, 64)),
+    ),
+    ("sm_80", "half", "divided_backward_queries"): Cuts(
+        lean=(Config(64, 32), Config(64, 64), Config(32, 32)),
+        full=(Config(64, 64), Config(64, 64), Config(32, 32, num_warps=8)),
+    ),
+    ("sm_80", "half", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(32, 32), Config(64, 64, num_warps=8)),
+        full=(Config(32, 32), Config(32, 32), Config(32, 32)),
+    ),
+    ("sm_90", "half", "divided_forward_stream"): Cuts(
+        lean=(Config(64, 128), Config(64, 128), Config(64, 128)),
+        full=(Config(64, 128), Config(64, 128), Config(64, 64)),
+    ),
+    ("sm_90", "half", "divided_backward_queries"): Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 64), Config(64, 64), Config(64, 32)),
+    ),
+    ("sm_90", "half", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(32, 32)),
+        full=(Config(32, 64), Config(32, 64), Config(32, 32)),
+    ),
+    ("sm_100", "half", "divided_forward_stream"): Cuts(
+        lean=(Config(64, 128), Config(64, 128), Config(64, 64)),
+        full=(Config(64, 32), Config(64, 64), Config(64, 32)),
+    ),
+    ("sm_100", "half", "divided_backward_queries"): Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 64), Config(64, 64), Config(64, 32)),
+    ),
+    ("sm_100", "half", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
+        full=(Config(64, 64), Config(64, 64), Config(32, 32)),
+    ),
+    ("sm_90", "tf32", "divided_forward_stream"): Cuts(
+        lean=(Config(64, 128), Config(64, 64), Config(64, 32)),
+        full=(Config(64, 128), Config(64, 64), Config(32, 32)),
+    ),
+    ("sm_90", "tf32", "divided_backward_queries"): Cuts(
+        lean=(Config(64, 64), Config(64, 32), Config(32, 32)),
+        full=(Config(64, 64), Config(64, 32), Config(32, 32)),
+    ),
+    ("sm_90", "tf32", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(32, 64), Config(32, 32)),
+        full=(Config(32, 64), Config(32, 32), Config(32, 32)),
+    ),
 }
-_STREAM["gfx942", "half"] = _STREAM["sm_80", "half"]
-# Mixed channels have cuts of their own only where those above would spill.
+# Mixed channels have cuts of their own only where those above would spill; on gfx942 they do not.
 _MIXED: Table[Config] = {
-    ("sm_80", "half"): {
-        "divided_forward_stream": ByHead(
-            up_to_32=(Config(64, 128), Config(64, 128)),
-            up_to_64=(Config(64, 64), Config(64, 32)),
-            up_to_128=(Config(32, 64), Config(32, 64)),
-        ),
-        "divided_backward_queries": ByHead(
-            up_to_32=(Config(64, 32), Config(64, 64)),
-            up_to_64=(Config(64, 32), Config(64, 32)),
-            up_to_128=(Config(128, 32, num_warps=8), Config(128, 32, num_warps=8)),
-        ),
-        "divided_backward_keys": ByHead(
-            up_to_32=(Config(64, 64), Config(32, 32)),
-            up_to_64=(Config(32, 32), Config(64, 32)),
-            up_to_128=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8)),
-        ),
-    },
+    ("sm_80", "half", "divided_forward_stream"): Cuts(
+        lean=(Config(64, 128), Config(64, 64), Config(32, 64)),
+        full=(Config(64, 128), Config(64, 32), Config(32, 64)),
+    ),
+    ("sm_80", "half", "divided_backward_queries"): Cuts(
+        lean=(Config(64, 32), Config(64, 32), Config(128, 32, num_warps=8)),
+        full=(Config(64, 64), Config(64, 32), Config(128, 32, num_warps=8)),
+    ),
+    ("sm_80", "half", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(32, 32), Config(64, 64, num_warps=8)),
+        full=(Config(32, 32), Config(64, 32), Config(64, 64, num_warps=8)),
+    ),
 }
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)
@@ -165,7 +129,7 @@ _SMALL = Config(32, 32)
 def packed_config(kernel: str, shape: ShapeClass) -> Config | None:
     """Look up how whole sequences are packed into tiles of ``block_m`` rows; None where they do not fit."""
     interpreted, exact = shape.arch == "interpreter", shape.products == "ieee"
-    most = 128 if interpreted else _entry(_PACKED, kernel, shape) or 16
+    most = 128 if interpreted else _entry(_PACKED, table_arch(shape.arch), kernel, shape) or 16
     rows = max(64 if interpreted else 16, triton.next_power_of_2(shape.length))
     # Products of float32 at full precision are multiply-adds: fewer rows a warp.
     return Config(rows, rows, num_warps=rows // (8 if exact else 16), num_stages=1) if rows <= most else None
@@ -178,8 +142,8 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         full = max(16, min(64, 2 ** (shape.length.bit_length() - 1)))
         config = Config(full, 64) if kernel == "divided_backward_keys" else Config(64, full)
     else:
-        mixed = _entry(_MIXED, kernel, shape) if shape.mixed else None
-        config = mixed or _entry(_STREAM, kernel, shape) or _SMALL
+        mixed = _entry(_MIXED, shape.arch, kernel, shape) if shape.mixed else None
+        config = mixed or _entry(_STREAM, table_arch(shape.arch), kernel, shape) or _SMALL
     return _fit(kernel, config, shape)
 
 
@@ -189,8 +153,9 @@ def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     return sorted({_fit(kernel, config, shape) for config in cuts})
 
 
-def _entry(table: Table[Entry], kernel: str, shape: ShapeClass) -> Entry | None:
-    return look_up(table, (shape.arch, shape.products), kernel, shape.block_d, shape.dropout)
+def _entry(table: Table[Entry], arch: str, kernel: str, shape: ShapeClass) -> Entry | None:
+    cuts = table.get((arch, shape.products, kernel))
+    return None if cuts is None else cuts.of(shape.block_d, lean=not shape.dropout)
 
 
 def padded_length(length: int, has_cls: bool, step: int) -> tuple[int, int]:

@@ -61,10 +61,10 @@ def _forward_sequences(
         v_columns = mixed_columns(frames, head, segment, v.batch, SHAPE)
     keys = HeadRows(k.base + head * k.head, k.token, k_columns)
     values = HeadRows(v.base + head * v.head, v.token, v_columns)
-    q_offsets = packed_offsets(q, sequence, at.tokens)
+    q_offsets = packed_offsets(sequence, at.tokens, q.batch, q.token)
     q_rows = load_signed(q.base + head * q.head, at.tokens, q_offsets, SHAPE)  # (BLOCK, BLOCK_D)
-    k_rows = load_keys(keys, at.tokens, packed_offsets(k, sequence, at.tokens), SHAPE, True)
-    v_rows = load_keys(values, at.tokens, packed_offsets(v, sequence, at.tokens), SHAPE, True)
+    k_rows = load_keys(keys, at.tokens, packed_offsets(sequence, at.tokens, k.batch, k.token), SHAPE, True)
+    v_rows = load_keys(values, at.tokens, packed_offsets(sequence, at.tokens, v.batch, v.token), SHAPE, True)
     attended = attend_packed(q_rows, k_rows, packed, unit, SHAPE, BLOCK)
     weights = attended.weights  # (BLOCK, BLOCK)
     if dropout is not None:
@@ -73,7 +73,14 @@ def _forward_sequences(
     context = context / tl.where(attended.total == 0.0, 1.0, attended.total)[:, None]
 
     out_base = out.base + head * SHAPE.head_dim
-    store_rows(out_base, at.rows, packed_offsets(out, sequence, at.rows), context, SHAPE.head_dim, SHAPE.block_d)
+    store_rows(
+        out_base,
+        at.rows,
+        packed_offsets(sequence, at.rows, out.batch, out.token),
+        context,
+        SHAPE.head_dim,
+        SHAPE.block_d,
+    )
     if SHAPE.has_cls:
         offsets = sequence.group.to(tl.int64) * (all_heads * SHAPE.head_dim) + head * SHAPE.head_dim
         store_cls(cls, offsets, inside & (slots == SHAPE.length - 1), context, SHAPE)

@@ -71,9 +71,9 @@ def locate_packed(
 
 
 @triton.jit
-def packed_offsets(rows, sequence, tokens):
+def packed_offsets(sequence, tokens, batch_stride, token_stride):
     """Elements from the first token of a tensor to each one."""
-    return sequence.clip * rows.batch + row_offsets(tokens, rows.token)
+    return sequence.clip * batch_stride + row_offsets(tokens, token_stride)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import triton
 
-from vidattn.kernels.configs import Config, over_all_keys
+from vidattn.kernels.configs import Config, Cuts, Table, entries, over_all_keys, table_arch
 
 __all__ = ["ShapeClass", "candidate_configs", "default_config", "padded_length"]
 
@@ -37,82 +37,69 @@ class ShapeClass(NamedTuple):
     whole: bool = False
 
 
-class _Cuts(NamedTuple):
-    """Cuts for heads of up to 32, 64 and 128 channels.
-
-    Attributes:
-        lean: of calls without padding and dropout.
-        full: of calls with either, which take registers.
-    """
-
-    lean: tuple[Config, Config, Config]
-    full: tuple[Config, Config, Config]
-
-
-# By architecture, kind of products, and kernel.
-_TABLE = {
-    ("sm_80", "half", "window3d_forward"): _Cuts(
+_TABLE: Table[Config] = {
+    ("sm_80", "half", "window3d_forward"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(32, 64)),
         full=(Config(64, 32), Config(32, 64), Config(32, 16)),
     ),
-    ("sm_80", "half", "window3d_backward_queries"): _Cuts(
+    ("sm_80", "half", "window3d_backward_queries"): Cuts(
         lean=(Config(64, 64, windows=2), Config(64, 32), Config(32, 32)),
         full=(Config(64, 32), Config(32, 32), Config(32, 32, num_warps=8)),
     ),
-    ("sm_80", "half", "window3d_backward_keys"): _Cuts(
+    ("sm_80", "half", "window3d_backward_keys"): Cuts(
         lean=(Config(64, 64), Config(64, 32), Config(64, 64, num_warps=8)),
         full=(Config(64, 32), Config(64, 32), Config(32, 64, num_warps=8)),
     ),
-    ("sm_80", "half", "window3d_backward_bias"): _Cuts(
+    ("sm_80", "half", "window3d_backward_bias"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(32, 64)),
         full=(Config(32, 64), Config(32, 64), Config(32, 32, num_warps=8)),
     ),
-    ("sm_90", "half", "window3d_forward"): _Cuts(
+    ("sm_90", "half", "window3d_forward"): Cuts(
         lean=(Config(64, 128, windows=2), Config(64, 64, windows=2), Config(64, 64)),
         full=(Config(64, 64), Config(64, 64), Config(64, 32)),
     ),
-    ("sm_90", "half", "window3d_backward_queries"): _Cuts(
+    ("sm_90", "half", "window3d_backward_queries"): Cuts(
         lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64)),
         full=(Config(64, 32), Config(64, 32), Config(64, 32)),
     ),
-    ("sm_90", "half", "window3d_backward_keys"): _Cuts(
+    ("sm_90", "half", "window3d_backward_keys"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(32, 64, num_warps=8)),
         full=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 64, num_warps=8)),
     ),
-    ("sm_90", "half", "window3d_backward_bias"): _Cuts(
+    ("sm_90", "half", "window3d_backward_bias"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
         full=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8), Config(64, 64, num_warps=8)),
     ),
     # Triton 3.7 fails on the layouts of 64 rows in tensor memory, so the forward takes 32, without it.
-    ("sm_100", "half", "window3d_forward"): _Cuts(
+    ("sm_100", "half", "window3d_forward"): Cuts(
         lean=(Config(32, 64), Config(32, 64), Config(32, 64)),
         full=(Config(32, 64), Config(32, 64), Config(32, 16)),
     ),
-    ("sm_100", "half", "window3d_backward_queries"): _Cuts(
+    ("sm_100", "half", "window3d_backward_queries"): Cuts(
         lean=(Config(64, 64, windows=2), Config(64, 64, windows=2), Config(128, 64, num_warps=8)),
         full=(Config(128, 64, num_warps=8), Config(64, 64), Config(64, 32)),
     ),
-    ("sm_100", "half", "window3d_backward_keys"): _Cuts(
+    ("sm_100", "half", "window3d_backward_keys"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(64, 64)),
         full=(Config(64, 64), Config(64, 64, num_warps=8), Config(32, 64)),
     ),
-    ("sm_100", "half", "window3d_backward_bias"): _Cuts(
+    ("sm_100", "half", "window3d_backward_bias"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(64, 64, num_warps=8)),
         full=(Config(64, 64), Config(64, 64), Config(64, 64, num_warps=8)),
     ),
-    ("sm_90", "tf32", "window3d_forward"): _Cuts(
+    ("sm_90", "tf32", "window3d_forward"): Cuts(
         lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 32)),
         full=(Config(64, 64), Config(64, 32), Config(32, 32, num_warps=8)),
     ),
-    ("sm_90", "tf32", "window3d_backward_queries"): _Cuts(
+    ("sm_90", "tf32", "window3d_backward_queries"): Cuts(
         lean=(Config(64, 64), Config(64, 32), Config(32, 32, num_warps=8)),
         full=(Config(64, 32), Config(64, 16), Config(32, 32, num_warps=8)),
     ),
-    ("sm_90", "tf32", "window3d_backward_keys"): _Cuts(
+    ("sm_90", "tf32", "window3d_backward_keys"): Cuts(
         lean=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 32, num_warps=8)),
         full=(Config(32, 64), Config(32, 64, num_warps=8), Config(32, 32, num_warps=8)),
     ),
-    ("sm_90", "tf32", "window3d_backward_bias"): _Cuts(
+    ("sm_90", "tf32", "window3d_backward_bias"): Cuts(
         lean=(Config(64, 64), Config(64, 64), Config(32, 32)),
         full=(Config(64, 64, num_warps=8), Config(64, 64, num_warps=8), Config(32, 32, num_warps=8)),
     ),
@@ -140,25 +127,17 @@ def default_config(kernel: str, shape: ShapeClass) -> Config:
         config = Config(full, 64) if by_keys else Config(64, full, 2)
     else:
         products = "half" if shape.itemsize == 2 else "tf32" if shape.tensor_cores else "ieee"
-        arch = "sm_80" if shape.arch == "gfx942" else shape.arch
-        cuts = _TABLE.get((arch, products, kernel))
-        config = _SMALL if cuts is None else (cuts.lean if shape.lean else cuts.full)[_column(shape.block_d)]
+        cuts = _TABLE.get((table_arch(shape.arch), products, kernel))
+        config = _SMALL if cuts is None else cuts.of(shape.block_d, lean=shape.lean)
     return _fit(kernel, config, shape)
 
 
 def candidate_configs(kernel: str, shape: ShapeClass) -> list[Config]:
     """List what autotuning tries: every cut of the kernel in the table, and smaller ones."""
-    cuts = {_SMALL, Config(64, 32), Config(32, 64)}
-    for (_, _, name), row in _TABLE.items():
-        if name == kernel:
-            cuts.update(row.lean, row.full)
+    cuts = {_SMALL, Config(64, 32), Config(32, 64), *entries(_TABLE, kernel)}
     if kernel in ("window3d_forward", "window3d_backward_queries"):
         cuts |= {config._replace(windows=2) for config in cuts}
     return sorted({_fit(kernel, config, shape) for config in cuts})
-
-
-def _column(block_d: int) -> int:
-    return 0 if block_d <= 32 else 1 if block_d == 64 else 2
 
 
 def padded_length(num_tokens: int, step: int) -> tuple[int, int]:

@@ -19,9 +19,11 @@ import torch
 from attention_cases import device_of, evaluate, seed_of, to
 from divided_cases import Case, check
 from torch import Tensor
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gpu_audit import plan_divided
-from benchmarks.shapes import GPU_DIVIDED_CASES, DividedCase
+from benchmarks.gpu_audit import plan_divided, plan_mixing
+from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_MIXING_CASES, DividedCase
 from vidattn import reference
 from vidattn.calls import DividedCall
 from vidattn.kernels import divided
@@ -32,7 +34,7 @@ from vidattn.kernels.divided_configs import (
     packed_config,
     padded_length,
 )
-from vidattn.kernels.launch import TARGETS
+from vidattn.kernels.launch import INTERPRETED, TARGETS
 from vidattn.ops import _tensors as tensors
 
 needs_triton = pytest.mark.needs_triton
@@ -104,6 +106,29 @@ def test_predictions_count_every_score_and_byte(name: str, direction: str) -> No
     scores = sum(launch.work.scores for launch in queries)
     assert needed <= scores <= (2 if shorter_than_a_tile else 1.78) * needed
     assert sum(launch.work.bytes for launch in launches) >= 0.998 * moved
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_launch_is_specialised_alike_whether_it_is_run_or_compiled_ahead(dropout_p: float) -> None:
+    """By type, alignment and divisibility of each argument and each part of one, as Triton itself looks at them."""
+    backend = make_backend(TARGETS["sm_90"])
+    for case in (
+        replace(GPU_DIVIDED_CASES["timesformer_b_time"], heads=3, head_dim=20),
+        GPU_DIVIDED_CASES["timesformer_b_space"],
+        GPU_MIXING_CASES["xvit_b_16_frames_div8"],
+    ):
+        plan = plan_divided if isinstance(case, DividedCase) else plan_mixing
+        launches = [*plan(case, "forward", torch.bfloat16, "sm_90", dropout_p=dropout_p)]
+        launches += plan(case, "backward", torch.bfloat16, "sm_90", dropout_p=dropout_p)
+        for launch in launches:
+            source, kernel = launch.source(), launch.kernel
+            binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+            bound, specialisation, _ = binder(**launch.arguments)
+            _, signature, constants, attributes = kernel._pack_args(backend, {}, bound, specialisation, {})
+            assert source.signature == signature and source.constants == constants
+            assert [type(kind) for kind in source.signature.values()] == [type(kind) for kind in signature.values()]
+            assert source.attrs == {place: found for place, found in attributes.items() if found}
 
 
 # ---- Tiles ----

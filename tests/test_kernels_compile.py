@@ -242,24 +242,38 @@ def test_mixing(processes, arch, dtype):
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
 
 
-def test_mixing_is_specialised_by_nothing_that_changes_with_the_clip():
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("num_tokens", [197, 50])
+def test_mixing_is_specialised_by_nothing_that_changes_with_the_clip(num_tokens, dropout_p, direction):
     """Another batch, or segments of another length: the same machine code."""
 
-    def kernels(**changes):
-        launches = MixingCall(replace(MIXING, **changes)).launches("backward", "sm_90")
-        return [specialisation(launch) for launch in launches]
+    def kernels(dropout_p=dropout_p, **changes):
+        case = replace(MIXING, num_tokens=num_tokens, **changes)
+        return [specialisation(launch) for launch in MixingCall(case, dropout_p=dropout_p).launches(direction, "sm_90")]
 
-    assert kernels() == kernels(num_frames=8, clips=3) == kernels(num_frames=2)
+    expected = kernels()
+    for changes in ({"num_frames": 8, "clips": 3}, {"num_frames": 2}, {"clips": 16}):
+        assert kernels(**changes) == expected, changes
+    if dropout_p > 0:
+        assert kernels(0.5) == expected
 
 
-def test_divided_is_specialised_by_nothing_that_changes_with_the_clip():
-    """Another batch, or other frames of the same number of sites: the same machine code."""
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_divided_is_specialised_by_nothing_that_changes_with_the_clip(dropout_p, direction):
+    """Another batch or number of heads, other frames or sites of sequences as long: the same machine code."""
 
-    def kernels(**changes):
-        launches = DividedCall(replace(SPACE, **changes)).launches("backward", "sm_90")
-        return [specialisation(launch) for launch in launches]
+    def kernels(case, dropout_p=dropout_p, **changes):
+        call = DividedCall(replace(case, **changes), dropout_p=dropout_p)
+        return [specialisation(launch) for launch in call.launches(direction, "sm_90")]
 
-    assert kernels() == kernels(num_frames=96, batch=2) == kernels(batch=3)
+    for case, other in ((SPACE, "num_frames"), (replace(SPACE, num_sites=49), "num_frames"), (TIME, "num_sites")):
+        expected = kernels(case)
+        for changes in ({other: 96, "batch": 2}, {"batch": 3}, {other: 16}, {other: 1}, {"heads": 1}, {"heads": 5}):
+            assert kernels(case, **changes) == expected, (case, changes)
+        if dropout_p > 0:
+            assert kernels(case, 0.5) == expected
 
 
 CALLS = [
