@@ -23,7 +23,7 @@ import vidattn
 from benchmarks import overhead
 from benchmarks.mocked_gpu import Launched, MockedGpu, mocked_gpu
 from vidattn.kernels import plans
-from vidattn.kernels.launch import INTERPRETED, is_table, tensors_in
+from vidattn.kernels.launch import INTERPRETED, is_table, new_workspace, tensors_in
 from vidattn.kernels.window3d_bias import window3d_dense_bias
 from vidattn.kernels.window3d_forward import window3d_forward
 
@@ -255,12 +255,19 @@ def test_a_planner_that_computes_is_asked_each_time(launched: list[Launched], re
         asked.append(0.0)
         return planner(window, out.flatten(0).view(out.shape), lse)
 
-    for computes, times in ((looks, 3), (writes, 3), (views, 1)):
+    def tries(window: Any, *rest: Any) -> Any:
+        asked.append(0.0)
+        new_workspace(window.q, (5,))  # of a configuration that was not taken
+        return planner(window, *rest)
+
+    for computes, times in ((looks, 3), (writes, 3), (views, 1), (tries, 1)):
         asked.clear()
         for _ in range(3):
             plans.run(computes, *arguments)
         assert len(asked) == times
-    assert_as_planned_anew(launched, requests[-1])
+        assert_as_planned_anew(launched, (computes, *arguments))
+    *_, plan = plans._plans.values()
+    assert len(plan.workspaces) == 1
 
 
 # ---- The store ----
@@ -391,7 +398,7 @@ def test_python_calls_of_a_warm_call(gpu: MockedGpu, requests: list[Any]) -> Non
         call.run(call.tensors())
     *_, forward, backward = requests
     assert _python_calls(lambda: _run(*forward)) <= 40
-    assert _python_calls(lambda: _run(*backward)) <= 80
+    assert _python_calls(lambda: _run(*backward)) <= 60
     plans.forget()
     assert _python_calls(lambda: _run(*forward)) > 400
 
