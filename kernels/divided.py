@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from vidattn.calls import DividedCall
+from vidattn.kernels import plans
 from vidattn.kernels.configs import Config, architecture, tuned
 from vidattn.kernels.divided_backward import (
     divided_backward_keys,
@@ -47,8 +48,7 @@ __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
 def forward(call: DividedCall, out: Tensor, cls: Tensor | None, cls_mean: Tensor | None, lse: Tensor | None) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` to ``lse``."""
-    for launch in plan_forward(call, out, cls, cls_mean, lse):
-        launch.run()
+    plans.run(plan_forward, call, out, cls, cls_mean, lse)
 
 
 def backward(
@@ -63,8 +63,7 @@ def backward(
     dv: Tensor,
 ) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
-    for launch in plan_backward(call, dout, dcls, out, cls, lse, dq, dk, dv):
-        launch.run()
+    plans.run(plan_backward, call, dout, dcls, out, cls, lse, dq, dk, dv)
 
 
 def plan_forward(

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["INTERPRETED", "TARGETS", "Launch", "Work", "is_capturing", "new_workspace"]
+__all__ = [
+    "INTERPRETED",
+    "TARGETS",
+    "Launch",
+    "Work",
+    "is_capturing",
+    "is_table",
+    "new_table",
+    "new_workspace",
+    "record_workspaces",
+    "tensors_in",
+]
 
 # Decided when triton is imported: its decorators then make functions that run on the CPU, one program after the other.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -83,13 +97,17 @@ class Launch:
         """What the kernel is called."""
         return self.kernel.__name__
 
-    def run(self) -> None:
-        """Launch on the current stream of the tensors' device."""
+    def run(self) -> Any:
+        """Launch on the current stream of the tensors' device.
+
+        Returns:
+            The compiled kernel; None where Triton interprets, or where there is no program.
+        """
         if self.grid == 0:
-            return
-        device = next(_tensors(self.arguments.values())).device
+            return None
+        device = next(tensors_in(self.arguments)).device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
     def compile(self, target: GPUTarget) -> Any:
         """Compile as a first launch on ``target`` would.
@@ -117,13 +135,13 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Give the tensors among arguments, and in their tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from _tensors(value)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(inner)
 
 
 def _specialise(
@@ -153,9 +171,40 @@ def _specialise(
     return kind
 
 
+_recording = threading.local()
+_tables = WeakIdKeyDictionary()
+
+
 def new_workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Allocate what launches of one plan hand to each other, on the device of ``like``; nothing is written yet."""
-    return like.new_empty(shape, dtype=dtype)
+    workspace = like.new_empty(shape, dtype=dtype)
+    recorded = getattr(_recording, "workspaces", None)
+    if recorded is not None:
+        recorded.append(ref(workspace))
+    return workspace
+
+
+@contextlib.contextmanager
+def record_workspaces() -> Iterator[list[ref[Tensor]]]:
+    """Collect the workspaces that this thread allocates; those of launches that were only tried may be gone."""
+    outer = getattr(_recording, "workspaces", None)
+    _recording.workspaces = []
+    try:
+        yield _recording.workspaces
+    finally:
+        _recording.workspaces = outer
+
+
+def new_table(values: Tensor, device: torch.device) -> Tensor:
+    """Bring what shapes alone decide to a device, in int32, for any number of calls; it is there when this returns."""
+    table = values.to(torch.int32).to(device)  # the memory is not pinned, so this waits for the copy
+    _tables[table] = True
+    return table
+
+
+def is_table(value: Any) -> bool:
+    """Tell whether something is a tensor that :func:`new_table` made."""
+    return isinstance(value, Tensor) and value in _tables
 
 
 def is_capturing() -> bool:

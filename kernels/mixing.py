@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidattn.calls import DividedCall, MixingCall
-from vidattn.kernels import divided
+from vidattn.kernels import divided, plans
 from vidattn.kernels.divided_sequences import Mixing
 from vidattn.kernels.launch import Launch, Work
 from vidattn.kernels.mixing_shift import temporal_shift as temporal_shift_kernel
@@ -28,22 +28,19 @@ _BLOCK = 1024  # words of a program
 
 def forward(call: MixingCall, out: Tensor, lse: Tensor | None) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    for launch in plan_forward(call, out, lse):
-        launch.run()
+    plans.run(plan_forward, call, out, lse)
 
 
 def backward(
     call: MixingCall, dout: Tensor, out: Tensor | None, lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
-    for launch in plan_backward(call, dout, out, lse, dq, dk, dv):
-        launch.run()
+    plans.run(plan_backward, call, dout, out, lse, dq, dk, dv)
 
 
 def temporal_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> None:
     """Shift; arguments as of :func:`plan_shift`, the result in ``out``."""
-    for launch in plan_shift(x, num_frames, channel_shifts, out):
-        launch.run()
+    plans.run(plan_shift, x, num_frames, channel_shifts, out)
 
 
 def plan_forward(call: MixingCall, out: Tensor, lse: Tensor | None, *, arch: str | None = None) -> list[Launch]:

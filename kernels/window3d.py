@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vidattn import geometry as geo
 from vidattn.calls import WindowCall
+from vidattn.kernels import plans
 from vidattn.kernels.configs import Config, architecture, tuned
 from vidattn.kernels.launch import INTERPRETED, Launch, Work, new_workspace
 from vidattn.kernels.rows import Rows
@@ -57,8 +58,7 @@ _FEW_PROGRAMS = 1024
 
 def forward(call: WindowCall, out: Tensor, lse: Tensor) -> None:
     """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
-    for launch in plan_forward(call, out, lse):
-        launch.run()
+    plans.run(plan_forward, call, out, lse)
 
 
 def backward(
@@ -73,8 +73,7 @@ def backward(
     dpad: Tensor | None,
 ) -> None:
     """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq`` to ``dpad``."""
-    for launch in plan_backward(call, dout, out, lse, dq, dk, dv, dbias, dpad):
-        launch.run()
+    plans.run(plan_backward, call, dout, out, lse, dq, dk, dv, dbias, dpad)
 
 
 def plan_forward(call: WindowCall, out: Tensor, lse: Tensor, *, arch: str | None = None) -> list[Launch]:

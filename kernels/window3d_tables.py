@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from vidattn import geometry as geo
-from vidattn.kernels.launch import is_capturing
+from vidattn.kernels.launch import is_capturing, new_table
 from vidattn.kernels.rows import NO_TOKEN, PADDING
 from vidattn.kernels.window3d_tiles import MAP_UNIT
 
 __all__ = ["BiasPositions", "WindowTables", "bias_positions", "window_tables"]
 
 _SHAPES_KEPT = 64
-_used_by_graphs: list[Any] = []  # a captured graph goes on reading its tables: they must outlive the cache
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,7 @@ class BiasPositions:
     origin: int
 
 
+@lru_cache(_SHAPES_KEPT)
 def window_tables(geometry: geo.WindowGeometry, batch: int, num_masks: int, device: torch.device) -> WindowTables:
     """Look up the tables of a grid.
 
@@ -140,31 +140,6 @@ def window_tables(geometry: geo.WindowGeometry, batch: int, num_masks: int, devi
     Raises:
         RuntimeError: a CUDA graph is being captured and the shape is new.
     """
-    return _kept(_make_window_tables(geometry, batch, num_masks, device))
-
-
-def bias_positions(
-    window_size: tuple[int, int, int], extents: tuple[int, int], num_tokens: int, device: torch.device
-) -> BiasPositions:
-    """Look up the positions of the tokens of a window in its bias table.
-
-    Args:
-        window_size: configured window, which lays out the table.
-        extents: height and width that unravel a token number.
-        num_tokens: tokens of the effective window.
-        device: where to keep them.
-
-    Returns:
-        The positions.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured and the window is new.
-    """
-    return _kept(_make_bias_positions(window_size, extents, num_tokens, device))
-
-
-@lru_cache(_SHAPES_KEPT)
-def _make_window_tables(geometry: geo.WindowGeometry, batch: int, num_masks: int, device: torch.device) -> WindowTables:
     slots = geo.source_tokens(geometry)  # (windows, N), -1 for padding
     count = geometry.num_tokens
     tokens = torch.full((slots.shape[0], -(-count // MAP_UNIT.value) * MAP_UNIT.value), NO_TOKEN.value)
@@ -197,9 +172,23 @@ def _make_window_tables(geometry: geo.WindowGeometry, batch: int, num_masks: int
 
 
 @lru_cache(_SHAPES_KEPT)
-def _make_bias_positions(
+def bias_positions(
     window_size: tuple[int, int, int], extents: tuple[int, int], num_tokens: int, device: torch.device
 ) -> BiasPositions:
+    """Look up the positions of the tokens of a window in its bias table.
+
+    Args:
+        window_size: configured window, which lays out the table.
+        extents: height and width that unravel a token number.
+        num_tokens: tokens of the effective window.
+        device: where to keep them.
+
+    Returns:
+        The positions.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the window is new.
+    """
     flat = torch.arange(num_tokens)
     _, height, width = (2 * extent - 1 for extent in window_size)
     rows, columns = flat // extents[1] % extents[0], flat % extents[1]
@@ -217,10 +206,4 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
             "window3d: a CUDA graph is being captured and this shape has not run yet; run the model once before"
             " (vidattn.warmup does)"
         )
-    return table.to(torch.int32).to(device)
-
-
-def _kept(table: Any) -> Any:
-    if is_capturing():
-        _used_by_graphs.append(table)
-    return table
+    return new_table(table, device)

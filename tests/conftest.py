@@ -51,6 +51,16 @@ def own_backend_choice() -> Iterator[None]:
     vidattn.set_backend(chosen)
 
 
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """Keep no plans from before or after a test that changes how Triton calls are planned."""
+    from vidattn.kernels import plans
+
+    plans.forget()
+    yield
+    plans.forget()
+
+
 def pytest_configure() -> None:
     refused = why_refused()
     if refused:

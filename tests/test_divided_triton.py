@@ -242,6 +242,7 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("kind", ["temporal", "mean", "per_frame", "factorized"])
 def test_streamed_like_packed(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Short sequences can be streamed too; without a log-sum-exp, the backward pass attends again."""
@@ -251,6 +252,7 @@ def test_streamed_like_packed(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
 
 
 @needs_triton
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("kind", ["temporal", "mean", "factorized"])
 def test_whole_rows_need_no_log_sum_exp_and_may_have_one(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Where the boundary between the two lies is nobody's business but that of speed."""

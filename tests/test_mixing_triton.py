@@ -215,6 +215,7 @@ def test_lines_that_32_bits_do_not_count_are_shifted_alike() -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("fresh_plans")
 def test_streamed_like_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short frames can be streamed too; without a log-sum-exp, the backward pass attends again."""
     monkeypatch.setattr(divided, "packed_config", lambda kernel, shape: None)
