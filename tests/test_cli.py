@@ -81,7 +81,7 @@ def test_info_is_one_screen():
         for backend in vidattn.list_backends():
             cell = row[heading.index(backend) :][:12].strip()
             assert (cell == "✓") == (not vidattn.why_not(op, backend=backend)), row
-            assert cell in ("✓", "not built", "no kernels", "no triton", "no GPU", "old GPU")
+            assert cell in ("✓", "not built", "stale build", "no kernels", "no triton", "no GPU", "old GPU")
 
 
 def test_info_verbose_gives_the_reasons_in_full(capsys):

@@ -168,6 +168,24 @@ def test_wheel_of_pure_python_holds_the_package(tmp_path):
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", f"{info}/entry_points.txt"} <= set(names)
 
 
+def test_an_extension_of_other_sources_is_not_called():
+    """Its native ops would read other arguments than they are given."""
+    program = """
+import sys, types
+import torch
+sys.modules["vidattn._C"] = types.ModuleType("vidattn._C")  # registers nothing, like one from before there was a version
+import vidattn
+assert "other sources" in vidattn.why_not("window3d_attention", backend="cpu")[0]
+assert vidattn.temporal_attention(torch.ones(1, 4, 3, 1, 2), 2).shape == (1, 4, 2)
+try:
+    vidattn.temporal_attention(torch.ones(1, 4, 3, 1, 2), 2, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "built from other sources; build it again" in run.stdout, run.stderr
+
+
 def test_the_command_that_builds_names_what_was_installed(tmp_path, monkeypatch):
     python = shlex.quote(sys.executable)
     tools = f'{python} -m pip install "setuptools>=77" ninja'

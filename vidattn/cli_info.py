@@ -24,6 +24,7 @@ _PACKAGES = ("triton", "av", "numpy", "rich", "matplotlib", "safetensors", "tran
 _SHORT = (
     ("vidattn._C is not built", "not built"),
     ("built without", "not built"),
+    ("built from other sources", "stale build"),
     ("this version has no", "no kernels"),
     ("triton is not installed", "no triton"),
     ("there is no GPU", "no GPU"),

@@ -21,8 +21,9 @@ def pure_by_choice() -> bool:
     return os.environ.get("VIDATTN_BUILD_EXT") == "0" or (PACKAGE / PURE_BY_CHOICE).is_file()
 
 
-def is_checkout(package: Path = PACKAGE) -> bool:
+def is_checkout(package: Path | None = None) -> bool:
     """Tell whether a copy, this one if not said otherwise, lies in a source tree: the extension is built in place."""
+    package = package or PACKAGE
     return (package.parent / "setup.py").is_file() and (package.parent / "csrc").is_dir()
 
 

@@ -32,6 +32,9 @@ _MAX_HEAD_DIM = 128
 LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
+# Grows with every change of what native ops take. An extension built from other sources would read other arguments.
+_NATIVE_VERSION = 2
+LIBRARY.define("_native_version() -> int")
 # Implemented by the extension: the instruction set in use, and a comma-separated list of those it could use here.
 LIBRARY.define("_cpu_isa() -> str")
 LIBRARY.define("_cpu_isas() -> str")
@@ -41,6 +44,13 @@ try:
     import vidattn._C  # type: ignore[import-not-found]  # noqa: F401  # importing it registers its kernels
 except ImportError as error:
     _extension_error = f"the compiled extension vidattn._C is not built or does not load ({error})"
+else:
+    try:
+        _stale = torch.ops.vidattn._native_version() != _NATIVE_VERSION
+    except NotImplementedError:
+        _stale = True
+    if _stale:
+        _extension_error = "the compiled extension vidattn._C was built from other sources; build it again"
 
 
 def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
@@ -53,9 +63,11 @@ def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
     Returns:
         The reason, or None if it has one.
     """
+    if _extension_error is not None:
+        return _extension_error
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"vidattn::{op}", dispatch_key):
         return None
-    return _extension_error or f"the compiled extension was built without {dispatch_key} kernels"
+    return f"the compiled extension was built without {dispatch_key} kernels"
 
 
 def describe_call(op: str, q: Tensor) -> AttentionCall:
