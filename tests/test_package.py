@@ -173,7 +173,7 @@ def test_an_extension_of_other_sources_is_not_called():
     program = """
 import sys, types
 import torch
-sys.modules["vidattn._C"] = types.ModuleType("vidattn._C")  # registers nothing, like one from before there was a version
+sys.modules["vidattn._C"] = types.ModuleType("vidattn._C")  # registers nothing, as one without a version
 import vidattn
 assert "other sources" in vidattn.why_not("window3d_attention", backend="cpu")[0]
 assert vidattn.temporal_attention(torch.ones(1, 4, 3, 1, 2), 2).shape == (1, 4, 2)
