@@ -17,10 +17,23 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 from vidattn.kernels.launch import INTERPRETED, Launch, is_capturing
 
-__all__ = ["Config", "Cuts", "Entry", "Table", "architecture", "entries", "over_all_keys", "table_arch", "tuned"]
+__all__ = [
+    "Config",
+    "Cuts",
+    "Entry",
+    "Table",
+    "architecture",
+    "entries",
+    "over_all_keys",
+    "padded_head_dim",
+    "product_precision",
+    "table_arch",
+    "tuned",
+]
 
 Entry = TypeVar("Entry")
 
@@ -112,6 +125,18 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def padded_head_dim(q: Tensor) -> int:
+    """Give the channels of a tile's rows: the head dimension, rounded up to what products take."""
+    return max(16, triton.next_power_of_2(q.shape[-1]))
+
+
+def product_precision(q: Tensor) -> str:
+    """Say how products of float32 are taken: as torch's own, by ``torch.set_float32_matmul_precision``."""
+    if q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
 
 
 def tuned(

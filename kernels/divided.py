@@ -16,12 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vidattn.calls import DividedCall
 from vidattn.kernels import plans
-from vidattn.kernels.configs import Config, architecture, tuned
+from vidattn.kernels.configs import Config, architecture, padded_head_dim, product_precision, tuned
 from vidattn.kernels.divided_backward import (
     divided_backward_keys,
     divided_backward_packed,
@@ -200,26 +199,15 @@ def _arguments(call: DividedCall, sequences: Sequences, rows: int) -> dict[str, 
             has_cls=sequences.has_cls,
             shifts=sequences.shifts,
             head_dim=q.shape[-1],
-            block_d=_block_d(q),
+            block_d=padded_head_dim(q),
             sign=(call.scale > 0) - (call.scale < 0),
-            precision=_precision(q),
+            precision=product_precision(q),
         ),
     }
 
 
 def _context(x: Tensor) -> Context:
     return Context(x, x.stride(0), x.stride(1))
-
-
-def _block_d(q: Tensor) -> int:
-    return max(16, triton.next_power_of_2(q.shape[-1]))
-
-
-def _precision(x: Tensor) -> str:
-    """How products of float32 are taken: as torch's own, by ``torch.set_float32_matmul_precision``."""
-    if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
 
 
 # ---- Launches ----
@@ -272,8 +260,8 @@ def _shape_class(call: DividedCall, sequences: Sequences, arch: str | None) -> S
     return ShapeClass(
         arch=arch or architecture(q.device),
         itemsize=q.itemsize,
-        tensor_cores=q.dtype != torch.float32 or _precision(q) != "ieee",
-        block_d=_block_d(q),
+        tensor_cores=q.dtype != torch.float32 or product_precision(q) != "ieee",
+        block_d=padded_head_dim(q),
         length=sequences.length,
         dropout=call.dropout_p > 0,
         mixed=sequences.shifts is not None,

@@ -16,13 +16,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vidattn import geometry as geo
 from vidattn.calls import WindowCall
 from vidattn.kernels import plans
-from vidattn.kernels.configs import Config, architecture, tuned
+from vidattn.kernels.configs import Config, architecture, padded_head_dim, product_precision, tuned
 from vidattn.kernels.launch import INTERPRETED, Launch, Work, new_workspace
 from vidattn.kernels.rows import Rows
 from vidattn.kernels.softmax import dropout_of
@@ -223,8 +222,8 @@ def _describe(call: WindowCall, arch: str | None) -> _Problem:
     shape = ShapeClass(
         arch=arch or architecture(device),
         itemsize=call.q.itemsize,
-        tensor_cores=call.q.dtype != torch.float32 or _precision(call.q) != "ieee",
-        block_d=max(16, triton.next_power_of_2(call.q.shape[-1])),
+        tensor_cores=call.q.dtype != torch.float32 or product_precision(call.q) != "ieee",
+        block_d=padded_head_dim(call.q),
         num_tokens=geometry.num_tokens,
         lean=not tables.has_padding and call.dropout_p == 0,
         whole=not keeps_lse(geometry.num_tokens, "triton"),
@@ -245,13 +244,6 @@ def _token_stride(x: Tensor) -> int:
             return 0
         expected *= size
     return stride or x.shape[-2] * x.shape[-1]  # one token: any stride will do
-
-
-def _precision(x: Tensor) -> str:
-    """How products of float32 are taken: as torch's own, by ``torch.set_float32_matmul_precision``."""
-    if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
 
 
 # ---- Arguments ----
@@ -276,7 +268,7 @@ def _shared_arguments(problem: _Problem) -> dict[str, Any]:
         "HEAD_DIM": problem.head_dim,
         "BLOCK_D": problem.shape.block_d,
         "HAS_PADDING": problem.tables.has_padding,
-        "PRECISION": _precision(call.q),
+        "PRECISION": product_precision(call.q),
     }
 
 
