@@ -303,7 +303,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.is_view:
+        # What may give a view, as contiguous() does, may also give a copy.
+        if function.is_view and all(_storage(x) == _storage(args[0]) for x in tensors_in(result)):
             self._views.update((id(view), (view, self.origin(args[0]))) for view in tensors_in(result))
         elif function._schema.name not in _ALLOCATES:
             known = {_storage(x) for x in (*self._given, *_alive(self._allocated))}

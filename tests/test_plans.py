@@ -443,3 +443,18 @@ def test_a_kept_plan_gives_the_same_bits(name: str) -> None:
     for found, right in zip(call.run(second), expected, strict=True):
         assert torch.equal(found, right)
     assert len(plans._plans) == passes
+
+
+@needs_triton
+def test_strided_gradients_are_copied_anew_in_every_call() -> None:
+    """Below autograd, contiguous() is one operation, which looks like a view."""
+    device = device_of("triton")
+    qkv = torch.randn(1, 2, 3, 4, 3, 2, 8, device=device)
+    inputs = (qkv, None, None, None, None, None)
+    options = ((2, 2, 2), (0, 1, 1), (False, False, False), "prefix", -100.0, 0.3, 0.0)
+    backward = torch.ops.vidattn.window3d_attention_backward
+    for _ in range(3):
+        strided = torch.randn(1, 3, 2, 4, 16, device=device).transpose(1, 2)
+        args = (strided, *inputs, None, None, *options, False, False)
+        expected, *_ = backward(*args, "reference")
+        torch.testing.assert_close(backward(*args, "triton")[0], expected)

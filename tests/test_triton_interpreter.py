@@ -47,7 +47,7 @@ JOBS = {
         None,
     ),
     "mixing": (MIXING, "triton and not seventy and not compile and not (opcheck and float16)", 210, None),
-    "plans": (["test_plans.py"], "triton", 13, None),
+    "plans": (["test_plans.py"], "triton", 14, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
 }
 SLOW_JOBS = {
