@@ -29,7 +29,8 @@ struct Window3dArgs {
   const void* bias;
   bool bias_is_table;
   int64_t bias_window[3], bias_extent[2];
-  int64_t bias_size;  // entries of one head: table rows, or tokens^2
+  int64_t bias_size;                          // entries of one head: table rows, or tokens^2
+  int64_t bias_row_stride, bias_head_stride;  // of a table, in entries
 
   const void* mask;  // (mask_groups, tokens, tokens) or null
   int64_t mask_groups;

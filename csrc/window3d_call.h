@@ -60,6 +60,7 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
       a.bias_extent[0] = bias_window[3], a.bias_extent[1] = bias_window[4];
       STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == rows && bias->size(1) == a.heads,
                       "bias table of the wrong shape");
+      a.bias_row_stride = bias->stride(0), a.bias_head_stride = bias->stride(1);
       const int64_t slice = a.bias_extent[0] * a.bias_extent[1];
       STD_TORCH_CHECK(ceil_div(a.tokens, slice) <= a.bias_window[0], "window larger than the bias table's");
     } else {

@@ -40,18 +40,18 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Matrices of 8 x 8 elements of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
-#define VIDATTN_LDMATRIX(name, suffix)                                                               \
-  __device__ __forceinline__ void name(uint32_t (&r)[2], uint32_t row) {                             \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" suffix ".shared.b16 {%0, %1}, [%2];"                \
-                 : "=r"(r[0]), "=r"(r[1])                                                            \
-                 : "r"(row)                                                                          \
-                 : "memory");                                                                        \
-  }                                                                                                  \
-  __device__ __forceinline__ void name(uint32_t (&r)[4], uint32_t row) {                             \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" suffix ".shared.b16 {%0, %1, %2, %3}, [%4];"        \
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                    \
-                 : "r"(row)                                                                          \
-                 : "memory");                                                                        \
+#define VIDATTN_LDMATRIX(name, suffix)                                                        \
+  __device__ __forceinline__ void name(uint32_t (&r)[2], uint32_t row) {                      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" suffix ".shared.b16 {%0, %1}, [%2];"         \
+                 : "=r"(r[0]), "=r"(r[1])                                                     \
+                 : "r"(row)                                                                   \
+                 : "memory");                                                                 \
+  }                                                                                           \
+  __device__ __forceinline__ void name(uint32_t (&r)[4], uint32_t row) {                      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" suffix ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                             \
+                 : "r"(row)                                                                   \
+                 : "memory");                                                                 \
   }
 VIDATTN_LDMATRIX(ldmatrix, "")
 VIDATTN_LDMATRIX(ldmatrix_transposed, ".trans")
@@ -63,23 +63,23 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
                                             const float (&c)[4]);
 template <class T>
 __device__ __forceinline__ void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]);
-#define VIDATTN_MMA(T, name)                                                                                     \
-  template <>                                                                                                    \
+#define VIDATTN_MMA(T, name)                                                                                      \
+  template <>                                                                                                     \
   __device__ __forceinline__ void mma_16x8x16<T>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, \
-                                                 const float (&c)[4]) {                                          \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                          \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                \
+                                                 const float (&c)[4]) {                                           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                           \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                                 \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
-                   "f"(c[3]));                                                                                   \
-  }                                                                                                              \
-  template <>                                                                                                    \
+                   "f"(c[3]));                                                                                    \
+  }                                                                                                               \
+  template <>                                                                                                     \
   __device__ __forceinline__ void mma_16x8x8<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0,             \
-                                                const float (&c)[4]) {                                           \
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                           \
-                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                                            \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                \
-                 : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                       \
+                                                const float (&c)[4]) {                                            \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                            \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                                             \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                 \
+                 : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                        \
   }
 VIDATTN_MMA(__nv_bfloat16, "bf16")
 VIDATTN_MMA(__half, "f16")
