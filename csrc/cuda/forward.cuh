@@ -17,6 +17,7 @@ namespace vidattn::cuda {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.4028234663852886e38f;
 constexpr float kSlack = 8.0f;             // a maximum that is too small by up to this many powers of two is kept
+constexpr float kFoldedStart = -1e30f;     // of a row's maximum
 constexpr float kLargestFolded = 4194304;  // 2^22: beyond, the rounding of a row's maximum shows in its weights
 
 __device__ __forceinline__ float minus_infinity() {
@@ -35,15 +36,13 @@ struct QueryTile {
   uint32_t q[kDim / 16][4];
   float out[kDim / 8][4];
   float sum[2];
-  float top[2];    // what weights are relative to. Folded: in powers of two; exact: a score
-  float limit[2];  // a score above it calls for a larger top
+  float top[2];  // what weights are relative to. Folded: in powers of two; exact: a score
 
   __device__ __forceinline__ void reset(bool folded) {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    top[0] = top[1] = folded ? 0.0f : kLowest;  // finite, so that a row of -inf alone has weights of 0
-    limit[0] = limit[1] = folded ? minus_infinity() : kLowest;
+    top[0] = top[1] = folded ? kFoldedStart : kLowest;  // finite, so that a score of -inf has a weight of 0
   }
 
   __device__ __forceinline__ void shrink(int half, float factor) {
@@ -52,33 +51,35 @@ struct QueryTile {
     for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= factor, out[n][2 * half + 1] *= factor;
   }
 
-  // Raises top to the largest score of a chunk. Returns false if that is too large for folded weights.
-  template <bool kFolded>
-  __device__ __forceinline__ bool raise(int half, float largest, float factor, float slack) {
-    const float found = maximum_of_quad(largest);
-    if (!(found > limit[half])) return true;  // the other rows of the warp asked for it
-    if (kFolded) {
-      const bool first = limit[half] == minus_infinity();  // top is no score yet, and gives way to any
-      const float raised = found * factor;
-      shrink(half, first ? 0.0f : gpu::exp2_approx(top[half] - raised));
-      top[half] = raised;
-      limit[half] = found + slack;
-      return fabsf(raised) <= kLargestFolded;
+  // Adds up the sums of the lanes. Returns false if a row of the warp found nothing of weight: then it holds -inf
+  // alone, or numbers far below kFoldedStart.
+  __device__ __forceinline__ bool add_up() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
     }
-    shrink(half, gpu::exp2_approx((top[half] - found) * kLog2e));
+    return !__any_sync(~0u, sum[0] == 0.0f || sum[1] == 0.0f);
+  }
+
+  // Raises top to the largest score of some keys. Returns false if that is too large for folded weights.
+  template <bool kFolded>
+  __device__ __forceinline__ bool raise(int half, float largest, float factor) {
+    const float found = kFolded ? maximum_of_quad(largest) * factor : maximum_of_quad(largest);
+    if (!(found > top[half])) return true;
+    shrink(half, gpu::exp2_approx(kFolded ? top[half] - found : (top[half] - found) * kLog2e));
     top[half] = found;
-    limit[half] = found + slack;
-    return true;
+    return !kFolded || fabsf(found) <= kLargestFolded;
   }
 };
 
-// How a warp walks over keys: kQueries tiles of 16 queries and kKeys tiles of 8 keys at a time.
+// How a warp walks over keys: kQueries tiles of 16 queries, and chunks of kKeys tiles of 8 keys. It has the scores of a
+// part of a chunk at a time, as many as fit into its registers.
 template <class T, int kDim, class Group, bool kFolded, int kQueries, int kKeys>
 struct Walk {
   using Layout = Rows<kDim>;
   using Query = typename Group::Query;
-  using Scores = float[kKeys][4];
-  static constexpr int kChunk = 8 * kKeys;
+  static constexpr int kChunk = 8 * kKeys, kPart = 4;
 
   const Group& group;
   const uint32_t k_shared, v_shared;
@@ -88,14 +89,28 @@ struct Walk {
   template <bool kMasked, bool kTail>
   __device__ __forceinline__ bool chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
                                         int first, int count) const {
+    const typename Group::Keys keys = group.keys_from(key, threadIdx.x % 4 * 2);
+    if (!part<kMasked, kTail, 0>(tiles, query, keys, key, first, count)) return false;
+    if constexpr (kKeys > kPart) {
+      if (kTail && count <= 8 * kPart) return true;
+      return part<kMasked, kTail, kPart>(tiles, query, keys, key, first, count);
+    }
+    return true;
+  }
+
+  template <bool kMasked, bool kTail, int kStart>
+  __device__ __forceinline__ bool part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                       const typename Group::Keys& keys, int key, int first, int count) const {
+    constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
+    static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
     const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-    Scores s[kQueries];
-    const typename Group::Keys keys = group.keys_from(key, column);
+    float s[kQueries][kCount][4];
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
+    for (int at = 0; at < kCount; ++at) {
+      const int n = kStart + at;
       if (kTail && n * 8 >= count) {
 #pragma unroll
-        for (int t = 0; t < kQueries; ++t) s[t][n][0] = s[t][n][1] = s[t][n][2] = s[t][n][3] = minus_infinity();
+        for (int t = 0; t < kQueries; ++t) s[t][at][0] = s[t][at][1] = s[t][at][2] = s[t][at][3] = minus_infinity();
         continue;
       }
       uint32_t k[kDim / 32][4];
@@ -108,16 +123,16 @@ struct Walk {
         if (kFolded) group.template folded<kMasked>(added, query[t], keys, n);
 #pragma unroll
         for (int part = 0; part < kDim / 32; ++part) {
-          gpu::mma_16x8x16<T>(s[t][n], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][n]);
-          gpu::mma_16x8x16<T>(s[t][n], tiles[t].q[2 * part + 1], k[part][2], k[part][3], s[t][n]);
+          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);
+          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part + 1], k[part][2], k[part][3], s[t][at]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = n * 8 + column + i % 2;
           if (kTail && j >= count)
-            s[t][n][i] = minus_infinity();
+            s[t][at][i] = minus_infinity();
           else if (!kFolded)
-            s[t][n][i] = group.exact(s[t][n][i], query[t][i / 2], key + j);
+            s[t][at][i] = group.exact(s[t][at][i], query[t][i / 2], key + j);
         }
       }
     }
@@ -125,28 +140,33 @@ struct Walk {
 #pragma unroll
     for (int t = 0; t < kQueries; ++t) moderate &= weigh(tiles[t], s[t]);
     if (kFolded && !moderate) return false;
-    add_values<kTail>(tiles, s, first, count);
+    add_values<kTail>(tiles, s, first + 8 * kStart, count - 8 * kStart);
     return true;
   }
 
   // Turns scores into weights and adds them to the sums.
-  __device__ __forceinline__ bool weigh(QueryTile<kDim>& tile, Scores& s) const {
+  template <int kCount>
+  __device__ __forceinline__ bool weigh(QueryTile<kDim>& tile, float (&s)[kCount][4]) const {
     const float factor = kFolded ? group.factor() : kLog2e;
     float largest[2] = {fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3])};
 #pragma unroll
-    for (int n = 1; n < kKeys; ++n)
+    for (int n = 1; n < kCount; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         largest[half] = fmaxf(largest[half], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    if (__any_sync(~0u, largest[0] > tile.limit[0] || largest[1] > tile.limit[1])) {
-      const float slack = kFolded ? group.slack() : kSlack * kLn2;
+    bool above = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      above |= kFolded ? fmaf(largest[half], factor, -tile.top[half]) > kSlack
+                       : largest[half] > tile.top[half] + kSlack * kLn2;
+    if (__any_sync(~0u, above)) {
       bool moderate = true;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) moderate &= tile.template raise<kFolded>(half, largest[half], factor, slack);
+      for (int half = 0; half < 2; ++half) moderate &= tile.template raise<kFolded>(half, largest[half], factor);
       if (kFolded && !__all_sync(~0u, moderate)) return false;
     }
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n)
+    for (int n = 0; n < kCount; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float top = tile.top[i / 2];
@@ -157,23 +177,23 @@ struct Walk {
   }
 
   // out += weights V. Rows behind the last key hold zeros, up to a multiple of 16.
-  template <bool kTail>
-  __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const Scores (&p)[kQueries], int first,
-                                             int count) const {
+  template <bool kTail, int kCount>
+  __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const float (&p)[kQueries][kCount][4],
+                                             int first, int count) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int n = 0; n < kKeys; n += 2) {
+    for (int n = 0; n < kCount; n += 2) {
       if (kTail && n * 8 >= count) break;
       uint32_t weights[kQueries][4];
 #pragma unroll
       for (int t = 0; t < kQueries; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n + i / 2 < kKeys)
+          if (n + i / 2 < kCount)
             weights[t][i] = gpu::pack<T>(p[t][n + i / 2][i % 2 * 2], p[t][n + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part) {
-        if (n + 1 < kKeys) {
+        if (n + 1 < kCount) {
           uint32_t v[4];
           gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 16, 2 * part + lane / 16));
 #pragma unroll
@@ -211,14 +231,10 @@ struct Walk {
 };
 
 // Divides by the sums and writes the rows that are queries, with their log-sum-exp.
+// top_unit: of tile.top, in natural logarithms.
 template <class T, int kDim, class Group>
-__device__ __forceinline__ void write_rows(const Group& group, QueryTile<kDim>& tile, int row, bool folded) {
+__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim>& tile, int row, float top_unit) {
   const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    tile.sum[half] += __shfl_xor_sync(~0u, tile.sum[half], 1);
-    tile.sum[half] += __shfl_xor_sync(~0u, tile.sum[half], 2);
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = tile.sum[half];
@@ -237,8 +253,7 @@ __device__ __forceinline__ void write_rows(const Group& group, QueryTile<kDim>& 
         if (at + 1 < group.head_dim()) out[at + 1] = uint16_t(pair >> 16);
       }
     }
-    if (column == 0)
-      *group.lse(token) = sum == 0.0f ? minus_infinity() : tile.top[half] * (folded ? kLn2 : 1.0f) + logf(sum);
+    if (column == 0) *group.lse(token) = sum == 0.0f ? minus_infinity() : tile.top[half] * top_unit + logf(sum);
   }
 }
 
@@ -312,8 +327,12 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
       });
       if (moderate) {
 #pragma unroll
-        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(group, tiles[t], first_row + 16 * t + lane / 4, true);
+        for (int t = 0; t < kQueries; ++t) moderate &= tiles[t].add_up();
+      }
+      if (moderate) {
         done = true;
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(group, tiles[t], first_row + 16 * t + lane / 4, kLn2);
       }
     }
     if (resident ? done : __syncthreads_and(done)) continue;
@@ -328,7 +347,10 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
       for_blocks([&](int key, int count) {
         if (active) walk.template block<true>(tile, query, key, count);
       });
-      if (active) write_rows<T, kDim>(group, tile[0], row + lane / 4, false);
+      if (active) {
+        tile[0].add_up();
+        write_rows<T, kDim>(group, tile[0], row + lane / 4, 1.0f);
+      }
     }
   }
 }

@@ -58,8 +58,7 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
   shape.stride_sets = a.stride_sets;
   a.plan = plan_forward(shape, gpu::shared_memory_limit());
   const float scale = float(call.scale);
-  a.factor = scale * kLog2e, a.slack = kSlack / a.factor, a.bias_scale = 1 / scale,
-  a.mask_added = float(call.mask_value / call.scale);
+  a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
   const bool masks = call.region_mask[0] || call.region_mask[1] || call.region_mask[2];
   a.folds = scale >= 0x1p-10f && scale <= 0x1p10f && !dense && a.plan.bias_floats > 0 &&
             (!masks || a.mask_added == -INFINITY || (a.mask_added >= -0x1p20f && a.mask_added <= 0x1p20f));

@@ -11,7 +11,7 @@ struct WindowArguments {
   ForwardPlan plan;
   int unit, query_unit;          // bytes that all rows of k and v, or of q, are a multiple of
   int stride_sets;               // 1 if q, k and v have the same strides, else 3
-  float factor, slack;           // scale * log2 e; how far a score may be above the maximum of its row
+  float factor;                  // scale * log2 e
   float bias_scale, mask_added;  // 1 / scale, mask_value / scale
   bool folds;                    // whether the numbers known to the host allow it
 };
@@ -125,7 +125,6 @@ class WindowGroup {
   __device__ __forceinline__ int unit() const { return arguments_.unit; }
   __device__ __forceinline__ int query_unit() const { return arguments_.query_unit; }
   __device__ __forceinline__ float factor() const { return arguments_.factor; }
-  __device__ __forceinline__ float slack() const { return arguments_.slack; }
   __device__ __forceinline__ bool masks() const { return border_ != 0; }
   __device__ __forceinline__ const char* readable() const { return a_.tensor[kK].data; }
   __device__ __forceinline__ const char* key(int n) const { return row(kK, n); }
