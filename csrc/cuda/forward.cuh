@@ -17,27 +17,32 @@ namespace vidattn::cuda {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.4028234663852886e38f;
 constexpr float kSlack = 8.0f;             // a maximum that is too small by up to this many powers of two is kept
+constexpr float kFoldedStart = -1e30f;     // of a row's maximum
 constexpr float kLargestFolded = 4194304;  // 2^22: beyond, the rounding of a row's maximum shows in its weights
-constexpr int kChunk = 64;                 // keys whose scores a warp has at a time
 
 __device__ __forceinline__ float minus_infinity() {
   return __int_as_float(int(0xff800000));
 }
 
-// What a warp knows of 16 queries. A lane has two rows, lane / 4 and 8 more.
+__device__ __forceinline__ float maximum_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// 16 queries of a warp. A lane has two rows, lane / 4 and 8 more: elements 0 and 1 of four are of the one, 2 and 3 of
+// the other.
 template <int kDim>
-struct QueryState {
+struct QueryTile {
+  uint32_t q[kDim / 16][4];
   float out[kDim / 8][4];
   float sum[2];
-  float top[2];  // folded: in powers of two; exact: a score
-  bool seen[2];  // whether a finite score was met
+  float top[2];  // what weights are relative to. Folded: in powers of two; exact: a score
 
-  __device__ __forceinline__ void reset(float start) {
+  __device__ __forceinline__ void reset(bool folded) {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    top[0] = top[1] = start;
-    seen[0] = seen[1] = false;
+    top[0] = top[1] = folded ? kFoldedStart : kLowest;  // finite, so that a score of -inf has a weight of 0
   }
 
   __device__ __forceinline__ void shrink(int half, float factor) {
@@ -45,179 +50,210 @@ struct QueryState {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= factor, out[n][2 * half + 1] *= factor;
   }
+
+  // Adds up the sums of the lanes. Returns false if a row of the warp found nothing of weight: then it holds -inf
+  // alone, or numbers far below kFoldedStart.
+  __device__ __forceinline__ bool add_up() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+    }
+    return !__any_sync(~0u, sum[0] == 0.0f || sum[1] == 0.0f);
+  }
+
+  // Raises top to the largest score of some keys. Returns false if that is too large for folded weights.
+  template <bool kFolded>
+  __device__ __forceinline__ bool raise(int half, float largest, float factor) {
+    const float found = kFolded ? maximum_of_quad(largest) * factor : maximum_of_quad(largest);
+    if (!(found > top[half])) return true;
+    shrink(half, gpu::exp2_approx(kFolded ? top[half] - found : (top[half] - found) * kLog2e));
+    top[half] = found;
+    return !kFolded || fabsf(found) <= kLargestFolded;
+  }
 };
 
-__device__ __forceinline__ float maximum_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-template <class T, int kDim, class Group>
-struct Forward {
+// How a warp walks over keys: kQueries tiles of 16 queries, and chunks of kKeys tiles of 8 keys. It has the scores of a
+// part of a chunk at a time, as many as fit into its registers.
+template <class T, int kDim, class Group, bool kFolded, int kQueries, int kKeys>
+struct Walk {
   using Layout = Rows<kDim>;
-  using State = QueryState<kDim>;
-  static constexpr int kTiles = kChunk / 8;  // of 8 keys
+  using Query = typename Group::Query;
+  static constexpr int kChunk = 8 * kKeys, kPart = 4;
 
   const Group& group;
   const uint32_t k_shared, v_shared;
 
-  // scores[n] = Q K^T of 8 keys from row `first` + 8 n of the shared memory on, plus what stands there.
-  __device__ __forceinline__ void add_products(float (&scores)[kTiles][4], const uint32_t (&q)[kDim / 16][4], int first,
-                                               int tiles) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (n >= tiles) break;
-#pragma unroll
-      for (int part = 0; part < kDim / 32; ++part) {
-        uint32_t k[4];
-        gpu::ldmatrix(k, k_shared + Layout::place(first + n * 8 + lane % 8, part * 4 + lane / 8));
-        gpu::mma_16x8x16<T>(scores[n], q[2 * part], k[0], k[1], scores[n]);
-        gpu::mma_16x8x16<T>(scores[n], q[2 * part + 1], k[2], k[3], scores[n]);
-      }
+  // Keys [key, key + count) of the group, which lie from row `first` of the shared memory on; kTail: count < kChunk.
+  // Returns false if the numbers are too large for folded weights.
+  template <bool kMasked, bool kTail>
+  __device__ __forceinline__ bool chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
+                                        int first, int count) const {
+    const typename Group::Keys keys = group.keys_from(key, threadIdx.x % 4 * 2);
+    if (!part<kMasked, kTail, 0>(tiles, query, keys, key, first, count)) return false;
+    if constexpr (kKeys > kPart) {
+      if (kTail && count <= 8 * kPart) return true;
+      return part<kMasked, kTail, kPart>(tiles, query, keys, key, first, count);
     }
-  }
-
-  // out += weights V for keys from row `first` on. Rows behind the last key hold zeros.
-  __device__ __forceinline__ void add_values(State& state, const float (&weights)[kTiles][4], int first,
-                                             int tiles) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j) {
-      if (2 * j >= tiles) break;
-      const uint32_t p[4] = {gpu::pack<T>(weights[2 * j][0], weights[2 * j][1]),
-                             gpu::pack<T>(weights[2 * j][2], weights[2 * j][3]),
-                             gpu::pack<T>(weights[2 * j + 1][0], weights[2 * j + 1][1]),
-                             gpu::pack<T>(weights[2 * j + 1][2], weights[2 * j + 1][3])};
-#pragma unroll
-      for (int part = 0; part < kDim / 16; ++part) {
-        uint32_t v[4];
-        gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + j * 16 + lane % 16, 2 * part + lane / 16));
-        gpu::mma_16x8x16<T>(state.out[2 * part], p, v[0], v[1], state.out[2 * part]);
-        gpu::mma_16x8x16<T>(state.out[2 * part + 1], p, v[2], v[3], state.out[2 * part + 1]);
-      }
-    }
-  }
-
-  // Keys [key, key + kChunk) of the group, which lie from row `first` of the shared memory on. kTail: only `count` of
-  // them are keys. Returns false if the numbers are too large for this way.
-  template <bool kFolded, bool kTail>
-  __device__ __forceinline__ bool chunk(State& state, const uint32_t (&q)[kDim / 16][4],
-                                        const typename Group::Query (&query)[2], int key, int first, int count) const {
-    const int column = threadIdx.x % 4 * 2;
-    const int tiles = kTail ? (count + 15) / 16 * 2 : kTiles;
-    float s[kTiles][4];
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-      if (kFolded && (!kTail || n * 8 < count)) group.folded(s[n], query, key + n * 8 + column);
-    }
-    add_products(s, q, first, tiles);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (!kFolded && (!kTail || n * 8 < count)) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = n * 8 + column + i % 2;
-          if (!kTail || j < count) s[n][i] = group.exact(s[n][i], query[i / 2], key + j);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (kTail && n * 8 + column + i % 2 >= count) s[n][i] = minus_infinity();
-    }
-
-    const float factor = kFolded ? group.factor() : 1.0f;
-    float largest[2] = {s[0][0], s[0][2]};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)  // behind the last key all are -inf
-        largest[half] = fmaxf(largest[half], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    bool grows = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      grows |= kFolded ? fmaf(largest[half], factor, -state.top[half]) > kSlack || !state.seen[half]
-                       : largest[half] > state.top[half] + kSlack * kLn2;
-    if (__any_sync(~0u, grows)) {
-      bool large = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float found = maximum_of_quad(largest[half]) * factor;
-        if (kFolded) {
-          // The start, 0, is no score: it gives way to the first finite one, whatever that is.
-          if (found > minus_infinity()) {
-            const float top = state.seen[half] ? fmaxf(state.top[half], found) : found;
-            state.shrink(half, state.seen[half] ? gpu::exp2_approx(state.top[half] - top) : 0.0f);
-            state.top[half] = top;
-            state.seen[half] = true;
-            large |= !(fabsf(top) <= kLargestFolded);
-          }
-        } else {
-          const float top = fmaxf(state.top[half], found);
-          state.shrink(half, gpu::exp2_approx((state.top[half] - top) * kLog2e));
-          state.top[half] = top;
-        }
-      }
-      if (kFolded && __any_sync(~0u, large)) return false;
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (kTail && n >= tiles) break;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float top = state.top[i / 2];
-        s[n][i] = gpu::exp2_approx(kFolded ? fmaf(s[n][i], factor, -top) : (s[n][i] - top) * kLog2e);
-        state.sum[i / 2] += s[n][i];
-      }
-    }
-    add_values(state, s, first, tiles);
     return true;
   }
 
-  // All keys [key, key + keys) of a block, which lie from row 0 of the shared memory on.
-  template <bool kFolded>
-  __device__ __forceinline__ bool block(State& state, const uint32_t (&q)[kDim / 16][4],
-                                        const typename Group::Query (&query)[2], int key, int keys) const {
+  template <bool kMasked, bool kTail, int kStart>
+  __device__ __forceinline__ bool part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                       const typename Group::Keys& keys, int key, int first, int count) const {
+    constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
+    static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
+    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    float s[kQueries][kCount][4];
+#pragma unroll
+    for (int at = 0; at < kCount; ++at) {
+      const int n = kStart + at;
+      if (kTail && n * 8 >= count) {
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) s[t][at][0] = s[t][at][1] = s[t][at][2] = s[t][at][3] = minus_infinity();
+        continue;
+      }
+      uint32_t k[kDim / 32][4];
+#pragma unroll
+      for (int part = 0; part < kDim / 32; ++part)
+        gpu::ldmatrix(k[part], k_shared + Layout::place(first + n * 8 + lane % 8, part * 4 + lane / 8));
+#pragma unroll
+      for (int t = 0; t < kQueries; ++t) {
+        float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (kFolded) group.template folded<kMasked>(added, query[t], keys, n);
+#pragma unroll
+        for (int part = 0; part < kDim / 32; ++part) {
+          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);
+          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part + 1], k[part][2], k[part][3], s[t][at]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = n * 8 + column + i % 2;
+          if (kTail && j >= count)
+            s[t][at][i] = minus_infinity();
+          else if (!kFolded)
+            s[t][at][i] = group.exact(s[t][at][i], query[t][i / 2], key + j);
+        }
+      }
+    }
+    bool moderate = true;
+#pragma unroll
+    for (int t = 0; t < kQueries; ++t) moderate &= weigh(tiles[t], s[t]);
+    if (kFolded && !moderate) return false;
+    add_values<kTail>(tiles, s, first + 8 * kStart, count - 8 * kStart);
+    return true;
+  }
+
+  // Turns scores into weights and adds them to the sums.
+  template <int kCount>
+  __device__ __forceinline__ bool weigh(QueryTile<kDim>& tile, float (&s)[kCount][4]) const {
+    const float factor = kFolded ? group.factor() : kLog2e;
+    float largest[2] = {fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3])};
+#pragma unroll
+    for (int n = 1; n < kCount; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        largest[half] = fmaxf(largest[half], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    bool above = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      above |= kFolded ? fmaf(largest[half], factor, -tile.top[half]) > kSlack
+                       : largest[half] > tile.top[half] + kSlack * kLn2;
+    if (__any_sync(~0u, above)) {
+      bool moderate = true;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) moderate &= tile.template raise<kFolded>(half, largest[half], factor);
+      if (kFolded && !__all_sync(~0u, moderate)) return false;
+    }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float top = tile.top[i / 2];
+        s[n][i] = gpu::exp2_approx(kFolded ? fmaf(s[n][i], factor, -top) : (s[n][i] - top) * factor);
+        tile.sum[i / 2] += s[n][i];
+      }
+    return true;
+  }
+
+  // out += weights V. Rows behind the last key hold zeros, up to a multiple of 16.
+  template <bool kTail, int kCount>
+  __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const float (&p)[kQueries][kCount][4],
+                                             int first, int count) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kCount; n += 2) {
+      if (kTail && n * 8 >= count) break;
+      uint32_t weights[kQueries][4];
+#pragma unroll
+      for (int t = 0; t < kQueries; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n + i / 2 < kCount)
+            weights[t][i] = gpu::pack<T>(p[t][n + i / 2][i % 2 * 2], p[t][n + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int part = 0; part < kDim / 16; ++part) {
+        if (n + 1 < kCount) {
+          uint32_t v[4];
+          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 16, 2 * part + lane / 16));
+#pragma unroll
+          for (int t = 0; t < kQueries; ++t) {
+            float (&out)[kDim / 8][4] = tiles[t].out;
+            gpu::mma_16x8x16<T>(out[2 * part], weights[t], v[0], v[1], out[2 * part]);
+            gpu::mma_16x8x16<T>(out[2 * part + 1], weights[t], v[2], v[3], out[2 * part + 1]);
+          }
+        } else if (part % 2 == 0) {  // the last 8 keys of an odd number of tiles
+          uint32_t v[4];
+          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 8, 2 * part + lane / 8));
+#pragma unroll
+          for (int t = 0; t < kQueries; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float (&out)[4] = tiles[t].out[2 * part + i];
+              gpu::mma_16x8x8<T>(out, weights[t][0], weights[t][1], v[i], out);
+            }
+        }
+      }
+    }
+  }
+
+  // Keys [key, key + keys), which lie from row 0 of the shared memory on.
+  template <bool kMasked>
+  __device__ __forceinline__ bool block(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
+                                        int keys) const {
     int first = 0;
 #pragma unroll 1
     for (; first + kChunk <= keys; first += kChunk)
-      if (!chunk<kFolded, false>(state, q, query, key + first, first, kChunk)) return false;
-    return first == keys || chunk<kFolded, true>(state, q, query, key + first, first, keys - first);
+      if (!chunk<kMasked, false>(tiles, query, key + first, first, kChunk)) return false;
+    if constexpr (kFolded && Group::kWholeChunks) return true;
+    return first == keys || chunk<true, true>(tiles, query, key + first, first, keys - first);
   }
 };
 
 // Divides by the sums and writes the rows that are queries, with their log-sum-exp.
+// top_unit: of tile.top, in natural logarithms.
 template <class T, int kDim, class Group>
-__device__ __forceinline__ void write_rows(const Group& group, QueryState<kDim>& state, int row, bool folded) {
+__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim>& tile, int row, float top_unit) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    state.sum[half] += __shfl_xor_sync(~0u, state.sum[half], 1);
-    state.sum[half] += __shfl_xor_sync(~0u, state.sum[half], 2);
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float sum = state.sum[half];
+    const float sum = tile.sum[half];
     const int64_t token = group.output_row(row + 8 * half);
     if (token < 0) continue;
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no key at all: zeros
-    T* out = group.template output<T>(token);
+    uint16_t* out = group.output(token);
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
       const int at = n * 8 + column;
-      const uint32_t pair = gpu::pack<T>(state.out[n][2 * half] * inverse, state.out[n][2 * half + 1] * inverse);
-      if (at + 1 < group.head_dim() && group.pairs_aligned()) {
-        *reinterpret_cast<uint32_t*>(out + at) = pair;
+      const uint32_t pair = gpu::pack<T>(tile.out[n][2 * half] * inverse, tile.out[n][2 * half + 1] * inverse);
+      if (group.head_dim() % 2 == 0) {
+        if (at < group.head_dim()) *reinterpret_cast<uint32_t*>(out + at) = pair;
       } else {
-        uint16_t* element = reinterpret_cast<uint16_t*>(out + at);
-        if (at < group.head_dim()) element[0] = uint16_t(pair);
-        if (at + 1 < group.head_dim()) element[1] = uint16_t(pair >> 16);
+        if (at < group.head_dim()) out[at] = uint16_t(pair);
+        if (at + 1 < group.head_dim()) out[at + 1] = uint16_t(pair >> 16);
       }
     }
-    if (column == 0)
-      *group.lse(token) =
-          sum == 0.0f ? minus_infinity() : (folded ? state.top[half] * kLn2 : state.top[half]) + logf(sum);
+    if (column == 0) *group.lse(token) = sum == 0.0f ? minus_infinity() : tile.top[half] * top_unit + logf(sum);
   }
 }
 
@@ -235,55 +271,86 @@ __device__ __forceinline__ void copy_keys(const Group& group, unsigned char* k_s
   gpu::cp_async_commit();
 }
 
-template <class T, int kDim, class Group>
-__global__ void __launch_bounds__(256, 2) attention_forward(const typename Group::Arguments arguments) {
-  unsigned char* shared = gpu::shared_memory<unsigned char>();
+// A block of threads of one (group, head). Its warps take kQueries tiles of queries each, all at the same time.
+template <class T, int kDim, class Group, int kQueries, int kKeys>
+__device__ __forceinline__ void attention_forward(const typename Group::Arguments& arguments) {
+  unsigned char* k_shared = gpu::shared_memory<unsigned char>();
   const int block_keys = arguments.plan.block_keys;
-  unsigned char* k_shared = shared;
-  unsigned char* v_shared = shared + block_keys * Rows<kDim>::kBytes;
+  unsigned char* v_shared = k_shared + block_keys * Rows<kDim>::kBytes;
   Group group(arguments, v_shared + block_keys * Rows<kDim>::kBytes);
   group.find_rows();
   __syncthreads();
   const int keys = group.keys(), padded_keys = (keys + 15) / 16 * 16;
-  const bool resident = block_keys >= padded_keys;
+  const bool resident = arguments.plan.resident;
   if (resident) copy_keys<kDim>(group, k_shared, v_shared, 0, padded_keys);
   const bool folds = __syncthreads_and(group.load_bias());
   gpu::cp_async_wait<0>();
   __syncthreads();
 
-  const Forward<T, kDim, Group> forward{group, gpu::shared_address(k_shared), gpu::shared_address(v_shared)};
-  const int lane = threadIdx.x % 32, rows_at_once = blockDim.x / 2;
-  for (int pass = 0; pass < keys; pass += rows_at_once) {
-    const int row0 = pass + int(threadIdx.x) / 32 * 16, row = row0 + lane / 4;
-    const bool active = row0 < keys;
-    uint32_t q[kDim / 16][4];
-    QueryState<kDim> state;
-    typename Group::Query query[2];
-    if (active) {
-      load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
-      query[0] = group.describe(row), query[1] = group.describe(row + 8);
+  // Shows all keys to visit(first key, number of keys), block by block. All threads of the block come here.
+  const auto for_blocks = [&](auto visit) {
+    for (int key = 0; key < keys; key += block_keys) {
+      const int count = min(keys - key, block_keys);
+      if (!resident) {
+        __syncthreads();
+        copy_keys<kDim>(group, k_shared, v_shared, key, (count + 15) / 16 * 16);
+        gpu::cp_async_wait<0>();
+        __syncthreads();
+      }
+      visit(key, count);
     }
-    bool done = false;
-    for (int way = folds ? 0 : 1; way < 2; ++way) {
-      if (active && !done) state.reset(way == 0 ? 0.0f : kLowest);
-      bool moderate = true;
-      for (int key = 0; key < keys; key += block_keys) {
-        const int rest = min(keys - key, block_keys);
-        if (!resident) {
-          __syncthreads();
-          copy_keys<kDim>(group, k_shared, v_shared, key, (rest + 15) / 16 * 16);
-          gpu::cp_async_wait<0>();
-          __syncthreads();
-        }
-        if (active && !done && moderate)
-          moderate = way == 0 ? forward.template block<true>(state, q, query, key, rest)
-                              : forward.template block<false>(state, q, query, key, rest);
+  };
+  const auto load = [&](QueryTile<kDim>& tile, typename Group::Query(&query)[2], int row, bool folded) {
+    load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
+    tile.reset(folded);
+    query[0] = group.describe(row), query[1] = group.describe(row + 8);
+  };
+
+  const uint32_t k_address = gpu::shared_address(k_shared), v_address = gpu::shared_address(v_shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int pass = 0; pass < keys; pass += 16 * kQueries * warps) {
+    const int first_row = pass + 16 * kQueries * warp;
+    bool done = first_row >= keys;
+    if (folds) {
+      const Walk<T, kDim, Group, true, kQueries, kKeys> walk{group, k_address, v_address};
+      QueryTile<kDim> tiles[kQueries];
+      typename Group::Query query[kQueries][2];
+      if (!done)
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) load(tiles[t], query[t], first_row + 16 * t + lane / 4, true);
+      bool moderate = !done;
+      for_blocks([&](int key, int count) {
+        if (moderate)
+          moderate = group.masks() ? walk.template block<true>(tiles, query, key, count)
+                                   : walk.template block<false>(tiles, query, key, count);
+      });
+      if (moderate) {
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) moderate &= tiles[t].add_up();
       }
-      if (active && !done && moderate) {
-        write_rows<T, kDim>(group, state, row, way == 0);
+      if (moderate) {
         done = true;
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(group, tiles[t], first_row + 16 * t + lane / 4, kLn2);
       }
-      if (resident ? done || !active : __syncthreads_and(done || !active)) break;
+    }
+    if (resident ? done : __syncthreads_and(done)) continue;
+    const Walk<T, kDim, Group, false, 1, 2> walk{group, k_address, v_address};
+#pragma unroll 1
+    for (int t = 0; t < kQueries; ++t) {
+      const int row = first_row + 16 * t;
+      const bool active = !done && row < keys;
+      QueryTile<kDim> tile[1];
+      typename Group::Query query[1][2];
+      if (active) load(tile[0], query[0], row + lane / 4, false);
+      for_blocks([&](int key, int count) {
+        if (active) walk.template block<true>(tile, query, key, count);
+      });
+      if (active) {
+        tile[0].add_up();
+        write_rows<T, kDim>(group, tile[0], row + lane / 4, 1.0f);
+      }
     }
   }
 }

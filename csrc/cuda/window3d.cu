@@ -23,9 +23,22 @@ int unit_of(const Window3dArgs& a, const Slot* slots, int count) {
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
+template <class T, int kDim>
+__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1) window_forward(const WindowArguments arguments) {
+  attention_forward<T, kDim, WindowGroup<false>, 1, 8>(arguments);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(224, kDim == 32 ? 2 : 1)
+    depth_fastest_window_forward(const WindowArguments arguments) {
+  attention_forward<T, kDim, WindowGroup<true>, 2, 7>(arguments);
+}
+
 template <class T>
-auto kernel_for(int dim) {
-  return dim == 32 ? attention_forward<T, 32, WindowGroup> : attention_forward<T, 64, WindowGroup>;
+auto kernel_for(const ForwardPlan& plan) {
+  if (plan.depth_fastest)
+    return plan.dim == 32 ? depth_fastest_window_forward<T, 32> : depth_fastest_window_forward<T, 64>;
+  return plan.dim == 32 ? window_forward<T, 32> : window_forward<T, 64>;
 }
 
 }  // namespace
@@ -37,16 +50,19 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
       same_strides(call.tensor[kQ], call.tensor[kK]) && same_strides(call.tensor[kQ], call.tensor[kV]) ? 1 : 3;
   const Slot keys[] = {kK, kV}, queries[] = {kQ};
   a.unit = unit_of(call, keys, 2), a.query_unit = unit_of(call, queries, 1);
-  a.plan = plan_forward(call.tokens, call.head_dim, call.bias_is_table ? call.bias_size : 0, a.stride_sets,
-                        gpu::shared_memory_limit());
+  const bool dense = call.mask || (call.bias && !call.bias_is_table);
+  WindowShape shape{{call.window[0], call.window[1], call.window[2]}, call.head_dim};
+  shape.table_rows = call.bias_is_table ? call.bias_size : 0;
+  shape.plain_bias =
+      !dense && (!call.bias || (call.bias_extent[0] == call.window[1] && call.bias_extent[1] == call.window[2]));
+  shape.stride_sets = a.stride_sets;
+  a.plan = plan_forward(shape, gpu::shared_memory_limit());
   const float scale = float(call.scale);
   a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
   const bool masks = call.region_mask[0] || call.region_mask[1] || call.region_mask[2];
-  const bool dense = call.mask || (call.bias && !call.bias_is_table);
-  a.folds = scale >= 0x1p-10f && scale <= 0x1p10f && !dense && (!call.bias_is_table || a.plan.bias_in_shared) &&
+  a.folds = scale >= 0x1p-10f && scale <= 0x1p10f && !dense && a.plan.bias_floats > 0 &&
             (!masks || a.mask_added == -INFINITY || (a.mask_added >= -0x1p20f && a.mask_added <= 0x1p20f));
-  const auto kernel =
-      call.element == Element::float16 ? kernel_for<__half>(a.plan.dim) : kernel_for<__nv_bfloat16>(a.plan.dim);
+  const auto kernel = call.element == Element::float16 ? kernel_for<__half>(a.plan) : kernel_for<__nv_bfloat16>(a.plan);
   return gpu::launch(kernel, dim3(uint32_t(call.heads * call.groups)), dim3(uint32_t(a.plan.threads)),
                      size_t(a.plan.shared_bytes), stream, a);
 }

@@ -16,13 +16,27 @@ struct WindowArguments {
   bool folds;                    // whether the numbers known to the host allow it
 };
 
+// The order of a window's tokens in shared memory. The kernels do not care, so there are two:
+//   kDepthFastest = false  as in the grid, width fastest.
+//   kDepthFastest = true   (depth / 8, height, width, depth % 8), for a depth that is a multiple of 8 and a width of 7.
+//     Eight keys then are one place and eight depths, and so are eight queries: in a product of the two the differences
+//     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
+//     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
+//     constant from place to place. 7 places make a chunk of keys.
+template <bool kDepthFastest>
 class WindowGroup {
  public:
   using Arguments = WindowArguments;
+  static constexpr bool kWholeChunks = kDepthFastest;
   struct Query {
-    int row;       // of the window
-    int bias_row;  // the query's part of the bias row
+    const char* bias;  // what the address of its bias in shared memory begins with
+    int row;           // in the order of shared memory
     int region;
+  };
+  struct Keys {
+    const int* bias;  // width fastest: four times the bias rows of the first two keys
+    int offset;       // depth fastest: what is taken from the address of the bias, in bytes
+    const uint16_t* region;
   };
 
   __device__ WindowGroup(const Arguments& arguments, unsigned char* shared)
@@ -46,8 +60,10 @@ class WindowGroup {
   __device__ void find_rows() {
     const int slots = (keys() + 15) / 16 * 16;
     for (int n = threadIdx.x; n < slots; n += blockDim.x) {
-      const int wy = int(a_.window[1]), wz = int(a_.window[2]);
-      const int place[3] = {n / wz / wy, n / wz % wy, n % wz};
+      const int height = int(a_.window[1]), width = int(a_.window[2]);
+      const int site = kDepthFastest ? n / 8 : n;
+      const int place[3] = {site / width / height * (kDepthFastest ? 8 : 1) + (kDepthFastest ? n % 8 : 0),
+                            site / width % height, site % width};
       bool real = n < keys();
       int region = 0;
       int64_t source[3], token = 0;
@@ -68,26 +84,39 @@ class WindowGroup {
                                               source[2] * stride[3] + head_ * stride[4]
                                         : -1;
       }
-      if (a_.bias_is_table) {
-        const int height = int(a_.bias_extent[0]), width = int(a_.bias_extent[1]);
-        const int last = min(n, keys() - 1);  // behind the last key anything that the table has
-        bias_row_[n] = table_row(last / width / height, last / width % height, last % width);
-      } else {
-        bias_row_[n] = 0;
-      }
+      // The number that unravels to the coordinates of the bias; behind the last key, any that the table has.
+      const int number = n < keys() ? (place[0] * height + place[1]) * width + place[2] : 0;
+      bias_row_[n] = a_.bias_is_table ? 4 * table_row(number / bias_width() / bias_height(),
+                                                      number / bias_width() % bias_height(), number % bias_width())
+                                      : 0;
     }
   }
 
-  // Brings the bias to shared memory, as it is to be added. Returns whether a thread met moderate numbers only.
+  // Brings the bias to shared memory, as it is to be added. Returns whether this thread met moderate numbers only.
   __device__ bool load_bias() {
     if (!arguments_.folds) return false;
     bool moderate = true;
-    if (a_.bias_is_table)
-      for (int i = threadIdx.x; i < int(a_.bias_size); i += blockDim.x) {
-        const float value = table()[i * a_.bias_row_stride] * arguments_.bias_scale;
-        moderate &= fabsf(value) <= 1048576.0f;  // 2^20
+    const auto folded_row = [&](int row) {
+      const float value = a_.bias_is_table ? table()[row * a_.bias_row_stride] * arguments_.bias_scale : 0.0f;
+      moderate &= fabsf(value) <= 1048576.0f;  // 2^20
+      return value;
+    };
+    if constexpr (kDepthFastest) {
+      // [difference of depth / 8][of height and width][of depth % 8], keys minus queries within the last. Pairs are
+      // read as one, so there is a second copy, in which the odd entries stand at even places.
+      const int entries = bias_entries() / 2, slice = places() * 16;
+      for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+        const int step = i % 16, site = i % slice / 16, width = 2 * int(a_.window[2]) - 1;
+        if (step == 15) continue;
+        const int depth = 8 * (int(a_.window[0]) / 8 - 1 - i / slice) + 7 - step;
+        const float value = folded_row(
+            centre() + table_row(depth, site / width - int(a_.window[1]) + 1, site % width - int(a_.window[2]) + 1));
         bias_[i] = value;
+        bias_[entries + i + 1] = value;
       }
+    } else {
+      for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias_[i] = folded_row(i);
+    }
     return moderate;
   }
 
@@ -96,6 +125,7 @@ class WindowGroup {
   __device__ __forceinline__ int unit() const { return arguments_.unit; }
   __device__ __forceinline__ int query_unit() const { return arguments_.query_unit; }
   __device__ __forceinline__ float factor() const { return arguments_.factor; }
+  __device__ __forceinline__ bool masks() const { return border_ != 0; }
   __device__ __forceinline__ const char* readable() const { return a_.tensor[kK].data; }
   __device__ __forceinline__ const char* key(int n) const { return row(kK, n); }
   __device__ __forceinline__ const char* value(int n) const { return row(kV, n); }
@@ -107,23 +137,50 @@ class WindowGroup {
   // Rows behind the last query repeat it.
   __device__ __forceinline__ Query describe(int n) const {
     n = min(n, keys() - 1);
-    return {
-        n, bias_row_[n] + table_row(int(a_.bias_window[0]) - 1, int(a_.bias_window[1]) - 1, int(a_.bias_window[2]) - 1),
-        region_[n]};
+    const char* bias = reinterpret_cast<const char*>(bias_);
+    if constexpr (kDepthFastest) {
+      const int site = n / 8, width = int(a_.window[2]), height = int(a_.window[1]);
+      const int difference = (site / width % height + height - 1) * (2 * width - 1) + site % width + width - 1;
+      const int step = 7 - n % 8 + threadIdx.x % 4 * 2;
+      bias += ((int(a_.window[0]) / 8 - 1 - site / width / height) * places() + difference) * 64;
+      bias += step % 2 == 0 ? step * 4 : bias_entries() / 2 * 4 + (step + 1) * 4;
+    } else {
+      bias += bias_row_[n] + 4 * centre();
+    }
+    return {bias, n, region_[n]};
   }
 
-  // What is added to the products of two queries with keys n and n + 1, divided by the scale.
-  __device__ __forceinline__ void folded(float (&added)[4], const Query (&query)[2], int n) const {
-    if (a_.bias_is_table) {
-      const int2 key = *reinterpret_cast<const int2*>(bias_row_ + n);
+  // Keys `key`, a multiple of 8, plus `column` and the one after it, and those 8 n further on.
+  __device__ __forceinline__ Keys keys_from(int key, int column) const {
+    const int at = key + column;
+    if constexpr (kDepthFastest) {
+      const int site = key / 8, width = int(a_.window[2]), height = int(a_.window[1]);
+      const int difference = site / width % height * (2 * width - 1) + site % width;
+      return {nullptr, (difference - site / width / height * places()) * 64, region_ + at};
+    } else {
+      return {bias_row_ + at, 0, region_ + at};
+    }
+  }
+
+  // What is added to the products of two queries with two keys, divided by the scale.
+  template <bool kMasked>
+  __device__ __forceinline__ void folded(float (&added)[4], const Query (&query)[2], const Keys& keys, int n) const {
+    if constexpr (kDepthFastest) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        added[2 * half] = bias_[query[half].bias_row - key.x];
-        added[2 * half + 1] = bias_[query[half].bias_row - key.y];
+        const float2 pair = *reinterpret_cast<const float2*>(query[half].bias - keys.offset - n * 64);
+        added[2 * half] = pair.x, added[2 * half + 1] = pair.y;
+      }
+    } else {
+      const int2 key = *reinterpret_cast<const int2*>(keys.bias + 8 * n);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        added[2 * half] = *reinterpret_cast<const float*>(query[half].bias - key.x);
+        added[2 * half + 1] = *reinterpret_cast<const float*>(query[half].bias - key.y);
       }
     }
-    if (border_) {
-      const uint32_t regions = *reinterpret_cast<const uint32_t*>(region_ + n);
+    if (kMasked && border_) {
+      const uint32_t regions = *reinterpret_cast<const uint32_t*>(keys.region + 8 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (int(regions >> i % 2 * 16 & 15) != query[i / 2].region) added[i] += arguments_.mask_added;
@@ -134,7 +191,7 @@ class WindowGroup {
   __device__ __forceinline__ float exact(float product, const Query& query, int n) const {
     float score = product * float(a_.scale);
     if (a_.bias_is_table)
-      score += table()[(query.bias_row - bias_row_[n]) * a_.bias_row_stride];
+      score += table()[((bias_row_[query.row] - bias_row_[n]) / 4 + centre()) * a_.bias_row_stride];
     else if (a_.bias)
       score += static_cast<const float*>(a_.bias)[(head_ * a_.tokens + query.row) * a_.tokens + n];
     if (a_.mask)
@@ -147,19 +204,28 @@ class WindowGroup {
   __device__ __forceinline__ int64_t output_row(int n) const {
     return n < keys() && token_[n] >= 0 ? batch_ * (a_.grid[0] * a_.grid[1] * a_.grid[2]) + token_[n] : -1;
   }
-  template <class T>
-  __device__ __forceinline__ T* output(int64_t token) const {
-    return reinterpret_cast<T*>(a_.tensor[kOut].data) + (token * a_.heads + head_) * a_.head_dim;
+  __device__ __forceinline__ uint16_t* output(int64_t token) const {
+    return reinterpret_cast<uint16_t*>(a_.tensor[kOut].data) + (token * a_.heads + head_) * a_.head_dim;
   }
   __device__ __forceinline__ float* lse(int64_t token) const {
     return static_cast<float*>(a_.lse) + token * a_.heads + head_;
   }
-  __device__ __forceinline__ bool pairs_aligned() const { return a_.head_dim % 2 == 0; }
 
  private:
+  __device__ __forceinline__ int bias_height() const { return int(a_.bias_extent[0]); }
+  __device__ __forceinline__ int bias_width() const { return int(a_.bias_extent[1]); }
   __device__ __forceinline__ int table_row(int x, int y, int z) const {
     return (x * (2 * int(a_.bias_window[1]) - 1) + y) * (2 * int(a_.bias_window[2]) - 1) + z;
   }
+  // The row of a token with itself.
+  __device__ __forceinline__ int centre() const {
+    return a_.bias_is_table
+               ? table_row(int(a_.bias_window[0]) - 1, int(a_.bias_window[1]) - 1, int(a_.bias_window[2]) - 1)
+               : 0;
+  }
+  __device__ __forceinline__ int bias_entries() const { return arguments_.plan.bias_floats; }
+  // Differences of height and width.
+  __device__ __forceinline__ int places() const { return (2 * int(a_.window[1]) - 1) * (2 * int(a_.window[2]) - 1); }
   __device__ __forceinline__ const float* table() const {
     return static_cast<const float*>(a_.bias) + head_ * a_.bias_head_stride;
   }
