@@ -30,13 +30,25 @@ from vidattn.ops import window, window3d
 
 from . import build
 
-__all__ = ["MistakesFound", "blocks_run", "controls", "counts", "edited", "install", "run", "shared_memory", "view"]
+__all__ = [
+    "MistakesFound",
+    "blocks_run",
+    "controls",
+    "counts",
+    "edited",
+    "install",
+    "run",
+    "shared_memory",
+    "uninstall",
+    "view",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 64
 _READ, _WRITE, _INITIALISED = 1, 2, 4  # rights, as in machine.h
 
 _libraries: dict[str, torch.library.Library] = {}  # of the ops, by namespace
+_undo: list[Callable[[], Any]] = []
 _namespace: str | None = None  # where the ops are that calls take; None: nothing is installed
 
 
@@ -68,6 +80,12 @@ def install(checked: bool = True, seed: int = 0) -> None:
     options = build.emulator().options
     options.checked, options.seed = checked, seed
     _route_calls()
+
+
+def uninstall() -> None:
+    """Undo what install() did; the backend "cuda" is what it was."""
+    while _undo:
+        _undo.pop()()
 
 
 @contextmanager
@@ -145,17 +163,19 @@ def run(source: Path, function: str, inputs: Sequence[Tensor], outputs: Sequence
     launch = getattr(ctypes.CDLL(str(build.shared_library(source, emulator.options.checked))), function)
     launch.restype = ctypes.c_char_p
     emulator.begin()
-    _add_memory({f"input {i}": t for i, t in enumerate(inputs)}, {f"output {i}": t for i, t in enumerate(outputs)})
+    named = {f"output {i}": t for i, t in enumerate(outputs)}
+    regions = _add_memory({f"input {i}": t for i, t in enumerate(inputs)}, named)
     error = launch(*(ctypes.c_void_p(t.data_ptr()) for t in (*inputs, *outputs)), *map(ctypes.c_int, numbers))
     _raise_findings()
     if error:
         raise RuntimeError(f"{function}: {error.decode()}")
+    _raise_unwritten(named, regions)
 
 
 def _load_backend(checked: bool, edits: Mapping[str, Callable[[str], str]] | None = None) -> str:
     """Compile and load the native ops; give their namespace."""
-    build.emulator()
     namespace, path = build.backend_library(checked, edits)
+    build.emulator()  # what the library needs is loaded before it
     if namespace not in _libraries:
         _libraries[namespace] = torch.library.Library(namespace, "DEF")
         for op in _native_ops():
@@ -167,10 +187,9 @@ def _load_backend(checked: bool, edits: Mapping[str, Callable[[str], str]] | Non
 
 def _native_ops() -> list[str]:
     """Name the native ops of all families."""
-    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
-    return sorted(
-        {op for space, op in names if space == "vidattn" and op.startswith("_") and op.endswith(("_forward", "_backward"))}
-    )
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    private = {op for namespace, op in names if namespace == "vidattn" and op.startswith("_")}
+    return sorted(op for op in private if op.endswith(("_forward", "_backward")))
 
 
 # ---- Calls ----
@@ -178,21 +197,26 @@ def _native_ops() -> list[str]:
 
 def _route_calls() -> None:
     """Make the launch functions of the families give those of the emulator for "cuda"."""
+    if _undo:
+        return
+    _undo.append(functools.partial(backends._BACKENDS.__setitem__, "cuda", backends._BACKENDS["cuda"]))
     backends._BACKENDS["cuda"] = backends.Backend("cuda", ("cuda",), when_named=("cpu",))
     for module, (function, *ops) in _PASSES.items():
-        check = backends._kernel_check.get((function, "cuda"), _check)
-        backends.register_kernel(function, "cuda", lambda: None, check)
+        key = (function, "cuda")
+        for table, value in (
+            (backends._kernel_missing, lambda: None),
+            (backends._kernel_check, backends._kernel_check.get(key, _check)),
+        ):
+            put_back = functools.partial(table.__setitem__, key, table[key]) if key in table else None
+            _undo.append(put_back or functools.partial(table.pop, key))
+            table[key] = value
+        _undo.append(functools.partial(setattr, module, "launch_functions", module.launch_functions))
         passes = tuple(functools.partial(_launch, op) for op in ops)
-        if not hasattr(module.launch_functions, "emulated"):
-            module.launch_functions = _with_emulated(module.launch_functions, passes)
+        module.launch_functions = functools.partial(_launch_functions, module.launch_functions, passes)
 
 
-def _with_emulated(launch_functions: Callable[[str], Any], passes: tuple[Callable[..., None], ...]) -> Any:
-    def chosen(backend: str) -> Any:
-        return passes if backend == "cuda" else launch_functions(backend)
-
-    chosen.emulated = True  # type: ignore[attr-defined]
-    return chosen
+def _launch_functions(otherwise: Callable[[str], Any], passes: tuple[Callable[..., None], ...], backend: str) -> Any:
+    return passes if backend == "cuda" else otherwise(backend)
 
 
 def _check(call: backends.AttentionCall) -> list[str]:

@@ -34,7 +34,7 @@ CHECKED_FLAGS = [
     "-ftrivial-auto-var-init=pattern",
     "-fsanitize=bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero",
 ]
-PLAIN_FLAGS = ["-O2"]
+PLAIN_FLAGS = ["-O1"]
 
 
 def emulator() -> ModuleType:
@@ -44,7 +44,7 @@ def emulator() -> ModuleType:
 
 def shared_library(source: Path, checked: bool) -> Path:
     """Compile one CUDA source file that stands alone."""
-    compiled = _compile(source, [*_mode(checked), *KERNEL_FLAGS, "-x", "c++"])
+    compiled = _compile(source, [*_mode(checked), *KERNEL_FLAGS, "-x", "c++"], INCLUDE.iterdir())
     return _link([compiled], source.stem, [str(_emulator_library())])
 
 
@@ -61,23 +61,21 @@ def backend_library(checked: bool, edits: Mapping[str, Callable[[str], str]] | N
     from torch.utils import cpp_extension
 
     folder = _edited(edits) if edits else CSRC / "cuda"
-    key = _key(sorted(folder.iterdir()), sorted(CSRC.glob("*.h")), _emulator_sources(), checked)
-    namespace = f"vidattn_emulated_{key}"
-    sources = [*sorted(folder.glob("*.cpp")), *sorted(folder.glob("*.cu"))]
+    headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), *CSRC.glob("*.h"), *INCLUDE.iterdir()]
+    namespace = f"vidattn_emulated_{_key(sorted(folder.iterdir()), sorted(headers), checked)}"
     torch_flags = [f"-I{path}" for path in cpp_extension.include_paths()]
-    includes = [f"-I{CSRC}"]
 
     def compile_one(source: Path) -> Path:
         if source.suffix == ".cu":
-            return _compile(source, [*_mode(checked), *KERNEL_FLAGS, *includes, "-x", "c++"], extra=key)
+            return _compile(source, [*_mode(checked), *KERNEL_FLAGS, f"-I{CSRC}", "-x", "c++"], headers)
         names = [f"-DVIDATTN_EMULATED_OPS={namespace}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        return _compile(source, ["-O0", "-g0", *names, *includes, *torch_flags], extra=key)
+        return _compile(source, ["-O0", "-g0", *names, f"-I{CSRC}", *torch_flags], headers)
 
-    _emulator_library()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as beside:
+        library = beside.submit(_emulator_library)  # which takes as long
+        objects = list(pool.map(compile_one, [*sorted(folder.glob("*.cu")), *sorted(folder.glob("*.cpp"))]))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
-    return namespace, _link(objects, "backend", [str(_emulator_library()), *libraries])
+    return namespace, _link(objects, "backend", [str(library.result()), *libraries])
 
 
 def source_line(image: str, offset: int) -> str:
@@ -93,10 +91,6 @@ def source_line(image: str, offset: int) -> str:
 
 def _mode(checked: bool) -> list[str]:
     return CHECKED_FLAGS if checked else PLAIN_FLAGS
-
-
-def _emulator_sources() -> list[Path]:
-    return sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), *INCLUDE.iterdir()])
 
 
 def _edited(edits: Mapping[str, Callable[[str], str]]) -> Path:
@@ -120,7 +114,7 @@ def _emulator_library() -> Path:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise RuntimeError(f"cuda_emulator: expected an x86-64 machine, got {platform.machine()}")
     if shutil.which(COMPILER) is None:
-        raise RuntimeError(f"cuda_emulator: expected the compiler {COMPILER}, got none (VIDATTN_EMULATOR_CXX names one)")
+        raise RuntimeError(f"cuda_emulator: expected {COMPILER} (or VIDATTN_EMULATOR_CXX), got none")
     from torch.utils import cpp_extension
 
     # torch brings the headers of pybind11.
@@ -129,7 +123,8 @@ def _emulator_library() -> Path:
     sources = sorted(HERE.glob("*.cpp"))
 
     def compile_one(source: Path) -> Path:
-        return _compile(source, ["-O0" if source.stem == "module" else "-O3", *flags])
+        optimised = "-O0" if source.stem == "module" else "-O3"
+        return _compile(source, [optimised, *flags], [*HERE.glob("*.h"), *INCLUDE.iterdir()])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
@@ -145,10 +140,9 @@ def _load_emulator() -> ModuleType:
     return module
 
 
-def _compile(source: Path, flags: list[str], extra: object = None) -> Path:
-    key = _key(source, _emulator_sources(), flags, _compiler(), extra)
+def _compile(source: Path, flags: list[str], headers: Iterable[Path]) -> Path:
     command = [*FLAGS, f"-I{INCLUDE}", *flags, "-c", str(source)]
-    return _run(BUILD / f"{source.stem}-{key}.o", command)
+    return _run(BUILD / f"{source.stem}-{_key(source, sorted(headers), command, _compiler())}.o", command)
 
 
 def _link(objects: list[Path], name: str, libraries: list[str]) -> Path:
