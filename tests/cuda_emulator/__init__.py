@@ -61,7 +61,10 @@ class MistakesFound(AssertionError):
 
     def __init__(self, findings: Sequence[Any]) -> None:
         self.findings = list(findings)
-        super().__init__("\n".join(map(_describe, self.findings)))
+        lines = [_describe(finding) for finding in self.findings[:5]]
+        if len(self.findings) > len(lines):
+            lines.append(f"and {len(self.findings) - len(lines)} more")
+        super().__init__("\n".join(lines))
 
 
 def install(checked: bool = True, seed: int = 0) -> None:

@@ -61,21 +61,29 @@ def backend_library(checked: bool, edits: Mapping[str, Callable[[str], str]] | N
     from torch.utils import cpp_extension
 
     folder = _edited(edits) if edits else CSRC / "cuda"
-    headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), *CSRC.glob("*.h"), *INCLUDE.iterdir()]
-    namespace = f"vidattn_emulated_{_key(sorted(folder.iterdir()), sorted(headers), checked)}"
-    torch_flags = [f"-I{path}" for path in cpp_extension.include_paths()]
+    namespace = f"vidattn_emulated_{_key(_texts(folder), sorted(CSRC.glob('*.h')), sorted(INCLUDE.iterdir()), checked)}"
+    # Edits are of kernels, as a rule: what does not see those is compiled once for all.
+    host = folder if any(not name.endswith((".cu", ".cuh")) for name in edits or ()) else CSRC / "cuda"
+    headers = [*CSRC.glob("*.h"), *INCLUDE.iterdir()]
+    named = BUILD / f"{namespace}.cpp"
+    _write(named, f'extern "C" {{ extern const char emulated_namespace[] = "{namespace}"; }}\n')
 
-    def compile_one(source: Path) -> Path:
-        if source.suffix == ".cu":
-            return _compile(source, [*_mode(checked), *KERNEL_FLAGS, f"-I{CSRC}", "-x", "c++"], headers)
-        names = [f"-DVIDATTN_EMULATED_OPS={namespace}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        return _compile(source, ["-O0", "-g0", *names, f"-I{CSRC}", *torch_flags], headers)
+    def kernels(source: Path) -> Path:
+        flags = [*_mode(checked), *KERNEL_FLAGS, f"-I{CSRC}", "-x", "c++"]
+        return _compile(source, flags, [*folder.glob("*.h"), *folder.glob("*.cuh"), *headers])
+
+    def ops(source: Path) -> Path:
+        flags = ["-O0", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}"]
+        flags += [f"-I{path}" for path in cpp_extension.include_paths()]
+        return _compile(source, flags, [*host.glob("*.h"), *headers])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as beside:
         library = beside.submit(_emulator_library)  # which takes as long
-        objects = list(pool.map(compile_one, [*sorted(folder.glob("*.cu")), *sorted(folder.glob("*.cpp"))]))
+        objects = [pool.submit(kernels, source) for source in sorted(folder.glob("*.cu"))]
+        objects += [pool.submit(ops, source) for source in [*sorted(host.glob("*.cpp")), named]]
+        compiled = [each.result() for each in objects]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
-    return namespace, _link(objects, "backend", [str(library.result()), *libraries])
+    return namespace, _link(compiled, "backend", [str(library.result()), *libraries])
 
 
 def source_line(image: str, offset: int) -> str:
@@ -93,16 +101,19 @@ def _mode(checked: bool) -> list[str]:
     return CHECKED_FLAGS if checked else PLAIN_FLAGS
 
 
+def _texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def _edited(edits: Mapping[str, Callable[[str], str]]) -> Path:
     """Give a folder with copies of csrc/cuda, some of them changed."""
-    texts = {path.name: path.read_text() for path in sorted((CSRC / "cuda").iterdir())}
+    texts = _texts(CSRC / "cuda")
     for name, edit in edits.items():
         changed = edit(texts[name])
         if changed == texts[name]:
             raise ValueError(f"backend_library: edits: expected a change of {name}, got none")
         texts[name] = changed
     folder = BUILD / f"edited-{_key(texts)}" / "cuda"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         if not (folder / name).is_file():
             _write(folder / name, text)
@@ -163,6 +174,7 @@ def _run(output: Path, arguments: list[str]) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(text)
     unfinished.replace(path)

@@ -61,8 +61,9 @@ void forget_readers(Cell& c) {
   c.many = -1, c.count = 0, c.read_block = 0;
 }
 
-void report_race(const char* what, uintptr_t a, int other, const Fiber& f, Place place) {
-  const std::string who = other == kInFlight ? "a cp.async that was not waited for" : format("thread %d", other);
+void report_race(const char* what, uintptr_t a, int other, uint32_t block, const Fiber& f, Place place) {
+  std::string who = other == kInFlight ? "a cp.async that was not waited for" : format("thread %d", other);
+  if (block != block_number) who += " of another block";
   found("race", format("%s: %s; the other one is %s", owner(a).c_str(), what, who.c_str()), &f, place, a, false);
 }
 
@@ -107,7 +108,7 @@ bool use(Cell& c, uintptr_t a, Access access, bool initialised, const Fiber& f, 
     const bool here = c.write_block == block_number;
     if (!here || c.writer == kInFlight || (c.writer != f.id && c.write_step > mine[c.writer])) {
       report_race(access == Access::read ? "a read and a write that nothing orders" : "two writes that nothing orders",
-                  a, c.writer, f, place);
+                  a, c.writer, c.write_block, f, place);
       bad = true;
     }
   }
@@ -122,11 +123,12 @@ bool use(Cell& c, uintptr_t a, Access access, bool initialised, const Fiber& f, 
   if (c.read_block == block_number) {
     const int other = unordered_reader(c, f, mine);
     if (other >= 0 && !bad) {
-      report_race("a write while another thread may still read", a, other, f, place);
+      report_race("a write while another thread may still read", a, other, block_number, f, place);
       bad = true;
     }
   } else if (c.read_block && c.read_block >= first_block && !bad) {
-    report_race("a write of what another block of the launch reads", a, c.count ? c.reader[0] : 0, f, place);
+    report_race("a write of what another block of the launch reads", a, c.count ? c.reader[0] : 0, c.read_block, f,
+                place);
     bad = true;
   }
   forget_readers(c);
@@ -300,7 +302,8 @@ void async_wait(int pending, Site site) {
     for (int b = 0; b < c.bytes && options.checked; ++b) {
       Cell& cell = shared_cells[c.shared - kSharedStart + b];
       if (cell.writer != kInFlight && b == 0)
-        report_race("written while a cp.async was in flight", uintptr_t(shared_base) + c.shared, cell.writer, f, site);
+        report_race("written while a cp.async was in flight", uintptr_t(shared_base) + c.shared, cell.writer,
+                    cell.write_block, f, site);
       cell.writer = uint16_t(f.id), cell.write_step = clock_of(f.id)[f.id], cell.write_block = block_number;
     }
   }
