@@ -24,13 +24,14 @@ int unit_of(const Window3dArgs& a, const Slot* slots, int count) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1) window_forward(const WindowArguments arguments) {
+__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1)
+    window_forward(const __grid_constant__ WindowArguments arguments) {
   attention_forward<T, kDim, WindowGroup<false>, 1, 8>(arguments);
 }
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(224, kDim == 32 ? 2 : 1)
-    depth_fastest_window_forward(const WindowArguments arguments) {
+    depth_fastest_window_forward(const __grid_constant__ WindowArguments arguments) {
   attention_forward<T, kDim, WindowGroup<true>, 2, 7>(arguments);
 }
 

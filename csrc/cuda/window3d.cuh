@@ -28,15 +28,15 @@ class WindowGroup {
  public:
   using Arguments = WindowArguments;
   static constexpr bool kWholeChunks = kDepthFastest;
+  // Addresses are of the shared memory.
   struct Query {
-    const char* bias;  // what the address of its bias in shared memory begins with
-    int row;           // in the order of shared memory
+    uint32_t bias;  // where the address of its bias starts from
     int region;
   };
   struct Keys {
-    const int* bias;  // width fastest: four times the bias rows of the first two keys
-    int offset;       // depth fastest: what is taken from the address of the bias, in bytes
-    const uint16_t* region;
+    uint32_t bias;    // width fastest: of four times the bias rows of the first two keys; depth fastest: what is taken
+                      // from the address of the bias
+    uint32_t region;  // of those of the first two keys
   };
 
   __device__ WindowGroup(const Arguments& arguments, unsigned char* shared)
@@ -137,7 +137,7 @@ class WindowGroup {
   // Rows behind the last query repeat it.
   __device__ __forceinline__ Query describe(int n) const {
     n = min(n, keys() - 1);
-    const char* bias = reinterpret_cast<const char*>(bias_);
+    uint32_t bias = gpu::shared_address(bias_);
     if constexpr (kDepthFastest) {
       const int site = n / 8, width = int(a_.window[2]), height = int(a_.window[1]);
       const int difference = (site / width % height + height - 1) * (2 * width - 1) + site % width + width - 1;
@@ -147,7 +147,7 @@ class WindowGroup {
     } else {
       bias += bias_row_[n] + 4 * centre();
     }
-    return {bias, n, region_[n]};
+    return {bias, region_[n]};
   }
 
   // Keys `key`, a multiple of 8, plus `column` and the one after it, and those 8 n further on.
@@ -156,9 +156,9 @@ class WindowGroup {
     if constexpr (kDepthFastest) {
       const int site = key / 8, width = int(a_.window[2]), height = int(a_.window[1]);
       const int difference = site / width % height * (2 * width - 1) + site % width;
-      return {nullptr, (difference - site / width / height * places()) * 64, region_ + at};
+      return {uint32_t(difference - site / width / height * places()) * 64, gpu::shared_address(region_ + at)};
     } else {
-      return {bias_row_ + at, 0, region_ + at};
+      return {gpu::shared_address(bias_row_ + at), gpu::shared_address(region_ + at)};
     }
   }
 
@@ -168,19 +168,19 @@ class WindowGroup {
     if constexpr (kDepthFastest) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 pair = *reinterpret_cast<const float2*>(query[half].bias - keys.offset - n * 64);
+        const float2 pair = gpu::load_shared<float2>(query[half].bias - keys.bias - n * 64);
         added[2 * half] = pair.x, added[2 * half + 1] = pair.y;
       }
     } else {
-      const int2 key = *reinterpret_cast<const int2*>(keys.bias + 8 * n);
+      const int2 key = gpu::load_shared<int2>(keys.bias + 32 * n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        added[2 * half] = *reinterpret_cast<const float*>(query[half].bias - key.x);
-        added[2 * half + 1] = *reinterpret_cast<const float*>(query[half].bias - key.y);
+        added[2 * half] = gpu::load_shared<float>(query[half].bias - key.x);
+        added[2 * half + 1] = gpu::load_shared<float>(query[half].bias - key.y);
       }
     }
     if (kMasked && border_) {
-      const uint32_t regions = *reinterpret_cast<const uint32_t*>(keys.region + 8 * n);
+      const uint32_t regions = gpu::load_shared<uint32_t>(keys.region + 16 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (int(regions >> i % 2 * 16 & 15) != query[i / 2].region) added[i] += arguments_.mask_added;
@@ -188,15 +188,16 @@ class WindowGroup {
   }
 
   // The score of a query and key n: all that is added, step by step.
-  __device__ __forceinline__ float exact(float product, const Query& query, int n) const {
+  __device__ __forceinline__ float exact(float product, int row, int n) const {
+    row = min(row, keys() - 1);
     float score = product * float(a_.scale);
     if (a_.bias_is_table)
-      score += table()[((bias_row_[query.row] - bias_row_[n]) / 4 + centre()) * a_.bias_row_stride];
+      score += table()[((bias_row_[row] - bias_row_[n]) / 4 + centre()) * a_.bias_row_stride];
     else if (a_.bias)
-      score += static_cast<const float*>(a_.bias)[(head_ * a_.tokens + query.row) * a_.tokens + n];
+      score += static_cast<const float*>(a_.bias)[(head_ * a_.tokens + row) * a_.tokens + n];
     if (a_.mask)
-      score += static_cast<const float*>(a_.mask)[((group_ % a_.mask_groups) * a_.tokens + query.row) * a_.tokens + n];
-    if (border_ && region_[n] != query.region) score += float(a_.mask_value);
+      score += static_cast<const float*>(a_.mask)[((group_ % a_.mask_groups) * a_.tokens + row) * a_.tokens + n];
+    if (border_ && region_[n] != region_[row]) score += float(a_.mask_value);
     return score;
   }
 
