@@ -85,20 +85,35 @@ struct Walk {
 
   // Keys [key, key + count) of the group, which lie from row `first` of the shared memory on; kTail: count < kChunk.
   template <bool kMasked, bool kTail>
-  __device__ __forceinline__ void chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
-                                        int first, int count) const {
-    const typename Group::Keys keys = group.keys_from(key, threadIdx.x % 4 * 2);
-    part<kMasked, kTail, 0>(tiles, query, keys, key, first, count);
+  __device__ __forceinline__ void chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                        const typename Group::Keys& keys, int key, int first, int count) const {
+    typename Group::Addresses addresses[kQueries];
+    if constexpr (kFolded)
+#pragma unroll
+      for (int t = 0; t < kQueries; ++t) addresses[t] = group.addresses(query[t], keys);
+    part<kMasked, kTail, 0>(tiles, query, addresses, keys, key, first, count);
     if constexpr (kKeys > kPart)
-      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, query, keys, key, first, count);
+      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, query, addresses, keys, key, first, count);
+  }
+
+  // Rows a multiple of 8 apart have their pieces in the same places, so a lane's address is one of these plus a
+  // multiple of 8 rows: for four pieces from `piece` on of 8 rows, and for two pieces of 16.
+  static __device__ __forceinline__ uint32_t four_pieces(int piece) {
+    const int lane = threadIdx.x % 32;
+    return Layout::place(lane % 8, piece + lane / 8);
+  }
+  static __device__ __forceinline__ uint32_t two_pieces(int piece) {
+    const int lane = threadIdx.x % 32;
+    return Layout::place(lane % 16, piece + lane / 16);
   }
 
   template <bool kMasked, bool kTail, int kStart>
   __device__ __forceinline__ void part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                       const typename Group::Addresses (&addresses)[kQueries],
                                        const typename Group::Keys& keys, int key, int first, int count) const {
     constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
     static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
-    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    const int column = threadIdx.x % 4 * 2;
     float s[kQueries][kCount][4];
 #pragma unroll
     for (int at = 0; at < kCount; ++at) {
@@ -111,11 +126,11 @@ struct Walk {
       uint32_t k[kDim / 32][4];
 #pragma unroll
       for (int part = 0; part < kDim / 32; ++part)
-        gpu::ldmatrix(k[part], k_shared + Layout::place(first + n * 8 + lane % 8, part * 4 + lane / 8));
+        gpu::ldmatrix(k[part], k_shared + four_pieces(part * 4) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
       for (int t = 0; t < kQueries; ++t) {
         float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (kFolded) group.template folded<kMasked>(added, query[t], keys, n);
+        if (kFolded) group.template folded<kMasked>(added, query[t], addresses[t], keys, n);
 #pragma unroll
         for (int part = 0; part < kDim / 32; ++part) {
           gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);
@@ -169,7 +184,6 @@ struct Walk {
   template <bool kTail, int kCount>
   __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const float (&p)[kQueries][kCount][4],
                                              int first, int count) const {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kCount; n += 2) {
       if (kTail && n * 8 >= count) break;
@@ -184,7 +198,7 @@ struct Walk {
       for (int part = 0; part < kDim / 16; ++part) {
         if (n + 1 < kCount) {
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 16, 2 * part + lane / 16));
+          gpu::ldmatrix_transposed(v, v_shared + two_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t) {
             float (&out)[kDim / 8][4] = tiles[t].out;
@@ -193,7 +207,7 @@ struct Walk {
           }
         } else if (part % 2 == 0) {  // the last 8 keys of an odd number of tiles
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 8, 2 * part + lane / 8));
+          gpu::ldmatrix_transposed(v, v_shared + four_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t)
 #pragma unroll
@@ -210,11 +224,15 @@ struct Walk {
   template <bool kMasked>
   __device__ __forceinline__ void block(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
                                         int keys) const {
+    typename Group::Keys at = group.first_keys(key, threadIdx.x % 4 * 2);
     int first = 0;
 #pragma unroll 1
-    for (; first + kChunk <= keys; first += kChunk) chunk<kMasked, false>(tiles, query, key + first, first, kChunk);
+    for (; first + kChunk <= keys; first += kChunk) {
+      chunk<kMasked, false>(tiles, query, at, key + first, first, kChunk);
+      group.advance(at, kChunk);
+    }
     if constexpr (!(kFolded && Group::kWholeChunks))
-      if (first < keys) chunk<true, true>(tiles, query, key + first, first, keys - first);
+      if (first < keys) chunk<true, true>(tiles, query, at, key + first, first, keys - first);
   }
 };
 
@@ -245,31 +263,26 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
   }
 }
 
-// The keys and values of a group in the shared memory of its block, whose tables of the group come behind them.
+// The keys and values of a group in the shared memory of its block: `block_keys` rows of keys, then of values.
 template <int kDim, class Group>
 struct SharedKeys {
   using Layout = Rows<kDim>;
-  unsigned char *k, *v;
-  int keys, block_keys;
-  bool resident;
+  const typename Group::Arguments& arguments;
   Group group;
 
-  __device__ explicit SharedKeys(const typename Group::Arguments& arguments)
-      : k(gpu::shared_memory<unsigned char>()),
-        v(k + arguments.plan.block_keys * Layout::kBytes),
-        block_keys(arguments.plan.block_keys),
-        resident(arguments.plan.resident),
-        group(arguments, v + arguments.plan.block_keys * Layout::kBytes) {
-    keys = group.keys();
-  }
+  __device__ explicit SharedKeys(const typename Group::Arguments& given) : arguments(given), group(given) {}
+  __device__ __forceinline__ int keys() const { return group.keys(); }
+  __device__ __forceinline__ bool resident() const { return arguments.plan.resident; }
+  __device__ __forceinline__ unsigned char* k() const { return gpu::shared_memory<unsigned char>(); }
+  __device__ __forceinline__ unsigned char* v() const { return k() + arguments.plan.block_keys * Layout::kBytes; }
 
   // Copies keys and values [key, key + count) to row 0; rows behind the last key, up to a multiple of 16, are 0.
   __device__ __forceinline__ void copy(int key, int count) const {
     for (int i = threadIdx.x; i < (count + 15) / 16 * 16 * Layout::kPieces; i += blockDim.x) {
       const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
       const uint32_t place = Layout::place(row, piece);
-      copy_piece(k, place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
-      copy_piece(v, place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
+      copy_piece(k(), place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
+      copy_piece(v(), place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
     }
     gpu::cp_async_commit();
   }
@@ -277,9 +290,9 @@ struct SharedKeys {
   // Shows all keys to visit(first key, number of keys), block by block. All threads of the block come here.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (int key = 0; key < keys; key += block_keys) {
-      const int count = min(keys - key, block_keys);
-      if (!resident) {
+    for (int key = 0; key < keys(); key += arguments.plan.block_keys) {
+      const int count = min(keys() - key, arguments.plan.block_keys);
+      if (!resident()) {
         __syncthreads();
         copy(key, count);
         gpu::cp_async_wait<0>();
@@ -298,7 +311,7 @@ struct SharedKeys {
 
   template <class Walk>
   __device__ __forceinline__ Walk walk(int row) const {
-    return {group, gpu::shared_address(k), gpu::shared_address(v), row};
+    return {group, gpu::shared_address(k()), gpu::shared_address(v()), row};
   }
 };
 
@@ -312,7 +325,7 @@ __device__ __attribute__((noinline)) void attend_exactly(const typename Group::A
 #pragma unroll 1
   for (int t = 0; t < tiles; ++t) {
     const int row = first_row + 16 * t + lane / 4;
-    const bool active = !done && first_row + 16 * t < shared.keys;
+    const bool active = !done && first_row + 16 * t < shared.keys();
     const auto walk = shared.template walk<Walk<T, kDim, Group, false, 1, 2>>(row);
     QueryTile<kDim> tile[1];
     typename Group::Query query[1][2];
@@ -333,16 +346,16 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
   SharedKeys<kDim, Group> shared(arguments);
   shared.group.find_rows();
   __syncthreads();
-  if (shared.resident) shared.copy(0, shared.keys);
+  if (shared.resident()) shared.copy(0, shared.keys());
   const bool folds = __syncthreads_and(shared.group.load_bias());
   gpu::cp_async_wait<0>();
   __syncthreads();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll 1
-  for (int pass = 0; pass < shared.keys; pass += 16 * kQueries * warps) {
+  for (int pass = 0; pass < shared.keys(); pass += 16 * kQueries * warps) {
     const int first_row = pass + 16 * kQueries * warp, row = first_row + lane / 4;
-    bool done = first_row >= shared.keys;
+    bool done = first_row >= shared.keys();
     if (folds) {
       const auto walk = shared.template walk<Walk<T, kDim, Group, true, kQueries, kKeys>>(row);
       QueryTile<kDim> tiles[kQueries];
@@ -367,7 +380,7 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
 #pragma unroll
         for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(shared.group, tiles[t], row + 16 * t, kLn2);
     }
-    if (shared.resident ? done : __syncthreads_and(done)) continue;
+    if (shared.resident() ? done : __syncthreads_and(done)) continue;
     attend_exactly<T, kDim, Group>(arguments, first_row, kQueries, done);
   }
 }

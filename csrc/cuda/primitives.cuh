@@ -20,6 +20,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Gives x back, and keeps the compiler from taking apart the sum that it is: loads at constant distances from one
+// address then need no additions.
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Reads of shared memory by address: V is float, float2, int2 or uint32_t.
 template <class V>
 __device__ __forceinline__ V load_shared(uint32_t address);
