@@ -6,8 +6,8 @@
 //
 // There are two ways to a weight:
 //   folded  what is added, divided by the scale, is the C operand of the product Q K^T, and the weight is
-//           2^(s * c - m) with c = scale * log2 e: one multiply-add. Needs a positive scale and moderate numbers, which
-//           the warp checks on the way; if they are not, it does its queries again the other way.
+//           2^(s * c - m) with c = scale * log2 e: one multiply-add. Needs a positive scale and moderate numbers; a
+//           warp that finds at the end that they were not does its queries again the other way.
 //   exact   each step as the reference does it, for numbers of any size.
 #pragma once
 #include "rows.cuh"
@@ -45,31 +45,29 @@ struct QueryTile {
     top[0] = top[1] = folded ? kFoldedStart : kLowest;  // finite, so that a score of -inf has a weight of 0
   }
 
-  __device__ __forceinline__ void shrink(int half, float factor) {
-    sum[half] *= factor;
+  // Raises top to the largest score of some keys.
+  template <bool kFolded>
+  __device__ __forceinline__ void raise(int half, float largest, float factor) {
+    const float found = maximum_of_quad(largest), before = top[half];
+    top[half] = fmaxf(before, kFolded ? found * factor : found);
+    const float shrink = gpu::exp2_approx(kFolded ? before - top[half] : (before - top[half]) * kLog2e);
+    sum[half] *= shrink;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= factor, out[n][2 * half + 1] *= factor;
+    for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
   }
 
-  // Adds up the sums of the lanes. Returns false if a row of the warp found nothing of weight: then it holds -inf
-  // alone, or numbers far below kFoldedStart.
+  // Adds up the sums of the lanes. Returns whether the folded way gave right numbers for all rows of the warp: a sum of
+  // 0 comes from -inf alone, or from scores below the start; one that is not finite may come from a top so large that
+  // its rounding is a power of two.
   __device__ __forceinline__ bool add_up() {
+    bool right = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
       sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+      right &= sum[half] > 0.0f && sum[half] <= -kLowest && fabsf(top[half]) <= kLargestFolded;
     }
-    return !__any_sync(~0u, sum[0] == 0.0f || sum[1] == 0.0f);
-  }
-
-  // Raises top to the largest score of some keys. Returns false if that is too large for folded weights.
-  template <bool kFolded>
-  __device__ __forceinline__ bool raise(int half, float largest, float factor) {
-    const float found = kFolded ? maximum_of_quad(largest) * factor : maximum_of_quad(largest);
-    if (!(found > top[half])) return true;
-    shrink(half, gpu::exp2_approx(kFolded ? top[half] - found : (top[half] - found) * kLog2e));
-    top[half] = found;
-    return !kFolded || fabsf(found) <= kLargestFolded;
+    return __all_sync(~0u, right);
   }
 };
 
@@ -83,27 +81,39 @@ struct Walk {
 
   const Group& group;
   const uint32_t k_shared, v_shared;
+  const int row;  // the first of this lane
 
   // Keys [key, key + count) of the group, which lie from row `first` of the shared memory on; kTail: count < kChunk.
-  // Returns false if the numbers are too large for folded weights.
   template <bool kMasked, bool kTail>
-  __device__ __forceinline__ bool chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
-                                        int first, int count) const {
-    const typename Group::Keys keys = group.keys_from(key, threadIdx.x % 4 * 2);
-    if (!part<kMasked, kTail, 0>(tiles, query, keys, key, first, count)) return false;
-    if constexpr (kKeys > kPart) {
-      if (kTail && count <= 8 * kPart) return true;
-      return part<kMasked, kTail, kPart>(tiles, query, keys, key, first, count);
-    }
-    return true;
+  __device__ __forceinline__ void chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                        const typename Group::Keys& keys, int key, int first, int count) const {
+    typename Group::Addresses addresses[kQueries];
+    if constexpr (kFolded)
+#pragma unroll
+      for (int t = 0; t < kQueries; ++t) addresses[t] = group.addresses(query[t], keys);
+    part<kMasked, kTail, 0>(tiles, query, addresses, keys, key, first, count);
+    if constexpr (kKeys > kPart)
+      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, query, addresses, keys, key, first, count);
+  }
+
+  // Rows a multiple of 8 apart have their pieces in the same places, so a lane's address is one of these plus a
+  // multiple of 8 rows: for four pieces from `piece` on of 8 rows, and for two pieces of 16.
+  static __device__ __forceinline__ uint32_t four_pieces(int piece) {
+    const int lane = threadIdx.x % 32;
+    return Layout::place(lane % 8, piece + lane / 8);
+  }
+  static __device__ __forceinline__ uint32_t two_pieces(int piece) {
+    const int lane = threadIdx.x % 32;
+    return Layout::place(lane % 16, piece + lane / 16);
   }
 
   template <bool kMasked, bool kTail, int kStart>
-  __device__ __forceinline__ bool part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+  __device__ __forceinline__ void part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
+                                       const typename Group::Addresses (&addresses)[kQueries],
                                        const typename Group::Keys& keys, int key, int first, int count) const {
     constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
     static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
-    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    const int column = threadIdx.x % 4 * 2;
     float s[kQueries][kCount][4];
 #pragma unroll
     for (int at = 0; at < kCount; ++at) {
@@ -116,11 +126,11 @@ struct Walk {
       uint32_t k[kDim / 32][4];
 #pragma unroll
       for (int part = 0; part < kDim / 32; ++part)
-        gpu::ldmatrix(k[part], k_shared + Layout::place(first + n * 8 + lane % 8, part * 4 + lane / 8));
+        gpu::ldmatrix(k[part], k_shared + four_pieces(part * 4) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
       for (int t = 0; t < kQueries; ++t) {
         float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (kFolded) group.template folded<kMasked>(added, query[t], keys, n);
+        if (kFolded) group.template folded<kMasked>(added, query[t], addresses[t], keys, n);
 #pragma unroll
         for (int part = 0; part < kDim / 32; ++part) {
           gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);
@@ -132,21 +142,18 @@ struct Walk {
           if (kTail && j >= count)
             s[t][at][i] = minus_infinity();
           else if (!kFolded)
-            s[t][at][i] = group.exact(s[t][at][i], query[t][i / 2], key + j);
+            s[t][at][i] = group.exact(s[t][at][i], row + 16 * t + i / 2 * 8, key + j);
         }
       }
     }
-    bool moderate = true;
 #pragma unroll
-    for (int t = 0; t < kQueries; ++t) moderate &= weigh(tiles[t], s[t]);
-    if (kFolded && !moderate) return false;
+    for (int t = 0; t < kQueries; ++t) weigh(tiles[t], s[t]);
     add_values<kTail>(tiles, s, first + 8 * kStart, count - 8 * kStart);
-    return true;
   }
 
   // Turns scores into weights and adds them to the sums.
   template <int kCount>
-  __device__ __forceinline__ bool weigh(QueryTile<kDim>& tile, float (&s)[kCount][4]) const {
+  __device__ __forceinline__ void weigh(QueryTile<kDim>& tile, float (&s)[kCount][4]) const {
     const float factor = kFolded ? group.factor() : kLog2e;
     float largest[2] = {fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3])};
 #pragma unroll
@@ -160,10 +167,8 @@ struct Walk {
       above |= kFolded ? fmaf(largest[half], factor, -tile.top[half]) > kSlack
                        : largest[half] > tile.top[half] + kSlack * kLn2;
     if (__any_sync(~0u, above)) {
-      bool moderate = true;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) moderate &= tile.template raise<kFolded>(half, largest[half], factor);
-      if (kFolded && !__all_sync(~0u, moderate)) return false;
+      for (int half = 0; half < 2; ++half) tile.template raise<kFolded>(half, largest[half], factor);
     }
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
@@ -173,14 +178,12 @@ struct Walk {
         s[n][i] = gpu::exp2_approx(kFolded ? fmaf(s[n][i], factor, -top) : (s[n][i] - top) * factor);
         tile.sum[i / 2] += s[n][i];
       }
-    return true;
   }
 
   // out += weights V. Rows behind the last key hold zeros, up to a multiple of 16.
   template <bool kTail, int kCount>
   __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const float (&p)[kQueries][kCount][4],
                                              int first, int count) const {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kCount; n += 2) {
       if (kTail && n * 8 >= count) break;
@@ -195,7 +198,7 @@ struct Walk {
       for (int part = 0; part < kDim / 16; ++part) {
         if (n + 1 < kCount) {
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 16, 2 * part + lane / 16));
+          gpu::ldmatrix_transposed(v, v_shared + two_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t) {
             float (&out)[kDim / 8][4] = tiles[t].out;
@@ -204,7 +207,7 @@ struct Walk {
           }
         } else if (part % 2 == 0) {  // the last 8 keys of an odd number of tiles
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + Layout::place(first + n * 8 + lane % 8, 2 * part + lane / 8));
+          gpu::ldmatrix_transposed(v, v_shared + four_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t)
 #pragma unroll
@@ -219,14 +222,17 @@ struct Walk {
 
   // Keys [key, key + keys), which lie from row 0 of the shared memory on.
   template <bool kMasked>
-  __device__ __forceinline__ bool block(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
+  __device__ __forceinline__ void block(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
                                         int keys) const {
+    typename Group::Keys at = group.first_keys(key, threadIdx.x % 4 * 2);
     int first = 0;
 #pragma unroll 1
-    for (; first + kChunk <= keys; first += kChunk)
-      if (!chunk<kMasked, false>(tiles, query, key + first, first, kChunk)) return false;
-    if constexpr (kFolded && Group::kWholeChunks) return true;
-    return first == keys || chunk<true, true>(tiles, query, key + first, first, keys - first);
+    for (; first + kChunk <= keys; first += kChunk) {
+      chunk<kMasked, false>(tiles, query, at, key + first, first, kChunk);
+      group.advance(at, kChunk);
+    }
+    if constexpr (!(kFolded && Group::kWholeChunks))
+      if (first < keys) chunk<true, true>(tiles, query, at, key + first, first, keys - first);
   }
 };
 
@@ -257,101 +263,125 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
   }
 }
 
-// Copies keys and values [key, key + rows) of the group to row 0 of the shared memory; rows behind the last key are 0.
+// The keys and values of a group in the shared memory of its block: `block_keys` rows of keys, then of values.
 template <int kDim, class Group>
-__device__ __forceinline__ void copy_keys(const Group& group, unsigned char* k_shared, unsigned char* v_shared, int key,
-                                          int rows) {
+struct SharedKeys {
   using Layout = Rows<kDim>;
-  for (int i = threadIdx.x; i < rows * Layout::kPieces; i += blockDim.x) {
-    const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
-    const uint32_t place = Layout::place(row, piece);
-    copy_piece(k_shared, place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
-    copy_piece(v_shared, place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
-  }
-  gpu::cp_async_commit();
-}
+  const typename Group::Arguments& arguments;
+  Group group;
 
-// A block of threads of one (group, head). Its warps take kQueries tiles of queries each, all at the same time.
-template <class T, int kDim, class Group, int kQueries, int kKeys>
-__device__ __forceinline__ void attention_forward(const typename Group::Arguments& arguments) {
-  unsigned char* k_shared = gpu::shared_memory<unsigned char>();
-  const int block_keys = arguments.plan.block_keys;
-  unsigned char* v_shared = k_shared + block_keys * Rows<kDim>::kBytes;
-  Group group(arguments, v_shared + block_keys * Rows<kDim>::kBytes);
-  group.find_rows();
-  __syncthreads();
-  const int keys = group.keys(), padded_keys = (keys + 15) / 16 * 16;
-  const bool resident = arguments.plan.resident;
-  if (resident) copy_keys<kDim>(group, k_shared, v_shared, 0, padded_keys);
-  const bool folds = __syncthreads_and(group.load_bias());
-  gpu::cp_async_wait<0>();
-  __syncthreads();
+  __device__ explicit SharedKeys(const typename Group::Arguments& given) : arguments(given), group(given) {}
+  __device__ __forceinline__ int keys() const { return group.keys(); }
+  __device__ __forceinline__ bool resident() const { return arguments.plan.resident; }
+  __device__ __forceinline__ unsigned char* k() const { return gpu::shared_memory<unsigned char>(); }
+  __device__ __forceinline__ unsigned char* v() const { return k() + arguments.plan.block_keys * Layout::kBytes; }
+
+  // Copies keys and values [key, key + count) to row 0; rows behind the last key, up to a multiple of 16, are 0.
+  __device__ __forceinline__ void copy(int key, int count) const {
+    for (int i = threadIdx.x; i < (count + 15) / 16 * 16 * Layout::kPieces; i += blockDim.x) {
+      const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
+      const uint32_t place = Layout::place(row, piece);
+      copy_piece(k(), place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
+      copy_piece(v(), place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
+    }
+    gpu::cp_async_commit();
+  }
 
   // Shows all keys to visit(first key, number of keys), block by block. All threads of the block come here.
-  const auto for_blocks = [&](auto visit) {
-    for (int key = 0; key < keys; key += block_keys) {
-      const int count = min(keys - key, block_keys);
-      if (!resident) {
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+    for (int key = 0; key < keys(); key += arguments.plan.block_keys) {
+      const int count = min(keys() - key, arguments.plan.block_keys);
+      if (!resident()) {
         __syncthreads();
-        copy_keys<kDim>(group, k_shared, v_shared, key, (count + 15) / 16 * 16);
+        copy(key, count);
         gpu::cp_async_wait<0>();
         __syncthreads();
       }
       visit(key, count);
     }
-  };
-  const auto load = [&](QueryTile<kDim>& tile, typename Group::Query(&query)[2], int row, bool folded) {
+  }
+
+  template <class Tile, class Query>
+  __device__ __forceinline__ void load(Tile& tile, Query (&query)[2], int row, bool folded) const {
     load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
     tile.reset(folded);
     query[0] = group.describe(row), query[1] = group.describe(row + 8);
-  };
+  }
 
-  const uint32_t k_address = gpu::shared_address(k_shared), v_address = gpu::shared_address(v_shared);
+  template <class Walk>
+  __device__ __forceinline__ Walk walk(int row) const {
+    return {group, gpu::shared_address(k()), gpu::shared_address(v()), row};
+  }
+};
+
+// The exact way for `tiles` tiles of 16 queries of each warp, where it is not done. It is rare, and a function of its
+// own, so that it takes no registers from the other way.
+template <class T, int kDim, class Group>
+__device__ __attribute__((noinline)) void attend_exactly(const typename Group::Arguments& arguments, int first_row,
+                                                         int tiles, bool done) {
+  const SharedKeys<kDim, Group> shared(arguments);
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int t = 0; t < tiles; ++t) {
+    const int row = first_row + 16 * t + lane / 4;
+    const bool active = !done && first_row + 16 * t < shared.keys();
+    const auto walk = shared.template walk<Walk<T, kDim, Group, false, 1, 2>>(row);
+    QueryTile<kDim> tile[1];
+    typename Group::Query query[1][2];
+    if (active) shared.load(tile[0], query[0], row, false);
+    shared.for_each([&](int key, int count) {
+      if (active) walk.template block<true>(tile, query, key, count);
+    });
+    if (active) {
+      tile[0].add_up();
+      write_rows<T, kDim>(shared.group, tile[0], row, 1.0f);
+    }
+  }
+}
+
+// A block of threads of one (group, head). Its warps take kQueries tiles of queries each, all at the same time.
+template <class T, int kDim, class Group, int kQueries, int kKeys>
+__device__ __forceinline__ void attention_forward(const typename Group::Arguments& arguments) {
+  SharedKeys<kDim, Group> shared(arguments);
+  shared.group.find_rows();
+  __syncthreads();
+  if (shared.resident()) shared.copy(0, shared.keys());
+  const bool folds = __syncthreads_and(shared.group.load_bias());
+  gpu::cp_async_wait<0>();
+  __syncthreads();
+
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll 1
-  for (int pass = 0; pass < keys; pass += 16 * kQueries * warps) {
-    const int first_row = pass + 16 * kQueries * warp;
-    bool done = first_row >= keys;
+  for (int pass = 0; pass < shared.keys(); pass += 16 * kQueries * warps) {
+    const int first_row = pass + 16 * kQueries * warp, row = first_row + lane / 4;
+    bool done = first_row >= shared.keys();
     if (folds) {
-      const Walk<T, kDim, Group, true, kQueries, kKeys> walk{group, k_address, v_address};
+      const auto walk = shared.template walk<Walk<T, kDim, Group, true, kQueries, kKeys>>(row);
       QueryTile<kDim> tiles[kQueries];
       typename Group::Query query[kQueries][2];
       if (!done)
 #pragma unroll
-        for (int t = 0; t < kQueries; ++t) load(tiles[t], query[t], first_row + 16 * t + lane / 4, true);
-      bool moderate = !done;
-      for_blocks([&](int key, int count) {
-        if (moderate)
-          moderate = group.masks() ? walk.template block<true>(tiles, query, key, count)
-                                   : walk.template block<false>(tiles, query, key, count);
-      });
-      if (moderate) {
-#pragma unroll
-        for (int t = 0; t < kQueries; ++t) moderate &= tiles[t].add_up();
-      }
-      if (moderate) {
-        done = true;
-#pragma unroll
-        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(group, tiles[t], first_row + 16 * t + lane / 4, kLn2);
-      }
-    }
-    if (resident ? done : __syncthreads_and(done)) continue;
-    const Walk<T, kDim, Group, false, 1, 2> walk{group, k_address, v_address};
-#pragma unroll 1
-    for (int t = 0; t < kQueries; ++t) {
-      const int row = first_row + 16 * t;
-      const bool active = !done && row < keys;
-      QueryTile<kDim> tile[1];
-      typename Group::Query query[1][2];
-      if (active) load(tile[0], query[0], row + lane / 4, false);
-      for_blocks([&](int key, int count) {
-        if (active) walk.template block<true>(tile, query, key, count);
+        for (int t = 0; t < kQueries; ++t) shared.load(tiles[t], query[t], row + 16 * t, true);
+      const bool active = !done;
+      shared.for_each([&](int key, int count) {
+        if (!active) return;
+        if (shared.group.masks())
+          walk.template block<true>(tiles, query, key, count);
+        else
+          walk.template block<false>(tiles, query, key, count);
       });
       if (active) {
-        tile[0].add_up();
-        write_rows<T, kDim>(group, tile[0], row + lane / 4, 1.0f);
+        done = true;
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) done &= tiles[t].add_up();
       }
+      if (active && done)
+#pragma unroll
+        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(shared.group, tiles[t], row + 16 * t, kLn2);
     }
+    if (shared.resident() ? done : __syncthreads_and(done)) continue;
+    attend_exactly<T, kDim, Group>(arguments, first_row, kQueries, done);
   }
 }
 

@@ -20,6 +20,41 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Gives x back, and keeps the compiler from taking apart the sum that it is: loads at constant distances from one
+// address then need no additions.
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Reads of shared memory by address: V is float, float2, int2 or uint32_t.
+template <class V>
+__device__ __forceinline__ V load_shared(uint32_t address);
+template <>
+__device__ __forceinline__ float load_shared<float>(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
+template <>
+__device__ __forceinline__ float2 load_shared<float2>(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+template <>
+__device__ __forceinline__ int2 load_shared<int2>(uint32_t address) {
+  int2 v;
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+template <>
+__device__ __forceinline__ uint32_t load_shared<uint32_t>(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
 // Asynchronous copies from global to shared memory. valid = false writes zeros and does not read the source.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(source)),

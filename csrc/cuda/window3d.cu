@@ -24,13 +24,14 @@ int unit_of(const Window3dArgs& a, const Slot* slots, int count) {
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1) window_forward(const WindowArguments arguments) {
+__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1)
+    window_forward(const __grid_constant__ WindowArguments arguments) {
   attention_forward<T, kDim, WindowGroup<false>, 1, 8>(arguments);
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(224, kDim == 32 ? 2 : 1)
-    depth_fastest_window_forward(const WindowArguments arguments) {
+__global__ void __launch_bounds__(192, kDim == 32 ? 2 : 1)
+    depth_fastest_window_forward(const __grid_constant__ WindowArguments arguments) {
   attention_forward<T, kDim, WindowGroup<true>, 2, 7>(arguments);
 }
 
@@ -57,6 +58,7 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
       !dense && (!call.bias || (call.bias_extent[0] == call.window[1] && call.bias_extent[1] == call.window[2]));
   shape.stride_sets = a.stride_sets;
   a.plan = plan_forward(shape, gpu::shared_memory_limit());
+  a.tables = a.plan.block_keys * a.plan.dim * 4, a.slots = int(round_up(call.tokens, 16));
   const float scale = float(call.scale);
   a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
   const bool masks = call.region_mask[0] || call.region_mask[1] || call.region_mask[2];

@@ -10,6 +10,7 @@ struct WindowArguments {
   Window3dArgs call;
   ForwardPlan plan;
   int unit, query_unit;          // bytes that all rows of k and v, or of q, are a multiple of
+  int tables, slots;             // where the tables of the tokens start in shared memory, and how many each is for
   int stride_sets;               // 1 if q, k and v have the same strides, else 3
   float factor;                  // scale * log2 e
   float bias_scale, mask_added;  // 1 / scale, mask_value / scale
@@ -28,38 +29,47 @@ class WindowGroup {
  public:
   using Arguments = WindowArguments;
   static constexpr bool kWholeChunks = kDepthFastest;
+  // Addresses are of the shared memory.
   struct Query {
-    const char* bias;  // what the address of its bias in shared memory begins with
-    int row;           // in the order of shared memory
+    uint32_t bias;  // where the address of its bias starts from
     int region;
   };
-  struct Keys {
-    const int* bias;  // width fastest: four times the bias rows of the first two keys
-    int offset;       // depth fastest: what is taken from the address of the bias, in bytes
-    const uint16_t* region;
+  struct Keys {     // a chunk of them
+    uint32_t bias;  // width fastest: of four times the bias rows of this lane's first two keys; depth fastest: what is
+                    // taken from the address of the bias
+    uint32_t region;  // of those of this lane's first two keys
+    int height;       // depth fastest: place of the chunk
+  };
+  // Where the bias of a query and a chunk of keys lies.
+  struct Addresses {
+    uint32_t bias[2];
   };
 
-  __device__ WindowGroup(const Arguments& arguments, unsigned char* shared)
-      : a_(arguments.call), arguments_(arguments), head_(int(blockIdx.x % uint32_t(a_.heads))) {
-    const int slots = (keys() + 15) / 16 * 16;
-    offset_ = reinterpret_cast<int64_t*>(shared);
-    token_ = reinterpret_cast<int*>(offset_ + slots * arguments.stride_sets);
-    bias_row_ = token_ + slots;
-    region_ = reinterpret_cast<uint16_t*>(bias_row_ + slots);
-    bias_ = reinterpret_cast<float*>(region_ + slots);
-    int64_t rest = group_ = blockIdx.x / uint32_t(a_.heads);
-    border_ = 0;
+  __device__ explicit WindowGroup(const Arguments& arguments)
+      : a_(arguments.call),
+        arguments_(arguments),
+        head_(int(blockIdx.x % uint32_t(a_.heads))),
+        group_(int(blockIdx.x / uint32_t(a_.heads))),
+        border_(0) {
+    int rest = group_;
+#pragma unroll
     for (int axis = 2; axis >= 0; --axis) {
-      at_[axis] = rest % a_.count[axis], rest /= a_.count[axis];
-      if (a_.region_mask[axis] && at_[axis] == a_.count[axis] - 1) border_ |= 1 << axis;
+      const int count = int(a_.count[axis]);
+      if (a_.region_mask[axis] && rest % count == count - 1) border_ |= 1 << axis;
+      rest /= count;
     }
     batch_ = rest;
   }
 
   // Fills the tables of the tokens; to be followed by a barrier.
   __device__ void find_rows() {
-    const int slots = (keys() + 15) / 16 * 16;
-    for (int n = threadIdx.x; n < slots; n += blockDim.x) {
+    int64_t start[3];
+    int rest = group_;
+    for (int axis = 2; axis >= 0; --axis) {
+      start[axis] = rest % int(a_.count[axis]) * a_.window[axis];
+      rest /= int(a_.count[axis]);
+    }
+    for (int n = threadIdx.x; n < slots(); n += blockDim.x) {
       const int height = int(a_.window[1]), width = int(a_.window[2]);
       const int site = kDepthFastest ? n / 8 : n;
       const int place[3] = {site / width / height * (kDepthFastest ? 8 : 1) + (kDepthFastest ? n % 8 : 0),
@@ -70,25 +80,25 @@ class WindowGroup {
 #pragma unroll
       for (int axis = 0; axis < 3; ++axis) {
         const int64_t padded = a_.count[axis] * a_.window[axis];
-        source[axis] = at_[axis] * a_.window[axis] + place[axis] + a_.shift[axis];
+        source[axis] = start[axis] + place[axis] + a_.shift[axis];
         if (source[axis] >= padded) source[axis] -= padded;
         real &= source[axis] < a_.grid[axis];
         token = token * a_.grid[axis] + source[axis];
         region |= int(place[axis] + a_.shift[axis] >= a_.window[axis]) << axis;
       }
-      token_[n] = real ? int(token) : -1;
-      region_[n] = uint16_t(region & border_);
+      tokens()[n] = real ? int(token) : -1;
+      regions()[n] = uint16_t(region & border_);
       for (int set = 0; set < arguments_.stride_sets; ++set) {
         const int64_t* stride = a_.tensor[set].stride;
-        offset_[set * slots + n] = real ? batch_ * stride[0] + source[0] * stride[1] + source[1] * stride[2] +
-                                              source[2] * stride[3] + head_ * stride[4]
-                                        : -1;
+        offsets()[set * slots() + n] = real ? batch_ * stride[0] + source[0] * stride[1] + source[1] * stride[2] +
+                                                  source[2] * stride[3] + head_ * stride[4]
+                                            : -1;
       }
       // The number that unravels to the coordinates of the bias; behind the last key, any that the table has.
       const int number = n < keys() ? (place[0] * height + place[1]) * width + place[2] : 0;
-      bias_row_[n] = a_.bias_is_table ? 4 * table_row(number / bias_width() / bias_height(),
-                                                      number / bias_width() % bias_height(), number % bias_width())
-                                      : 0;
+      bias_rows()[n] = a_.bias_is_table ? 4 * table_row(number / bias_width() / bias_height(),
+                                                        number / bias_width() % bias_height(), number % bias_width())
+                                        : 0;
     }
   }
 
@@ -111,11 +121,11 @@ class WindowGroup {
         const int depth = 8 * (int(a_.window[0]) / 8 - 1 - i / slice) + 7 - step;
         const float value = folded_row(
             centre() + table_row(depth, site / width - int(a_.window[1]) + 1, site % width - int(a_.window[2]) + 1));
-        bias_[i] = value;
-        bias_[entries + i + 1] = value;
+        bias()[i] = value;
+        bias()[entries + i + 1] = value;
       }
     } else {
-      for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias_[i] = folded_row(i);
+      for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias()[i] = folded_row(i);
     }
     return moderate;
   }
@@ -131,78 +141,90 @@ class WindowGroup {
   __device__ __forceinline__ const char* value(int n) const { return row(kV, n); }
   // A padding query has no output, so nobody needs it.
   __device__ __forceinline__ const char* query(int n) const {
-    return n < keys() && token_[n] >= 0 ? row(kQ, n) : nullptr;
+    return n < keys() && tokens()[n] >= 0 ? row(kQ, n) : nullptr;
   }
 
   // Rows behind the last query repeat it.
   __device__ __forceinline__ Query describe(int n) const {
     n = min(n, keys() - 1);
-    const char* bias = reinterpret_cast<const char*>(bias_);
+    uint32_t address = gpu::shared_address(bias());
     if constexpr (kDepthFastest) {
       const int site = n / 8, width = int(a_.window[2]), height = int(a_.window[1]);
       const int difference = (site / width % height + height - 1) * (2 * width - 1) + site % width + width - 1;
       const int step = 7 - n % 8 + threadIdx.x % 4 * 2;
-      bias += ((int(a_.window[0]) / 8 - 1 - site / width / height) * places() + difference) * 64;
-      bias += step % 2 == 0 ? step * 4 : bias_entries() / 2 * 4 + (step + 1) * 4;
+      address += ((int(a_.window[0]) / 8 - 1 - site / width / height) * places() + difference) * 64;
+      address += step % 2 == 0 ? step * 4 : bias_entries() / 2 * 4 + (step + 1) * 4;
     } else {
-      bias += bias_row_[n] + 4 * centre();
+      address += bias_rows()[n] + 4 * centre();
     }
-    return {bias, n, region_[n]};
+    return {address, regions()[n]};
   }
 
-  // Keys `key`, a multiple of 8, plus `column` and the one after it, and those 8 n further on.
-  __device__ __forceinline__ Keys keys_from(int key, int column) const {
-    const int at = key + column;
+  // The chunk of keys from `key` on; depth-fastest windows start at 0. `column` is the first of this lane in 8 keys.
+  __device__ __forceinline__ Keys first_keys(int key, int column) const {
+    const uint32_t region = gpu::shared_address(regions() + key + column);
+    return {kDepthFastest ? 0 : gpu::shared_address(bias_rows() + key + column), region, 0};
+  }
+  // The next chunk of `keys` keys.
+  __device__ __forceinline__ void advance(Keys& at, int keys) const {
+    at.region += 2 * keys;
     if constexpr (kDepthFastest) {
-      const int site = key / 8, width = int(a_.window[2]), height = int(a_.window[1]);
-      const int difference = site / width % height * (2 * width - 1) + site % width;
-      return {nullptr, (difference - site / width / height * places()) * 64, region_ + at};
+      const int row = 2 * int(a_.window[2]) - 1, height = int(a_.window[1]);
+      at.bias += row * 64;
+      if (++at.height == height) at.height = 0, at.bias -= (row * height + places()) * 64;
     } else {
-      return {bias_row_ + at, 0, region_ + at};
+      at.bias += 4 * keys;
     }
   }
 
-  // What is added to the products of two queries with two keys, divided by the scale.
+  __device__ __forceinline__ Addresses addresses(const Query (&query)[2], const Keys& keys) const {
+    if constexpr (kDepthFastest) return {{gpu::keep(query[0].bias - keys.bias), gpu::keep(query[1].bias - keys.bias)}};
+    return {{query[0].bias, query[1].bias}};
+  }
+
+  // What is added to the products of two queries with two keys of tile n of a chunk, divided by the scale.
   template <bool kMasked>
-  __device__ __forceinline__ void folded(float (&added)[4], const Query (&query)[2], const Keys& keys, int n) const {
+  __device__ __forceinline__ void folded(float (&added)[4], const Query (&query)[2], const Addresses& addresses,
+                                         const Keys& keys, int n) const {
     if constexpr (kDepthFastest) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 pair = *reinterpret_cast<const float2*>(query[half].bias - keys.offset - n * 64);
+        const float2 pair = gpu::load_shared<float2>(addresses.bias[half] - n * 64);
         added[2 * half] = pair.x, added[2 * half + 1] = pair.y;
       }
     } else {
-      const int2 key = *reinterpret_cast<const int2*>(keys.bias + 8 * n);
+      const int2 key = gpu::load_shared<int2>(keys.bias + 32 * n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        added[2 * half] = *reinterpret_cast<const float*>(query[half].bias - key.x);
-        added[2 * half + 1] = *reinterpret_cast<const float*>(query[half].bias - key.y);
+        added[2 * half] = gpu::load_shared<float>(addresses.bias[half] - key.x);
+        added[2 * half + 1] = gpu::load_shared<float>(addresses.bias[half] - key.y);
       }
     }
     if (kMasked && border_) {
-      const uint32_t regions = *reinterpret_cast<const uint32_t*>(keys.region + 8 * n);
+      const uint32_t pair = gpu::load_shared<uint32_t>(keys.region + 16 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (int(regions >> i % 2 * 16 & 15) != query[i / 2].region) added[i] += arguments_.mask_added;
+        if (int(pair >> i % 2 * 16 & 15) != query[i / 2].region) added[i] += arguments_.mask_added;
     }
   }
 
   // The score of a query and key n: all that is added, step by step.
-  __device__ __forceinline__ float exact(float product, const Query& query, int n) const {
+  __device__ __forceinline__ float exact(float product, int row, int n) const {
+    row = min(row, keys() - 1);
     float score = product * float(a_.scale);
     if (a_.bias_is_table)
-      score += table()[((bias_row_[query.row] - bias_row_[n]) / 4 + centre()) * a_.bias_row_stride];
+      score += table()[((bias_rows()[row] - bias_rows()[n]) / 4 + centre()) * a_.bias_row_stride];
     else if (a_.bias)
-      score += static_cast<const float*>(a_.bias)[(head_ * a_.tokens + query.row) * a_.tokens + n];
+      score += static_cast<const float*>(a_.bias)[(int64_t(head_) * a_.tokens + row) * a_.tokens + n];
     if (a_.mask)
-      score += static_cast<const float*>(a_.mask)[((group_ % a_.mask_groups) * a_.tokens + query.row) * a_.tokens + n];
-    if (border_ && region_[n] != query.region) score += float(a_.mask_value);
+      score += static_cast<const float*>(a_.mask)[((group_ % a_.mask_groups) * a_.tokens + row) * a_.tokens + n];
+    if (border_ && regions()[n] != regions()[row]) score += float(a_.mask_value);
     return score;
   }
 
   // Number of a query among all tokens; negative for padding and behind the last one.
   __device__ __forceinline__ int64_t output_row(int n) const {
-    return n < keys() && token_[n] >= 0 ? batch_ * (a_.grid[0] * a_.grid[1] * a_.grid[2]) + token_[n] : -1;
+    return n < keys() && tokens()[n] >= 0 ? int64_t(batch_) * (a_.grid[0] * a_.grid[1] * a_.grid[2]) + tokens()[n] : -1;
   }
   __device__ __forceinline__ uint16_t* output(int64_t token) const {
     return reinterpret_cast<uint16_t*>(a_.tensor[kOut].data) + (token * a_.heads + head_) * a_.head_dim;
@@ -232,19 +254,27 @@ class WindowGroup {
   // Where a token's row starts; null for zeros.
   __device__ __forceinline__ const char* row(int slot, int n) const {
     if (n >= keys()) return nullptr;
-    const int64_t offset = offset_[(arguments_.stride_sets == 1 ? 0 : slot) * ((keys() + 15) / 16 * 16) + n];
+    const int64_t offset = offsets()[(arguments_.stride_sets == 1 ? 0 : slot) * slots() + n];
     if (offset >= 0) return a_.tensor[slot].data + offset;
     return a_.pad_qkv ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2 : nullptr;
   }
 
+  // The tables in shared memory, one behind the other, for `slots` tokens: the last ones are no keys.
+  __device__ __forceinline__ int slots() const { return arguments_.slots; }
+  __device__ __forceinline__ int64_t* offsets() const {
+    return reinterpret_cast<int64_t*>(gpu::shared_memory<unsigned char>() + arguments_.tables);
+  }
+  __device__ __forceinline__ int* tokens() const {
+    return reinterpret_cast<int*>(offsets() + arguments_.stride_sets * slots());
+  }
+  __device__ __forceinline__ int* bias_rows() const { return tokens() + slots(); }
+  __device__ __forceinline__ uint16_t* regions() const { return reinterpret_cast<uint16_t*>(bias_rows() + slots()); }
+  __device__ __forceinline__ float* bias() const { return reinterpret_cast<float*>(regions() + slots()); }
+
   const Window3dArgs& a_;
   const Arguments& arguments_;
-  int head_, border_;
-  int64_t group_, batch_, at_[3];
-  int64_t* offset_;
-  int *token_, *bias_row_;
-  uint16_t* region_;
-  float* bias_;
+  int head_, group_, batch_;
+  int border_;  // bit per axis: the last window of an axis that is shifted and not cyclic
 };
 
 }  // namespace vidattn::cuda
