@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tests.cuda_emulator as emulated
 import vidattn
+from tests.cuda_emulator import build
 
 KERNELS = Path(emulated.__file__).parent / "kernels"
 SEEDS = range(8)  # all combinations of the three bits that choose an order
@@ -243,6 +244,20 @@ def test_the_tensor_cores_and_ex2_can_be_made_as_bad_as_allowed() -> None:
     assert 0 < off.max() <= 2
     products, truncated = best[11].view(np.float32), worst[11].view(np.float32)
     assert (np.abs(truncated) <= np.abs(products)).all() and (truncated != products).any()
+
+
+def test_every_primitive_of_the_gpu_is_emulated_and_compared() -> None:
+    """Names of csrc/cuda/primitives.cuh that stand for instructions are those that the kernel of the comparison uses."""
+
+    def names(path: Path) -> set[str]:
+        functions = re.findall(r"(?:inline|__forceinline__) (?:[\w*]+ )+\*?(\w+)\(", path.read_text())
+        return {name for name in functions if name != "flush"} | set(re.findall(r"\((ldmatrix\w*),", path.read_text()))
+
+    gpu = names(build.CSRC / "cuda" / "primitives.cuh") - {"name"} | set()
+    assert {"mma_16x8x16", "ldmatrix_transposed", "cp_async_16", "exp2_approx", "shared_memory"} <= gpu
+    assert gpu == names(build.INCLUDE / "primitives.cuh")
+    used = set(re.findall(r"gpu::(\w+)", (KERNELS / "conformance.cu").read_text()))
+    assert gpu - {"shared_memory_limit"} == used
 
 
 # ---- The backend ----
