@@ -50,8 +50,8 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
   plan.resident = all * pair_bytes <= left;
   const bool eights = s.window[0] % 8 == 0 && s.window[2] == 7 && s.plain_bias;
   plan.depth_fastest = eights && plan.resident && all * pair_bytes + 4 * depth_fastest_floats(s) <= left;
-  plan.threads =
-      static_cast<int>(32 * (plan.depth_fastest ? even_warps(ceil_div(tokens, 32), 6) : even_warps(all / 16, 8)));
+  const int64_t rows = plan.depth_fastest && plan.dim == 32 ? 32 : 16;  // that a warp takes at a time
+  plan.threads = static_cast<int>(32 * even_warps(ceil_div(tokens, rows), plan.depth_fastest ? 6 : 8));
   const int64_t floats = plan.depth_fastest ? depth_fastest_floats(s) : s.table_rows > 0 ? s.table_rows : 1;
   const int64_t bias_bytes = round_up(4 * floats, 16);
   const bool fits = (plan.resident ? all : 64) * pair_bytes + bias_bytes <= left;

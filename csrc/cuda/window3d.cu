@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1)
 template <class T, int kDim>
 __global__ void __launch_bounds__(192, kDim == 32 ? 2 : 1)
     depth_fastest_window_forward(const __grid_constant__ WindowArguments arguments) {
-  attention_forward<T, kDim, WindowGroup<true>, 2, 7>(arguments);
+  attention_forward<T, kDim, WindowGroup<true>, kDim == 32 ? 2 : 1, 7>(arguments);
 }
 
 template <class T>
