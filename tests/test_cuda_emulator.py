@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tests.cuda_emulator as emulated
 import vidattn
+from tests.cuda_emulator import build
 
 KERNELS = Path(emulated.__file__).parent / "kernels"
 SEEDS = range(8)  # all combinations of the three bits that choose an order
@@ -119,7 +120,7 @@ def test_launches_that_a_gpu_refuses_are_refused() -> None:
 
 # ---- Primitives ----
 
-CASES, WORDS = 15, 8
+CASES, WORDS = 16, 8
 
 
 def words() -> np.ndarray:
@@ -217,6 +218,25 @@ def test_shuffles_votes_and_copies() -> None:
     single = np.where(t % 5 != 0, given[512:544], 0)
     expected = copied[t * 4 + 1], copied[(t ^ 1) * 4], single[t ^ 1], copied[(t ^ 2) * 4 + 3]
     assert np.array_equal(results[5, :, :4].T, expected)
+    expected = (
+        given[t * 2],
+        given[t * 2 + 1],
+        given[(t ^ 5) * 2],
+        given[(t ^ 5) * 2 + 1],
+        given[t * 7],
+        given[t * 3 + 1],
+    )
+    assert np.array_equal(results[15, :, :6].T, expected)
+
+
+def test_conflicts_of_banks_are_counted() -> None:
+    """Loads of 4 bytes at distances of 28 and 12 and of 8 side by side have none; rows of 32 bytes for ldmatrix do."""
+    before = emulated.counts()["bank_conflicts"]
+    conformance()
+    # Of the 32 rows, 8 at a time, those an even number of rows apart in the same half: 4 share each group of banks.
+    rows = [(t * 5 % 32) * 32 + (t & 1) * 16 for t in range(32)]
+    turns = [max(np.bincount([row % 128 // 16 for row in rows[m * 8 : m * 8 + 8]])) - 1 for m in range(4)]
+    assert emulated.counts()["bank_conflicts"] - before == 2 * (sum(turns) + sum(turns[:2]))
 
 
 def test_rounding_and_powers_of_two() -> None:
@@ -243,6 +263,18 @@ def test_the_tensor_cores_and_ex2_can_be_made_as_bad_as_allowed() -> None:
     assert 0 < off.max() <= 2
     products, truncated = best[11].view(np.float32), worst[11].view(np.float32)
     assert (np.abs(truncated) <= np.abs(products)).all() and (truncated != products).any()
+
+
+def test_every_primitive_of_the_gpu_is_emulated_and_compared() -> None:
+    def names(path: Path) -> set[str]:
+        text = path.read_text()
+        functions = re.findall(r"\b(?:inline|__forceinline__) [^;{(]*?(\w+)(?:<\w+>)?\(", text)
+        return {*functions, *re.findall(r"^VIDATTN_LDMATRIX\((\w+)", text, re.MULTILINE)} - {"name", "flush"}
+
+    gpu = names(build.CSRC / "cuda" / "primitives.cuh")
+    assert {"mma_16x8x16", "ldmatrix_transposed", "cp_async_16", "exp2_approx", "shared_memory"} <= gpu
+    assert gpu == names(build.INCLUDE / "primitives.cuh")
+    assert gpu - {"shared_memory_limit"} == set(re.findall(r"gpu::(\w+)", (KERNELS / "conformance.cu").read_text()))
 
 
 # ---- The backend ----

@@ -234,6 +234,7 @@ bool try_to_run(int warp, uint32_t mask) {
     found("divergence", format("%s needs the whole warp, lanes %08x are missing", name(first.waiting), whole & ~need),
           &first, first.site, 0, true);
   ++counts.operations;
+  if (need == w.lanes) count_load_conflicts(warp);
   w.arrived &= ~need;
   if (first.waiting == Op::barrier_of_warp) return arrive(warp, Combine(first.variant));
   run_operation(first.waiting, first.variant, need, warp);
@@ -300,7 +301,7 @@ void allocate_once() {
 void start_fiber(int t, dim3 block) {
   Fiber& f = fibers[t];
   f.id = t, f.warp = t / 32, f.lane = t % 32, f.waiting = Op::none, f.copy_groups = 0;
-  f.copies.clear();
+  f.copies.clear(), f.loads.clear();
   f.index = {t % block.x, t / block.x % block.y, t / block.x / block.y};
   // Stacks a power of two apart would share the same sets of the cache: each is shifted by a few lines.
   unsigned char* top = stacks + (t + 1) * kStackBytes - 64 - (t % 29) * 1088;

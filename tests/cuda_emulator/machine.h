@@ -65,6 +65,10 @@ struct PendingCopy {
   std::source_location site;
 };
 
+struct SharedLoad {
+  uint32_t address, bytes, line;
+};
+
 struct Fiber {
   void* stack_pointer;
   uint3 index;
@@ -75,6 +79,7 @@ struct Fiber {
   std::source_location site;
   uint32_t copy_groups;  // of cp.async, committed
   std::vector<PendingCopy> copies;
+  std::vector<SharedLoad> loads;  // since its warp last met, to count the conflicts of banks
 };
 
 struct Warp {
@@ -98,6 +103,8 @@ extern Counts counts;
 uint32_t random_bits();
 // The lanes of `mask` wait until all of them have come with this operation; then run_operation() does it.
 void meet(Op op, uint32_t variant, uint32_t mask, Site site);
+// The lanes of a warp have met: counts the conflicts of the loads that they made side by side.
+void count_load_conflicts(int warp);
 void run_operation(Op op, uint32_t variant, uint32_t mask, int warp);
 
 // ---- Memory ----

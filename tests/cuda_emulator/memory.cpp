@@ -251,6 +251,17 @@ std::vector<uint8_t> written(const std::string& name) {
   return {};
 }
 
+void load_shared(uint32_t address, void* to, size_t bytes, Site site) {
+  Fiber& f = *current;
+  const uintptr_t from = uintptr_t(shared_base) + address;
+  if (options.checked)
+    check(from, bytes, Access::read, f, site);
+  else if (address < kSharedStart || address + bytes > kSharedStart + shared_bytes)
+    found("out of bounds", "a read of " + owner(from), &f, site, from, true);
+  std::memcpy(to, shared_base + address, bytes);
+  f.loads.push_back({address, uint32_t(bytes), site.line()});
+}
+
 // ---- Asynchronous copies ----
 //
 // Until its thread waits, a copy may write at any time: every other access of these bytes is a race.

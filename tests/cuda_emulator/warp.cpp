@@ -37,20 +37,18 @@ void multiply(Warp& w, Element element) {
   }
 }
 
-// Eight rows of 16 bytes are read at a time. Rows that share a bank (4 bytes of every 128) and differ are read in
-// turns.
-void count_conflicts(const uint32_t* rows) {
-  int most = 1;
-  for (int i = 0; i < 8; ++i) {
-    int turns = 0;
-    for (int j = 0; j < 8; ++j) {
-      bool first = true;
-      for (int k = 0; k < j; ++k) first &= rows[k] != rows[j];
-      turns += first && rows[j] % 128 == rows[i] % 128;
+// Shared memory has 32 banks of 4 bytes, and 128 bytes are read at a time. Lanes whose words are in one bank and differ
+// are served in turns. Gives the turns beyond the first one.
+int conflicts_of(const uint32_t* addresses, int lanes, int bytes) {
+  uint32_t words[32][32];  // of each bank, those that are asked for
+  int count[32] = {}, most = 1;
+  for (int i = 0; i < lanes; ++i)
+    for (uint32_t word = addresses[i] / 4; word < (addresses[i] + bytes) / 4; ++word) {
+      const uint32_t bank = word % 32;
+      uint32_t* end = words[bank] + count[bank];
+      if (std::find(words[bank], end, word) == end) *end = word, most = std::max(most, ++count[bank]);
     }
-    most = std::max(most, turns);
-  }
-  counts.bank_conflicts += most - 1;
+  return most - 1;
 }
 
 void load_matrices(Warp& w, int warp, int matrices, bool transpose) {
@@ -66,7 +64,7 @@ void load_matrices(Warp& w, int warp, int matrices, bool transpose) {
         found("out of bounds", "a row of ldmatrix", &f, f.site, host, true);
       std::memcpy(rows[r], shared_base + row, 16);
     }
-    count_conflicts(&w.in[0][m * 8]);
+    counts.bank_conflicts += conflicts_of(&w.in[0][m * 8], 8, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int i = lane / 4, j = lane % 4 * 2;
       w.out[m][lane] =
@@ -103,6 +101,25 @@ void shuffle_lanes(Warp& w, int warp, Shuffle kind, uint32_t mask) {
 }
 
 }  // namespace
+
+void count_load_conflicts(int warp) {
+  Fiber* lanes = &fibers[warp * 32];
+  const std::vector<SharedLoad>& first = lanes[0].loads;
+  for (size_t i = 0; i < first.size(); ++i) {
+    const int together = 128 / int(first[i].bytes) < 32 ? 128 / int(first[i].bytes) : 32;
+    uint32_t addresses[32];
+    bool side_by_side = warps[warp].lanes == ~0u;
+    for (int lane = 0; lane < 32 && side_by_side; ++lane) {
+      const std::vector<SharedLoad>& loads = lanes[lane].loads;
+      side_by_side = loads.size() == first.size() && loads[i].line == first[i].line && loads[i].bytes == first[i].bytes;
+      if (side_by_side) addresses[lane] = loads[i].address;
+    }
+    if (!side_by_side) break;  // the lanes went different ways: nobody knows what ran together
+    for (int lane = 0; lane < 32; lane += together)
+      counts.bank_conflicts += conflicts_of(addresses + lane, together, int(first[i].bytes));
+  }
+  for (int lane = 0; lane < 32; ++lane) lanes[lane].loads.clear();
+}
 
 void run_operation(Op op, uint32_t variant, uint32_t mask, int warp) {
   Warp& w = warps[warp];

@@ -76,6 +76,7 @@ void mma(int depth, Element element, float* d, const uint32_t* a, const uint32_t
 // Of a block: all its threads come.
 int block_barrier(Combine combine, int value, Site site);
 
+void load_shared(uint32_t address, void* to, size_t bytes, Site site);
 void async_copy(uint32_t shared, const void* source, int bytes, bool valid, Site site);
 void async_commit();
 void async_wait(int pending, Site site);

@@ -15,6 +15,17 @@ inline uint32_t shared_address(const void* p) {
   return emulator::shared_address(p);
 }
 
+inline uint32_t keep(uint32_t x) {
+  return x;
+}
+
+template <class V>
+inline V load_shared(uint32_t address, EMULATED_SITE) {
+  V v;
+  emulator::load_shared(address, &v, sizeof v, site);
+  return v;
+}
+
 inline void cp_async_16(uint32_t shared, const void* source, bool valid, EMULATED_SITE) {
   emulator::async_copy(shared, source, 16, valid, site);
 }

@@ -66,6 +66,13 @@ __global__ void __launch_bounds__(32) conformance(const uint32_t* __restrict__ i
        uint32_t(__syncthreads_and(v != in[3])) + 2 * uint32_t(__syncthreads_or(v == in[3])),
        uint32_t(__syncthreads_count(int(v & 1)))});
 
+  const float2 floats = gpu::load_shared<float2>(address + t * 8);
+  const int2 ints = gpu::load_shared<int2>(address + (t ^ 5) * 8);
+  store(out, 15,
+        {__float_as_uint(floats.x), __float_as_uint(floats.y), uint32_t(ints.x), uint32_t(ints.y),
+         __float_as_uint(gpu::load_shared<float>(address + t * 28)),
+         gpu::load_shared<uint32_t>(gpu::keep(address + t * 12) + 4), 0, 0});
+
   __syncthreads();
   gpu::cp_async_16(address + t * 16, in + 256 + t * 4, t % 3 != 0);
   gpu::cp_async_commit();
