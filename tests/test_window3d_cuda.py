@@ -9,7 +9,6 @@ import ctypes
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
