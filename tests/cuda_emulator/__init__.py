@@ -127,7 +127,7 @@ def controls(**values: Any) -> Iterator[None]:
 
 
 def counts() -> dict[str, int]:
-    """Count what has run so far: launches, blocks, switches, operations, accesses, bank conflicts of ldmatrix."""
+    """Count what has run so far: launches, blocks, switches, operations, accesses, conflicts of banks."""
     return build.emulator().counts()
 
 

@@ -96,7 +96,7 @@ extern unsigned char* shared_base;  // host address of shared address 0
 extern uint32_t shared_bytes;       // of the block
 
 struct Counts {
-  uint64_t launches, blocks, switches, operations, accesses, bank_conflicts;
+  uint64_t launches, blocks, switches, operations, accesses, ldmatrix_conflicts, load_conflicts;
 };
 extern Counts counts;
 

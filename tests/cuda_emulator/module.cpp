@@ -23,7 +23,7 @@ py::dict counted() {
   using namespace py::literals;
   return py::dict("launches"_a = counts.launches, "blocks"_a = counts.blocks, "switches"_a = counts.switches,
                   "operations"_a = counts.operations, "accesses"_a = counts.accesses,
-                  "bank_conflicts"_a = counts.bank_conflicts);
+                  "ldmatrix_conflicts"_a = counts.ldmatrix_conflicts, "load_conflicts"_a = counts.load_conflicts);
 }
 
 }  // namespace

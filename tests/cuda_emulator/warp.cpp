@@ -64,7 +64,7 @@ void load_matrices(Warp& w, int warp, int matrices, bool transpose) {
         found("out of bounds", "a row of ldmatrix", &f, f.site, host, true);
       std::memcpy(rows[r], shared_base + row, 16);
     }
-    counts.bank_conflicts += conflicts_of(&w.in[0][m * 8], 8, 16);
+    counts.ldmatrix_conflicts += conflicts_of(&w.in[0][m * 8], 8, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int i = lane / 4, j = lane % 4 * 2;
       w.out[m][lane] =
@@ -116,7 +116,7 @@ void count_load_conflicts(int warp) {
     }
     if (!side_by_side) break;  // the lanes went different ways: nobody knows what ran together
     for (int lane = 0; lane < 32; lane += together)
-      counts.bank_conflicts += conflicts_of(addresses + lane, together, int(first[i].bytes));
+      counts.load_conflicts += conflicts_of(addresses + lane, together, int(first[i].bytes));
   }
   for (int lane = 0; lane < 32; ++lane) lanes[lane].loads.clear();
 }
