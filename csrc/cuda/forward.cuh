@@ -87,13 +87,13 @@ struct Walk {
   template <bool kMasked, bool kTail>
   __device__ __forceinline__ void chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
                                         const typename Group::Keys& keys, int key, int first, int count) const {
-    typename Group::Addresses addresses[kQueries];
+    typename Group::Pairs pairs[kQueries];
     if constexpr (kFolded)
 #pragma unroll
-      for (int t = 0; t < kQueries; ++t) addresses[t] = group.addresses(query[t], keys);
-    part<kMasked, kTail, 0>(tiles, query, addresses, keys, key, first, count);
+      for (int t = 0; t < kQueries; ++t) pairs[t] = group.template pairs<kMasked>(query[t], row + 16 * t, keys);
+    part<kMasked, kTail, 0>(tiles, pairs, keys, key, first, count);
     if constexpr (kKeys > kPart)
-      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, query, addresses, keys, key, first, count);
+      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, pairs, keys, key, first, count);
   }
 
   // Rows a multiple of 8 apart have their pieces in the same places, so a lane's address is one of these plus a
@@ -108,9 +108,9 @@ struct Walk {
   }
 
   template <bool kMasked, bool kTail, int kStart>
-  __device__ __forceinline__ void part(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
-                                       const typename Group::Addresses (&addresses)[kQueries],
-                                       const typename Group::Keys& keys, int key, int first, int count) const {
+  __device__ __forceinline__ void part(QueryTile<kDim> (&tiles)[kQueries],
+                                       const typename Group::Pairs (&pairs)[kQueries], const typename Group::Keys& keys,
+                                       int key, int first, int count) const {
     constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
     static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
     const int column = threadIdx.x % 4 * 2;
@@ -130,7 +130,7 @@ struct Walk {
 #pragma unroll
       for (int t = 0; t < kQueries; ++t) {
         float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (kFolded) group.template folded<kMasked>(added, query[t], addresses[t], keys, n);
+        if (kFolded) group.template folded<kMasked>(added, pairs[t], keys, n);
 #pragma unroll
         for (int part = 0; part < kDim / 32; ++part) {
           gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);

@@ -32,7 +32,6 @@ class WindowGroup {
   // Addresses are of the shared memory.
   struct Query {
     uint32_t bias;  // where the address of its bias starts from
-    int region;
   };
   struct Keys {     // a chunk of them
     uint32_t bias;  // width fastest: of four times the bias rows of this lane's first two keys; depth fastest: what is
@@ -40,9 +39,10 @@ class WindowGroup {
     uint32_t region;  // of those of this lane's first two keys
     int height;       // depth fastest: place of the chunk
   };
-  // Where the bias of a query and a chunk of keys lies.
-  struct Addresses {
+  // Two queries and a chunk of keys: where their bias lies, and the regions of the queries.
+  struct Pairs {
     uint32_t bias[2];
+    int region[2];
   };
 
   __device__ explicit WindowGroup(const Arguments& arguments)
@@ -157,7 +157,7 @@ class WindowGroup {
     } else {
       address += bias_rows()[n] + 4 * centre();
     }
-    return {address, regions()[n]};
+    return {address};
   }
 
   // The chunk of keys from `key` on; depth-fastest windows start at 0. `column` is the first of this lane in 8 keys.
@@ -177,34 +177,39 @@ class WindowGroup {
     }
   }
 
-  __device__ __forceinline__ Addresses addresses(const Query (&query)[2], const Keys& keys) const {
-    if constexpr (kDepthFastest) return {{gpu::keep(query[0].bias - keys.bias), gpu::keep(query[1].bias - keys.bias)}};
-    return {{query[0].bias, query[1].bias}};
+  template <bool kMasked>
+  __device__ __forceinline__ Pairs pairs(const Query (&query)[2], int row, const Keys& keys) const {
+    Pairs pairs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      pairs.bias[half] = kDepthFastest ? gpu::keep(query[half].bias - keys.bias) : query[half].bias;
+      pairs.region[half] = kMasked ? regions()[min(row + 8 * half, this->keys() - 1)] : 0;
+    }
+    return pairs;
   }
 
   // What is added to the products of two queries with two keys of tile n of a chunk, divided by the scale.
   template <bool kMasked>
-  __device__ __forceinline__ void folded(float (&added)[4], const Query (&query)[2], const Addresses& addresses,
-                                         const Keys& keys, int n) const {
+  __device__ __forceinline__ void folded(float (&added)[4], const Pairs& pairs, const Keys& keys, int n) const {
     if constexpr (kDepthFastest) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 pair = gpu::load_shared<float2>(addresses.bias[half] - n * 64);
+        const float2 pair = gpu::load_shared<float2>(pairs.bias[half] - n * 64);
         added[2 * half] = pair.x, added[2 * half + 1] = pair.y;
       }
     } else {
       const int2 key = gpu::load_shared<int2>(keys.bias + 32 * n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        added[2 * half] = gpu::load_shared<float>(addresses.bias[half] - key.x);
-        added[2 * half + 1] = gpu::load_shared<float>(addresses.bias[half] - key.y);
+        added[2 * half] = gpu::load_shared<float>(pairs.bias[half] - key.x);
+        added[2 * half + 1] = gpu::load_shared<float>(pairs.bias[half] - key.y);
       }
     }
     if (kMasked && border_) {
-      const uint32_t pair = gpu::load_shared<uint32_t>(keys.region + 16 * n);
+      const uint32_t regions = gpu::load_shared<uint32_t>(keys.region + 16 * n);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (int(pair >> i % 2 * 16 & 15) != query[i / 2].region) added[i] += arguments_.mask_added;
+        if (int(regions >> i % 2 * 16 & 15) != pairs.region[i / 2]) added[i] += arguments_.mask_added;
     }
   }
 
