@@ -312,3 +312,8 @@ def test_what_has_no_kernel_is_refused() -> None:
         attend(torch.float32)
     with pytest.raises(ValueError, match="runs head dimensions up to 64, got 80"):
         vidattn.window3d_attention(torch.zeros(1, 2, 2, 2, 3, 1, 80).half(), window_size=(2, 2, 2), backend="cuda")
+
+
+def test_a_pass_without_kernels_never_runs_those_of_another_device() -> None:
+    with pytest.raises(NotImplementedError, match="_cpu_isa: expected a pass that has CUDA kernels"):
+        emulated._launch("_cpu_isa", ())

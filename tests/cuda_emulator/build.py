@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,7 +166,7 @@ def _link(objects: list[Path], name: str, libraries: list[str]) -> Path:
 def _run(output: Path, arguments: list[str]) -> Path:
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_suffix(f".{os.getpid()}{output.suffix}")  # another process may build the same
+        unfinished = _unfinished(output)
         done = subprocess.run([COMPILER, *arguments, "-o", str(unfinished)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"cuda_emulator: {COMPILER} failed:\n{done.stderr[-4000:]}")
@@ -175,9 +176,14 @@ def _run(output: Path, arguments: list[str]) -> Path:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished = _unfinished(path)
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    """Name a file to write before it takes its name: others may build the same at the same time."""
+    return path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{path.suffix}")
 
 
 @functools.cache

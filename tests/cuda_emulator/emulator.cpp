@@ -358,7 +358,8 @@ const char* why_not_launched(dim3 grid, dim3 block, size_t dynamic_bytes, size_t
       block.z > 64)
     return "invalid number of threads in a block";
   if (dynamic_bytes > options.shared_limit) return "more shared memory than a block may have";
-  if (argument_bytes > 4096) return "more than 4096 bytes of arguments";
+  if (argument_bytes > 4096 + sizeof(void*))
+    return "more than 4096 bytes of arguments";  // the pointer is that of the kernel
   if (!grid.x || !grid.y || !grid.z || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
     return "invalid number of blocks";
   return nullptr;
