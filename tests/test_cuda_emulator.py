@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tests.cuda_emulator as emulated
 import vidattn
-from tests.cuda_emulator import build
+from tests.cuda_emulator import build, conformance
 
 KERNELS = Path(emulated.__file__).parent / "kernels"
 SEEDS = range(8)  # all combinations of the three bits that choose an order
@@ -120,43 +120,24 @@ def test_launches_that_a_gpu_refuses_are_refused() -> None:
 
 # ---- Primitives ----
 
-CASES, WORDS = 16, 8
-
-
-def words() -> np.ndarray:
-    """Numbers for the primitives: a linear congruence, whose high bits are the good ones, so that nothing is stored."""
-    state, found = 12345, []
-    for _ in range(1024):
-        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        found.append(state >> 32)
-    return np.array(found, np.uint32)
-
-
-def conformance() -> np.ndarray:
-    given = torch.from_numpy(words().view(np.int32))
-    out = torch.zeros(CASES * 32 * WORDS, dtype=torch.int32)
-    emulated.run(KERNELS / "conformance.cu", "conformance_launch", [given], [out])
-    return emulated.view(out).view(np.uint32).reshape(CASES, 32, WORDS).copy()
-
-
-def as_text(results: np.ndarray) -> str:
-    """Write the results for reading: a line a lane."""
-    lines = [
-        f"{case:2d} {lane:2d}  " + " ".join(f"{word:08x}" for word in results[case, lane])
-        for case in range(CASES)
-        for lane in range(32)
-    ]
-    return "\n".join(["# What every primitive gives: case, lane, words. See conformance.cu.", *lines]) + "\n"
-
 
 def test_primitives_give_what_is_committed() -> None:
     """The committed file is what a GPU is compared with, so it must be what the emulator gives."""
-    results = conformance()
+    results = conformance.run()
     for seed in SEEDS[1:]:
         with emulated.controls(seed=seed):
-            assert np.array_equal(conformance(), results)
-    committed = (KERNELS / "conformance.txt").read_text()
-    assert as_text(results) == committed
+            assert np.array_equal(conformance.run(), results)
+    assert (KERNELS / "conformance.txt").read_text() == conformance.as_text(results)
+
+
+def test_the_results_of_a_gpu_may_differ_in_last_bits_alone() -> None:
+    with emulated.controls(truncate=True, approximate=True):
+        assert conformance.compare(conformance.run(), conformance.committed()) == []
+    for case in range(conformance.CASES):
+        wrong = conformance.committed()
+        wrong[case, 7, 2] ^= 1 << 20
+        (difference,) = conformance.compare(wrong, conformance.committed())
+        assert difference.startswith(f"case {case}: 1 words differ") and "word 2 of lane 7" in difference
 
 
 def halves(array: np.ndarray, bfloat16: bool) -> np.ndarray:
@@ -170,10 +151,10 @@ def halves(array: np.ndarray, bfloat16: bool) -> np.ndarray:
 @pytest.mark.parametrize(("case", "bfloat16"), [(7, True), (9, False), (11, True), (13, False)])
 def test_products_are_those_of_the_fragments_of_ptx(case: int, bfloat16: bool) -> None:
     """The tables of the PTX manual, read as strides: element = sum of strides over thread % 4, thread / 4 and value."""
-    results = conformance()
+    results = conformance.run()
     got, raw = results[case].view(np.float32).astype(float), results[case + 1]
     a, b = halves(raw[:, :4], bfloat16), halves(raw[:, 4:6], bfloat16)
-    given = words()[:512].reshape(32, 16)[:, 12:].astype(int)
+    given = conformance.words()[:512].reshape(32, 16)[:, 12:].astype(int)
     c = given % 16 - 8 if case < 11 else (given % 4096 - 2048) / 65536 * 2.0 ** (given // 4096 % 16)
     left, right, added, deep, shallow = (np.zeros(s) for s in ((16, 16), (8, 16), (16, 8), (16, 8), (16, 8)))
     for t in range(32):
@@ -192,7 +173,7 @@ def test_products_are_those_of_the_fragments_of_ptx(case: int, bfloat16: bool) -
 
 
 def test_ldmatrix_spreads_rows_over_the_lanes() -> None:
-    results, rows = conformance(), words()[:256].astype("<u4").view("<u2").reshape(64, 8)
+    results, rows = conformance.run(), conformance.words()[:256].astype("<u4").view("<u2").reshape(64, 8)
     addresses = [(t * 5 % 32) * 2 + (t & 1) for t in range(32)]
     for m in range(4):
         matrix = rows[addresses[m * 8 : m * 8 + 8]].astype(int)
@@ -204,7 +185,7 @@ def test_ldmatrix_spreads_rows_over_the_lanes() -> None:
 
 
 def test_shuffles_votes_and_copies() -> None:
-    results, given, t = conformance(), words(), np.arange(32)
+    results, given, t = conformance.run(), conformance.words(), np.arange(32)
     v = given[:32]
     up, down = np.where(t < 3, t, t - 3), np.where(t > 28, t, t + 3)
     sources = [np.full(32, 5), t * 7 % 32, up, down, t ^ 9, t // 8 * 8 + (t + 3) % 8]
@@ -232,7 +213,7 @@ def test_shuffles_votes_and_copies() -> None:
 def test_conflicts_of_banks_are_counted() -> None:
     """Loads of 4 bytes at distances of 28 and 12 and of 8 side by side have none; rows of 32 bytes for ldmatrix do."""
     before = emulated.counts()
-    conformance()
+    conformance.run()
     after = emulated.counts()
     assert after["load_conflicts"] == before["load_conflicts"]
     # Of the 32 rows, 8 at a time, those an even number of rows apart in the same half: 4 share each group of banks.
@@ -242,7 +223,7 @@ def test_conflicts_of_banks_are_counted() -> None:
 
 
 def test_rounding_and_powers_of_two() -> None:
-    results, given = conformance(), words()[:32]
+    results, given = conformance.run(), conformance.words()[:32]
     f = ((given % 4096).astype(np.float32) - 2048) / 64
     both = torch.from_numpy(np.stack([f, -f * np.float32(1.001)], -1))
     assert np.array_equal(results[4, :, 0].copy().view(np.uint16).reshape(32, 2), emulated.view(both.bfloat16()))
@@ -257,9 +238,9 @@ def test_rounding_and_powers_of_two() -> None:
 
 
 def test_the_tensor_cores_and_ex2_can_be_made_as_bad_as_allowed() -> None:
-    best = conformance()
+    best = conformance.run()
     with emulated.controls(truncate=True, approximate=True):
-        worst = conformance()
+        worst = conformance.run()
     assert np.array_equal(worst[:6], best[:6]) and np.array_equal(worst[7:11], best[7:11])
     off = np.abs(worst[6].view(np.int32) - best[6].view(np.int32))
     assert 0 < off.max() <= 2

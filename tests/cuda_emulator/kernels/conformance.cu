@@ -1,10 +1,10 @@
 // What every primitive gives on raw words. The same kernel runs on the emulator and on a GPU, and the results are
-// compared (tests/test_cuda_emulator.py says how closely).
+// compared (conformance.py says how closely).
 #include <primitives.cuh>
 
 namespace {
 
-constexpr int kWords = 8;  // out[case][lane][word]
+constexpr int kCases = 16, kWords = 8;  // out[case][lane][word]
 
 __device__ __forceinline__ void store(uint32_t* out, int which, const uint32_t (&v)[kWords]) {
   for (int i = 0; i < kWords; ++i) out[(which * 32 + threadIdx.x) * kWords + i] = v[i];
