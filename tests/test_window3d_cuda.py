@@ -146,6 +146,12 @@ CASES: dict[str, dict[str, Any]] = {
         "mask_value": -INF,
     },
     "depth fastest, clipped to 8 of 16": {"grid": (8, 2, 7), "window_size": (16, 2, 7), "dtype": F16},
+    "depth fastest, a table of a larger window": {
+        "grid": (8, 3, 7),
+        "window_size": (8, 7, 7),
+        "bias_index": "geometric",
+    },
+    "8 deep, but the bias goes by another window": {"grid": (8, 3, 7), "window_size": (8, 7, 7)},
     "depth fastest, 64 elements": {"grid": (8, 3, 7), "window_size": (8, 3, 7), "head_dim": 64, "dtype": F16},
     "depth fastest, 56 elements, no table": {
         "grid": (8, 1, 7),

@@ -105,29 +105,40 @@ class WindowGroup {
   // Brings the bias to shared memory, as it is to be added. Returns whether this thread met moderate numbers only.
   __device__ bool load_bias() {
     if (!arguments_.folds) return false;
+    if (!a_.bias_is_table) {
+      for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias()[i] = 0.0f;
+      return true;
+    }
+    // By rows of the table, which lie side by side for one head.
+    const int columns = 2 * int(a_.bias_window[2]) - 1, sites = columns * (2 * int(a_.bias_window[1]) - 1);
     bool moderate = true;
-    const auto folded_row = [&](int row) {
-      const float value = a_.bias_is_table ? table()[row * a_.bias_row_stride] * arguments_.bias_scale : 0.0f;
+    for (int row = threadIdx.x; row < int(a_.bias_size); row += blockDim.x) {
+      const float value = table()[row * a_.bias_row_stride] * arguments_.bias_scale;
       moderate &= fabsf(value) <= 1048576.0f;  // 2^20
-      return value;
-    };
-    if constexpr (kDepthFastest) {
-      // [difference of depth / 8][of height and width][of depth % 8], keys minus queries within the last. Pairs are
-      // read as one, so there is a second copy, in which the odd entries stand at even places.
-      const int entries = bias_entries() / 2, slice = places() * 16;
-      for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-        const int step = i % 16, site = i % slice / 16, width = 2 * int(a_.window[2]) - 1;
-        if (step == 15) continue;
-        const int depth = 8 * (int(a_.window[0]) / 8 - 1 - i / slice) + 7 - step;
-        const float value = folded_row(
-            centre() + table_row(depth, site / width - int(a_.window[1]) + 1, site % width - int(a_.window[2]) + 1));
-        bias()[i] = value;
-        bias()[entries + i + 1] = value;
-      }
-    } else {
-      for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias()[i] = folded_row(i);
+      if constexpr (kDepthFastest)
+        store_pairs(value, row / sites - int(a_.bias_window[0]) + 1, row % sites / columns - int(a_.bias_window[1]) + 1,
+                    row % columns - int(a_.bias_window[2]) + 1);
+      else
+        bias()[row] = value;
     }
     return moderate;
+  }
+
+  // Depth fastest: the bias of a difference of coordinates, query minus key, has its place at [difference of depth / 8]
+  // [of height and width][of depth % 8], keys minus queries within the last. Pairs of neighbours are read as one, so
+  // there is a second copy, in which the odd entries stand at even places. A table may be of a window larger than this
+  // one.
+  __device__ void store_pairs(float value, int depth, int height, int width) {
+    const int rows = int(a_.window[1]), columns = int(a_.window[2]), eights = int(a_.window[0]) / 8;
+    if (abs(height) >= rows || abs(width) >= columns) return;
+    const int site = (height + rows - 1) * (2 * columns - 1) + width + columns - 1;
+    for (int eight = 1 - eights; eight < eights; ++eight) {
+      const int step = 7 - depth - 8 * eight;
+      if (step < 0 || step > 14) continue;
+      const int place = ((eight + eights - 1) * places() + site) * 16 + step;
+      bias()[place] = value;
+      bias()[bias_entries() / 2 + place + 1] = value;
+    }
   }
 
   __device__ __forceinline__ int keys() const { return int(a_.tokens); }
