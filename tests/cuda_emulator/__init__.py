@@ -234,9 +234,10 @@ def _check(call: backends.AttentionCall) -> list[str]:
 
 def _launch(op: str, call: Any, *rest: Any) -> None:
     """Run a native op on the emulated GPU."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_namespace}::{op}", "CPU"):
+    ops, name = getattr(torch.ops, _namespace or ""), f"{_namespace}::{op}"
+    if not hasattr(ops, op) or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
         raise NotImplementedError(f"{op}: expected a pass that has CUDA kernels, got one that has none yet")
-    native = getattr(getattr(torch.ops, _namespace), op).default
+    native = getattr(ops, op).default
     inputs, outputs = {}, {}
     for argument, value in zip(native._schema.arguments, (*call, *rest), strict=True):
         if isinstance(value, Tensor):
