@@ -14,6 +14,8 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+# C++ that is formatted, but not part of the extension.
+EMULATOR := $(shell find tests/cuda_emulator -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BENCH_JSON ?= .benchmarks/latest.json
 GPU_OUT ?= benchmarks/results
 ARGS ?=
@@ -57,12 +59,12 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vidattn/
-	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR))
 
 format: $(VENV)/.installed ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE) $(EMULATOR))
 
 demo: $(VENV)/.built ## compare reference and accelerated model on a clip (CLIP=, MODEL=, CHECKPOINT=)
 	$(BIN)/python -m vidattn.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(MODEL),--model "$(MODEL)") \

@@ -3,6 +3,8 @@
 Only the stable ABIs of LibTorch and CPython are used: one binary serves every torch >= 2.11 and every Python >= 3.10.
 
     VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
+    VIDATTN_BUILD_CUDA           1 = compile csrc/cuda too, with nvcc; else not, as long as no backend takes its kernels
+    CUDA_HOME                    where the CUDA toolkit is; unset = that of the nvcc on the path
     MAX_JOBS                     how many files are compiled at a time
     CXX                          the compiler: g++ or clang++; CXX="ccache g++" works
     CPPFLAGS, CXXFLAGS, LDFLAGS  flags that come before those of this file
@@ -45,14 +47,45 @@ FLAGS = [
 ]
 
 
+# Kernels run on GPUs from sm_80 on; for those after sm_90 the driver compiles them. The CUDA runtime is linked in, so
+# that the extension loads where there is none.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-DNDEBUG",
+    "-Icsrc",
+    "-Icsrc/cuda",
+]
+CUDA_LIBRARIES = ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+
+
 def isa_of(source: str) -> str:
     """Name the instruction set that a file is for; "" if it runs everywhere."""
     suffix = Path(source).stem.rpartition("_")[2]
     return suffix if suffix in ISA_FLAGS else ""
 
 
+def cuda_home() -> Path | None:
+    """Find the CUDA toolkit; None if csrc/cuda is not to be compiled."""
+    wanted = os.environ.get("VIDATTN_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"VIDATTN_BUILD_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted != "1":
+        return None
+    nvcc = shutil.which("nvcc")
+    for home in (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").is_file() and list(Path(home).glob("lib*/libcudart_static.a")):
+            return Path(home)
+    raise SystemExit("VIDATTN_BUILD_CUDA=1: no CUDA toolkit was found; CUDA_HOME says where it is")
+
+
 def sources() -> list[str]:
     files = sorted(map(str, [*Path().glob("csrc/*.cpp"), *Path().glob("csrc/cpu/*.cpp")]))
+    if cuda_home():
+        files += sorted(map(str, [*Path().glob("csrc/cuda/*.cpp"), *Path().glob("csrc/cuda/*.cu")]))
     return files if platform.machine().lower() in ("x86_64", "amd64") else [f for f in files if not isa_of(f)]
 
 
@@ -69,11 +102,20 @@ def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
     env = {key: os.environ.get(key, "").replace("$", "$$") for key in ("CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
+    cuda = cuda_home()
+    if cuda:
+        libraries += [f"-L{path.parent}" for path in cuda.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
     lines = [
         f"builddir = {name(build_dir)}",
         f"cxx = {COMPILER}",
         "rule compile",
-        f"  command = $cxx {env['CPPFLAGS']} {env['CXXFLAGS']} {command(*FLAGS, *includes)} $isa_flags "
+        f"  command = $cxx {env['CPPFLAGS']} {env['CXXFLAGS']} {command(*FLAGS, *includes)} $own_flags "
+        "-MMD -MF $out.d -c $in -o $out",
+        "  description = $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_cuda",
+        f"  command = {command(str(cuda / 'bin' / 'nvcc') if cuda else 'nvcc', *NVCC_FLAGS)} "
         "-MMD -MF $out.d -c $in -o $out",
         "  description = $in",
         "  depfile = $out.d",
@@ -84,7 +126,11 @@ def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
     ]
     objects = [name((build_dir / file).with_suffix(".o")) for file in files]
     for file, compiled in zip(files, objects):
-        lines += [f"build {compiled}: compile {file}", f"  isa_flags = {ISA_FLAGS.get(isa_of(file), '')}"]
+        if file.endswith(".cu"):
+            lines.append(f"build {compiled}: compile_cuda {file}")
+        else:
+            flags = "-Icsrc/cuda" if Path(file).parent.name == "cuda" else ISA_FLAGS.get(isa_of(file), "")
+            lines += [f"build {compiled}: compile {file}", f"  own_flags = {flags}"]
     lines += [f"build {name(library)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 

@@ -186,6 +186,14 @@ except ValueError as error:
     assert run.returncode == 0 and "built from other sources; build it again" in run.stdout, run.stderr
 
 
+def test_a_wrong_wish_for_cuda_is_refused():
+    environment = os.environ | {"VIDATTN_BUILD_EXT": "1", "VIDATTN_BUILD_CUDA": "yes"}
+    command = [sys.executable, "setup.py", "--name"]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode != 0
+    assert "VIDATTN_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'" in child.stderr
+
+
 def test_the_command_that_builds_names_what_was_installed(tmp_path, monkeypatch):
     python = shlex.quote(sys.executable)
     tools = f'{python} -m pip install "setuptools>=77" ninja'

@@ -9,7 +9,7 @@
 // (slices * P)^2. The bias gradient is summed in the same layout.
 #pragma once
 #include "attention.h"
-#include "window3d_args.h"
+#include "window3d_kernels.h"
 #include "window3d_tokens.h"
 
 namespace vidattn {

@@ -204,11 +204,14 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
             *options.window_size,
             *geo.bias_extents(options.window_size, windows, options.bias_index),
         ]
+    bias = tensors.accumulated(inputs.bias_table, q, backend)
+    if bias is not None and backend == "cuda":
+        bias = bias.t().contiguous().t()  # each block reads the table of one head
     return WindowCall(
         q,
         k,
         v,
-        bias=tensors.accumulated(inputs.bias_table, q, backend),
+        bias=bias,
         bias_window=bias_window,
         mask=None,
         pad_qkv=None if inputs.pad_qkv is None else inputs.pad_qkv.contiguous(),

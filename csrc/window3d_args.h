@@ -1,9 +1,8 @@
-// What window3d.cpp hands to the kernels of an instruction set.
+// What the native ops of the window family hand to the kernels of a device.
 #pragma once
 #include <stdint.h>
 
 #include "call.h"
-#include "isa.h"
 
 namespace vidattn {
 
@@ -30,7 +29,8 @@ struct Window3dArgs {
   const void* bias;
   bool bias_is_table;
   int64_t bias_window[3], bias_extent[2];
-  int64_t bias_size;  // entries of one head: table rows, or tokens^2
+  int64_t bias_size;                          // entries of one head: table rows, or tokens^2
+  int64_t bias_row_stride, bias_head_stride;  // of a table, in entries
 
   const void* mask;  // (mask_groups, tokens, tokens) or null
   int64_t mask_groups;
@@ -43,9 +43,5 @@ struct Window3dArgs {
   void* dbias_partial;  // (chunks, heads, bias_size) or null
   void* dpad_partial;   // (chunks, heads, 2, head_dim) or null
 };
-
-// Forward tasks are (head, window) pairs, backward tasks (head, chunk) pairs, the head outermost.
-using Window3dKernels = Kernels<Window3dArgs>;
-VIDATTN_DECLARE_KERNELS(window3d, Window3dKernels);
 
 }  // namespace vidattn

@@ -1,0 +1,77 @@
+// Rows of 16-bit elements in shared memory, and the fragments of matrices that the tensor cores take from them.
+//
+// A row holds kDim elements in pieces of 16 bytes. The piece is rotated by the row, so that the eight rows that one
+// ldmatrix reads at a time lie in different banks.
+#pragma once
+#include <primitives.cuh>
+
+namespace vidattn::cuda {
+
+template <int kDim>
+struct Rows {
+  static_assert(kDim == 32 || kDim == 64, "written for rows of 64 or 128 bytes");
+  static constexpr int kBytes = 2 * kDim, kPieces = kBytes / 16;
+
+  static __device__ __forceinline__ uint32_t place(int row, int piece) {
+    return uint32_t(row * kBytes + ((piece ^ (kDim == 32 ? row >> 1 & 3 : row & 7)) << 4));
+  }
+};
+
+// Eight elements from `first` on of a row of `dim` elements, as four words; zeros behind the end.
+__device__ __forceinline__ void load_piece(uint32_t (&words)[4], const char* row, int first, int dim) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = first + 2 * i;
+    const uint16_t* element = reinterpret_cast<const uint16_t*>(row) + at;
+    const uint32_t low = row && at < dim ? element[0] : 0, high = row && at + 1 < dim ? element[1] : 0;
+    words[i] = low | high << 16;
+  }
+}
+
+// Copies one piece into shared memory, zeros for row == null and behind the end. `unit` is the number of bytes that
+// every row and dim are a multiple of: 16, 4 or 2. `readable` is any address of the tensor.
+__device__ __forceinline__ void copy_piece(unsigned char* shared, uint32_t place, const char* row, int piece, int dim,
+                                           int unit, const char* readable) {
+  unsigned char* to = shared + place;
+  if (unit == 16) {
+    const bool valid = row && piece * 8 < dim;
+    gpu::cp_async_16(gpu::shared_address(to), valid ? row + piece * 16 : readable, valid);
+  } else if (unit == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool valid = row && piece * 8 + 2 * i < dim;
+      gpu::cp_async_4(gpu::shared_address(to + 4 * i), valid ? row + piece * 16 + 4 * i : readable, valid);
+    }
+  } else {
+    uint32_t words[4];
+    load_piece(words, row, piece * 8, dim);
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// The A operand of 16 queries straight from global memory: this lane's part of rows `low` and `high` (null for zeros).
+// A lane's word is two neighbouring elements; each query is read once, so shared memory would not help.
+template <int kDim>
+__device__ __forceinline__ void load_queries(uint32_t (&q)[kDim / 16][4], const char* low, const char* high, int dim,
+                                             int unit) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const char* row = part % 2 ? high : low;
+      const int at = i * 16 + part / 2 * 8 + column;
+      uint32_t word = 0;
+      if (row && at < dim) {
+        if (unit >= 4) {
+          word = *reinterpret_cast<const uint32_t*>(row + 2 * at);
+        } else {
+          const uint16_t* element = reinterpret_cast<const uint16_t*>(row) + at;
+          word = element[0] | (at + 1 < dim ? uint32_t(element[1]) << 16 : 0);
+        }
+      }
+      q[i][part] = word;
+    }
+}
+
+}  // namespace vidattn::cuda

@@ -1,0 +1,26 @@
+// What csrc/cuda/ops.cpp asks of the device, for the emulated GPU. It stands first on the include path.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+// Names of their own, by the library that is built: a call that is meant for these kernels can reach no others. They
+// are added when the library is linked, so that ops.cpp is compiled once for all.
+extern "C" const char emulated_namespace[];
+#define VIDATTN_CUDA_LIBRARY emulated, CPU
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(name, key, m)                                                               \
+  static void register_##name(torch::stable::detail::StableLibrary&);                                         \
+  static const torch::stable::detail::StableTorchLibraryInit registered_##name(                               \
+      torch::stable::detail::StableLibrary::Kind::IMPL, &register_##name, emulated_namespace, #key, __FILE__, \
+      __LINE__);                                                                                              \
+  void register_##name(torch::stable::detail::StableLibrary& m)
+
+namespace vidattn::cuda {
+
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const torch::stable::Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+
+}  // namespace vidattn::cuda
