@@ -3,7 +3,7 @@
 Only the stable ABIs of LibTorch and CPython are used: one binary serves every torch >= 2.11 and every Python >= 3.10.
 
     VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
-    VIDATTN_BUILD_CUDA           1 = compile csrc/cuda too, with nvcc; else not, as long as no backend takes its kernels
+    VIDATTN_BUILD_CUDA           0 = no CUDA kernels, 1 = require them, unset = build them if nvcc is there and works
     CUDA_HOME                    where the CUDA toolkit is; unset = that of the nvcc on the path
     MAX_JOBS                     how many files are compiled at a time
     CXX                          the compiler: g++ or clang++; CXX="ccache g++" works
@@ -11,6 +11,7 @@ Only the stable ABIs of LibTorch and CPython are used: one binary serves every t
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -60,6 +62,7 @@ NVCC_FLAGS = [
     "-Icsrc/cuda",
 ]
 CUDA_LIBRARIES = ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+MIN_CUDA = (12, 8)  # an older nvcc is none
 
 
 def isa_of(source: str) -> str:
@@ -68,28 +71,80 @@ def isa_of(source: str) -> str:
     return suffix if suffix in ISA_FLAGS else ""
 
 
-def cuda_home() -> Path | None:
-    """Find the CUDA toolkit; None if csrc/cuda is not to be compiled."""
+class Cuda(NamedTuple):
+    """What compiles csrc/cuda.
+
+    Attributes:
+        home: the toolkit; None if there is none.
+        build: its version, or why there is none.
+    """
+
+    home: Path | None
+    build: str
+
+
+def cuda_wish() -> str:
     wanted = os.environ.get("VIDATTN_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"VIDATTN_BUILD_CUDA: expected 0, 1 or nothing, got {wanted!r}")
-    if wanted != "1":
-        return None
-    nvcc = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
-        if home and (Path(home) / "bin" / "nvcc").is_file() and list(Path(home).glob("lib*/libcudart_static.a")):
-            return Path(home)
-    raise SystemExit("VIDATTN_BUILD_CUDA=1: no CUDA toolkit was found; CUDA_HOME says where it is")
+    return wanted
 
 
-def sources() -> list[str]:
+def find_cuda(build_dir: Path) -> Cuda:
+    """Find a CUDA toolkit that works, as VIDATTN_BUILD_CUDA asks for."""
+    wanted = cuda_wish()
+    if wanted == "0":
+        return Cuda(None, "VIDATTN_BUILD_CUDA was 0")
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    homes = [Path(named)] if named else [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+    problem = "no nvcc was found"
+    for home in homes:
+        if not (home / "bin" / "nvcc").is_file():
+            continue
+        version, problem = try_cuda(home, build_dir)
+        if not problem:
+            return Cuda(home, version)
+    if wanted == "1":
+        raise SystemExit(f"VIDATTN_BUILD_CUDA=1: {problem}; CUDA_HOME says where the CUDA toolkit is")
+    print(f"vidattn: {problem}: building without CUDA kernels", file=sys.stderr)
+    return Cuda(None, f"{problem}; with VIDATTN_BUILD_CUDA=1 a build without them fails")
+
+
+def try_cuda(home: Path, build_dir: Path) -> tuple[str, str]:
+    """Give the version of a toolkit, and what keeps it from compiling the kernels: nothing if it can."""
+    nvcc = str(home / "bin" / "nvcc")
+    found = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"])[1])
+    if not found:
+        return "", f"{nvcc} does not tell its version"
+    version = f"{found[1]}.{found[2]}"
+    if (int(found[1]), int(found[2])) < MIN_CUDA:
+        return version, f"{nvcc} is of CUDA {version}, which is older than {MIN_CUDA[0]}.{MIN_CUDA[1]}"
+    if not list(home.glob("lib*/libcudart_static.a")):
+        return version, f"{home} has no libcudart_static.a"
+    # It may not take the C++ compiler that is here, or miss its own headers.
+    probe = build_dir / "probe.cu"
+    probe.write_text("#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <utility>\n__global__ void probe() {}\n")
+    failed, text = run([nvcc, *NVCC_FLAGS, "-c", str(probe), "-o", str(probe.with_suffix(".o"))])
+    first_line = re.sub(r"[^ -~]", "", (text.strip() or "it says nothing").splitlines()[0])
+    return version, f"{nvcc} fails ({first_line[:200]})" if failed else ""
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        return 1, str(error)
+    return done.returncode, done.stdout
+
+
+def sources(cuda: bool) -> list[str]:
     files = sorted(map(str, [*Path().glob("csrc/*.cpp"), *Path().glob("csrc/cpu/*.cpp")]))
-    if cuda_home():
+    if cuda:
         files += sorted(map(str, [*Path().glob("csrc/cuda/*.cpp"), *Path().glob("csrc/cuda/*.cu")]))
     return files if platform.machine().lower() in ("x86_64", "amd64") else [f for f in files if not isa_of(f)]
 
 
-def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
+def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
     """Write down how the library is made: one rule to compile, with a file's own flags, and one to link."""
     from torch.utils import cpp_extension
 
@@ -102,9 +157,10 @@ def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
     env = {key: os.environ.get(key, "").replace("$", "$$") for key in ("CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
-    cuda = cuda_home()
-    if cuda:
-        libraries += [f"-L{path.parent}" for path in cuda.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
+    nvcc = "nvcc"
+    if cuda.home:
+        nvcc = str(cuda.home / "bin" / "nvcc")
+        libraries += [f"-L{path.parent}" for path in cuda.home.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
     lines = [
         f"builddir = {name(build_dir)}",
         f"cxx = {COMPILER}",
@@ -115,8 +171,7 @@ def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule compile_cuda",
-        f"  command = {command(str(cuda / 'bin' / 'nvcc') if cuda else 'nvcc', *NVCC_FLAGS)} "
-        "-MMD -MF $out.d -c $in -o $out",
+        f"  command = {command(nvcc, *NVCC_FLAGS)} -MMD -MF $out.d -c $in -o $out",
         "  description = $in",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -124,12 +179,17 @@ def ninja_file(files: list[str], library: Path, build_dir: Path) -> str:
         f"  command = $cxx -shared -s {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
         "  description = $out",
     ]
+    files = sources(cuda.home is not None)
     objects = [name((build_dir / file).with_suffix(".o")) for file in files]
     for file, compiled in zip(files, objects):
         if file.endswith(".cu"):
             lines.append(f"build {compiled}: compile_cuda {file}")
         else:
-            flags = "-Icsrc/cuda" if Path(file).parent.name == "cuda" else ISA_FLAGS.get(isa_of(file), "")
+            flags = ISA_FLAGS.get(isa_of(file), "")
+            if Path(file).parent.name == "cuda":
+                flags = "-Icsrc/cuda"
+            elif Path(file).name == "version.cpp":
+                flags = command(f"-DVIDATTN_CUDA_BUILD={json.dumps(cuda.build)}")
             lines += [f"build {compiled}: compile {file}", f"  own_flags = {flags}"]
     lines += [f"build {name(library)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
@@ -145,14 +205,18 @@ class BuildWithNinja(build_ext):
         build_dir = Path(self.build_temp)
         build_dir.mkdir(parents=True, exist_ok=True)
         file = build_dir / "build.ninja"
-        file.write_text(ninja_file(ext.sources, Path(self.get_ext_fullpath(ext.name)), build_dir))
+        file.write_text(ninja_file(find_cuda(build_dir), Path(self.get_ext_fullpath(ext.name)), build_dir))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         sys.stdout.flush()
         if subprocess.run([*ninja, "-f", str(file), *jobs]).returncode:
-            raise SystemExit("vidattn: building the native kernels failed; VIDATTN_BUILD_EXT=0 installs without them")
+            raise SystemExit(
+                "vidattn: building the native kernels failed; VIDATTN_BUILD_CUDA=0 leaves out those of GPUs, "
+                "VIDATTN_BUILD_EXT=0 all of them"
+            )
 
 
 def wants_extension() -> bool:
+    cuda_wish()
     wanted = os.environ.get("VIDATTN_BUILD_EXT", "")
     if wanted in ("0", "1"):
         return wanted == "1"
@@ -178,7 +242,7 @@ class BuildWithNote(build_py):
 
 
 native = {
-    "ext_modules": [Extension("vidattn._C", sources(), py_limited_api=True)],
+    "ext_modules": [Extension("vidattn._C", sources(cuda=False), py_limited_api=True)],
     "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
 }
 commands = {"build_ext": BuildWithNinja, "build_py": BuildWithNote}

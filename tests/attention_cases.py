@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vidattn
+from vidattn import backends
 from vidattn.backends import TRITON_INTERPRETED
 from vidattn.ops import _arguments as arguments
 
@@ -20,33 +21,82 @@ BACKENDS = [name for name in vidattn.list_backends() if not vidattn.why_not("win
 
 
 def device_of(backend: str) -> str:
-    """Device that a backend's tests run on."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED) else "cpu"
+    """Device that a backend's tests run on: the CPU where it takes its tensors, emulated or interpreted if need be."""
+    known = backends._BACKENDS.get(backend)
+    device_types = () if known is None else (*(known.device_types or ()), *known.when_named)
+    return "cuda" if "cuda" in device_types and "cpu" not in device_types else "cpu"
 
 
-def _runs(backend: str, dtype: torch.dtype) -> bool:
-    probe = torch.zeros(1, 1, 1, 1, 3, 1, 8, dtype=dtype, device=device_of(backend))
-    return not vidattn.why_not("window3d_attention", probe, window_size=1, backend=backend)
+def _runs(backend: str, dtype: torch.dtype | None = None, head_dim: int = 8, dropout_p: float = 0.0) -> bool:
+    dtype = dtype or half_precision(backend)
+    probe = torch.zeros(1, 1, 1, 1, 3, 1, head_dim, dtype=dtype, device=device_of(backend))
+    return not vidattn.why_not("window3d_attention", probe, window_size=1, dropout_p=dropout_p, backend=backend)
 
 
 SUPPORTED = {backend: tuple(dtype for dtype in DTYPES if _runs(backend, dtype)) for backend in BACKENDS}
+
+
+def _parameters(*values: Any) -> Any:
+    words = (str(value).removeprefix("torch.") for value in values)
+    return pytest.param(*values, id="-".join(words))
+
+
 # The reference is what low precision is measured by; itself it is measured in float64.
 BACKEND_DTYPES = [
-    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    _parameters(backend, dtype)
     for backend in BACKENDS
     for dtype in (SUPPORTED[backend] if backend != "reference" else (torch.float64,))
 ]
+# Those with kernels of every family, which "cuda" has not.
+BACKENDS_OF_ALL_OPS = [name for name in BACKENDS if not vidattn.why_not("temporal_attention", backend=name)]
+DTYPES_OF_ALL_OPS = [parameters for parameters in BACKEND_DTYPES if parameters.values[0] in BACKENDS_OF_ALL_OPS]
 BACKENDS_WITH_FLOAT64 = [backend for backend in BACKENDS if torch.float64 in SUPPORTED[backend]]
+BACKENDS_WITH_FLOAT32 = [backend for backend in BACKENDS if torch.float32 in SUPPORTED[backend]]
 
 
 def half_precision(backend: str) -> torch.dtype:
     """A dtype of 16 bits that a backend runs."""
-    return torch.bfloat16 if torch.bfloat16 in SUPPORTED[backend] else torch.float16
+    return torch.bfloat16 if torch.bfloat16 in SUPPORTED.get(backend, DTYPES) else torch.float16
+
+
+def single_precision(backend: str) -> torch.dtype:
+    """float32, or what comes next to it if a backend does not run that."""
+    return torch.float32 if torch.float32 in SUPPORTED.get(backend, DTYPES) else torch.float16
 
 
 def full_precision(backend: str) -> torch.dtype:
     """The most exact dtype that a backend runs."""
-    return torch.float64 if torch.float64 in SUPPORTED[backend] else torch.float32
+    return torch.float64 if torch.float64 in SUPPORTED[backend] else single_precision(backend)
+
+
+def about(dtype: torch.dtype, atol: float = 1e-5) -> dict[str, float]:
+    """How close two results must be where only a blunder is looked for; in 16 bits a hundredth."""
+    return {"rtol": 1e-5, "atol": atol} if dtype.itemsize > 2 else {"rtol": 1e-2, "atol": 1e-2}
+
+
+HAS_DROPOUT = {backend: _runs(backend, dropout_p=0.5) for backend in BACKENDS}
+BACKENDS_WITH_DROPOUT = [backend for backend in BACKENDS if HAS_DROPOUT[backend]]
+DROPOUT_DTYPES = [parameters for parameters in BACKEND_DTYPES if HAS_DROPOUT[parameters.values[0]]]  # type: ignore[index]
+MAX_HEAD_DIM = {backend: max(size for size in (64, 128) if _runs(backend, head_dim=size)) for backend in BACKENDS}
+
+
+def with_head_dims(head_dims: Iterable[int]) -> list[Any]:
+    """Give backends, their dtypes and those of the head dimensions that they run."""
+    return [
+        _parameters(backend, dtype, head_dim)
+        for backend, dtype in (parameters.values for parameters in BACKEND_DTYPES)
+        for head_dim in head_dims
+        if head_dim <= MAX_HEAD_DIM[backend]  # type: ignore[index]
+    ]
+
+
+def _learns_dense_bias(backend: str) -> bool:
+    windows = torch.zeros(1, 1, 3, 1, 8, dtype=half_precision(backend), device=device_of(backend))
+    bias = torch.zeros(1, 1, 1, device=windows.device, requires_grad=True)
+    return not vidattn.why_not("window_attention", windows, bias, backend=backend)
+
+
+BACKENDS_THAT_LEARN_A_DENSE_BIAS = [backend for backend in BACKENDS if _learns_dense_bias(backend)]
 
 
 def assert_same(backend: str, actual: Tensor, expected: Tensor) -> None:
@@ -65,9 +115,11 @@ Attend = Callable[..., Tensor]
 
 
 def evaluate(attend: Attend, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Run an attention function forward and backward on inputs that all require gradients."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if name != "grad_out"}
-    out = attend(**leaves, **options)
+    """Run an attention function forward and backward on inputs that require gradients, if the backend gives them."""
+    tensors = {name: x.detach().clone() for name, x in inputs.items() if name != "grad_out"}
+    constant = () if options.get("backend", "auto") in ("auto", *BACKENDS_THAT_LEARN_A_DENSE_BIAS) else ("bias",)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if name not in constant}
+    out = attend(**tensors, **options)
     grads = torch.autograd.grad(out, list(leaves.values()), inputs["grad_out"].to(out.dtype), allow_unused=True)
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 

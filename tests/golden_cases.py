@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_close
 from torch import Tensor, nn
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
 FLOAT64_TOLERANCE = 1e-10
+FACTORS = OUTPUT_FACTOR, GRADIENT_FACTOR
 LEVELS = ("module", "block", "model", "function")
 
 
@@ -161,6 +163,19 @@ def compare_case(case: GoldenCase, outputs: Mapping[str, Tensor], gradients: Map
     if recorded:
         unrecorded = sorted(gradients.keys() - recorded.keys())
         assert not unrecorded, f"gradients where the original has none: {unrecorded}"
+
+
+Results = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+def compare_with_plain(case: GoldenCase, found: Results, plain: Results) -> None:
+    """Hold results in 16 bits to the error that plain PyTorch makes, both measured by what the file recorded."""
+    for prefix, factor, ours, theirs in zip(("output.", "grad."), FACTORS, found, plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, exact in case.tensors(prefix).items():
+            if name in ours:
+                values = (x.detach().cpu() for x in (ours[name], theirs[name]))
+                assert_close(prefix + name, *values, exact.double(), ours[name].dtype, factor)
 
 
 def assert_golden(name: str, actual: Tensor, expected: Tensor, tolerance: float, largest: float | None = None) -> None:

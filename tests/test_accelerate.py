@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BACKENDS, device_of
+from attention_cases import BACKENDS_WITH_FLOAT32, device_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +33,7 @@ from vidattn.nn import (
     RegionMask,
 )
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
 SMALL: dict[str, Any] = {
     "patch_size": (2, 4, 4),
     "embed_dim": 16,

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vidattn
 from vidattn import backends, installation
 from vidattn.backends import AttentionCall, choose_backend
+from vidattn.ops import _library
 
 QKV = torch.randn(1, 2, 4, 4, 3, 2, 8)
 CALL = AttentionCall("window3d_attention", "cpu", torch.float32, 8)
@@ -107,8 +111,8 @@ def test_too_wide_heads_fall_back() -> None:
 def test_why_not() -> None:
     assert vidattn.why_not("window3d_attention", backend="reference") == []
     assert vidattn.why_not(vidattn.window3d_attention, QKV, window_size=2, backend="reference") == []
-    assert vidattn.why_not(vidattn.window_attention, backend="cuda") == [
-        "this version has no cuda kernels for window_attention"
+    assert vidattn.why_not(vidattn.temporal_attention, backend="cuda") == [
+        "this version has no cuda kernels for temporal_attention"
     ]
     with vidattn.use_backend("cuda"):
         assert vidattn.why_not("window3d_attention", QKV, window_size=2) != []
@@ -195,6 +199,171 @@ def test_a_call_that_no_kernel_takes_is_told_why_and_no_command(monkeypatch: pyt
     with pytest.warns(UserWarning, match="up to 128, got 130") as caught:
         choose_backend(CALL._replace(head_dim=130))
     assert "This builds" not in str(caught[0].message)
+
+
+# ---- The CUDA kernels ----
+
+ATTEND = vidattn.window3d_attention
+WINDOWS = torch.randn(2, 10, 3, 1, 8).half()
+DENSE = torch.randn(1, 10, 10)
+NO_GRADIENT = "gives no gradient of a dense bias, which this call may need"
+
+
+@pytest.fixture
+def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backend "cuda" be judged, though not run, on tensors of the CPU."""
+    for op in ("window3d_attention", "window_attention"):
+        monkeypatch.setitem(backends._kernel_missing, (op, "cuda"), lambda: None)
+    monkeypatch.setitem(backends._BACKENDS, "cuda", backends.Backend("cuda", ("cuda", "cpu")))
+
+
+def _gpu(monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], driver: int, build: str) -> None:
+    for name, value in (
+        ("is_available", lambda: bool(capabilities)),
+        ("device_count", lambda: len(capabilities)),
+        ("get_device_capability", lambda index=0: capabilities[index]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.ops.vidattn, "_cuda_build", lambda: build)
+    monkeypatch.setattr(_library, "_why_not_gpus", _library._why_not_gpus.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "build", "reason"),
+    [
+        ((8, 0), 13000, "13.0", None),
+        ((8, 9), 13000, "13.2", None),  # machine code needs the major version alone
+        ((9, 0), 14000, "13.2", None),
+        ((10, 0), 13020, "13.2", None),
+        ((7, 5), 13000, "13.0", "needs a GPU of compute capability 8.0 or later, got 7.5"),
+        ((9, 0), 12080, "13.0", "needs a driver for CUDA 13.0 or later, got one for 12.8"),
+        ((12, 0), 13000, "13.2", "needs a driver for CUDA 13.2 or later, got one for 13.0"),
+    ],
+)
+def test_which_gpus_and_drivers_run_the_cuda_kernels(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, build: str, reason: str | None
+) -> None:
+    _gpu(monkeypatch, [capability], driver, build)
+    assert _library._cuda_gpu_missing() == reason
+
+
+def test_each_gpu_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpu(monkeypatch, [(7, 5), (9, 0)], 13000, "13.0")
+    assert _library._cuda_gpu_missing() is None
+    call = ON_CUDA._replace(dtype=torch.float16)
+    assert _library._check_cuda(call._replace(device_index=1)) == []
+    (reason,) = _library._check_cuda(call._replace(device_index=0))
+    assert "got 7.5" in reason
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "needs an NVIDIA GPU" in str(_library._cuda_gpu_missing())
+
+
+def test_compiled_code_takes_the_answers_about_gpus_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_why_not_gpus", lambda: tuple(reversed((None, f"no {sys.platform}"))))
+    torch._dynamo.reset()
+
+    def reasons(index: int) -> int:
+        call = AttentionCall("window3d_attention", "cuda", torch.float16, 8, index)
+        count = torch.compile(lambda x: x + len(_library._check_cuda(call)), fullgraph=True, backend="eager")
+        return int(count(torch.zeros(())))
+
+    assert reasons(1) == 0 and reasons(0) == 1
+
+
+def test_why_the_cuda_kernels_are_missing_is_told() -> None:
+    (reason, *_) = vidattn.why_not("window3d_attention", backend="cuda") or [""]
+    if importlib.util.find_spec("vidattn._C") is None:
+        assert "vidattn._C" in reason
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key("vidattn::_window3d_attention_forward", "CUDA"):
+        assert "VIDATTN_BUILD_CUDA" in reason
+    elif not torch.cuda.is_available():
+        assert reason == "there is no GPU"
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_the_limits_of_the_cuda_kernels() -> None:
+    def reasons(*shape: int, **options: Any) -> list[str]:
+        dtype = options.pop("dtype", torch.bfloat16)
+        return vidattn.why_not(ATTEND, torch.zeros(shape, dtype=dtype), **options, backend="cuda")
+
+    assert reasons(1, 8, 14, 14, 3, 2, 64, window_size=(8, 7, 7)) == []
+    assert reasons(1, 1, 1, 1, 3, 2, 8, window_size=(30, 30, 30)) == []  # clipped to one token
+    assert reasons(1, 12, 10, 10, 3, 1, 8, window_size=(12, 10, 11)) == []
+    assert reasons(1, 12, 10, 11, 3, 1, 8, window_size=(13, 11, 12)) == ["runs windows of up to 1200 tokens, got 1320"]
+    everything = reasons(1, 12, 10, 11, 3, 1, 72, window_size=16, dropout_p=0.1, dtype=torch.float32)
+    assert everything == [
+        "runs float16 and bfloat16, got torch.float32",
+        "runs head dimensions up to 64, got 72",
+        "runs windows of up to 1200 tokens, got 1320",
+        "has no dropout, got dropout_p 0.1",
+    ]
+    plan = (Path(__file__).parent.parent / "csrc" / "cuda" / "plan.h").read_text()
+    (limits,) = re.findall(r"kMaxTokens = (\d+), kMaxHeadDim = (\d+);", plan)
+    assert tuple(map(int, limits)) == (_library._CUDA_TOKENS, _library._CUDA_HEAD_DIM)
+
+
+def _dense(bias: torch.Tensor = DENSE, windows: torch.Tensor = WINDOWS) -> list[str]:
+    return vidattn.why_not(vidattn.window_attention, windows, bias, backend="cuda")
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_a_gradient_that_a_backend_cannot_give_is_known_before_the_forward_pass() -> None:
+    learned = DENSE.clone().requires_grad_()
+    assert _dense() == _dense(windows=WINDOWS.clone().requires_grad_()) == []
+    assert _dense(learned) == [NO_GRADIENT]
+    with torch.no_grad():
+        assert _dense(learned) == []
+    with torch.inference_mode():
+        assert _dense(learned) == []
+    table = torch.zeros(27, 2, requires_grad=True)
+    assert vidattn.why_not(ATTEND, QKV.half(), table, window_size=2, backend="cuda") == []
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_where_tensors_hide_it_any_may_need_a_gradient() -> None:
+    found: list[list[str]] = []
+
+    def ask(bias: torch.Tensor) -> torch.Tensor:
+        found.append(_dense(bias))
+        return bias.sum()
+
+    with torch.no_grad():
+        torch.func.grad(ask)(DENSE)
+        torch.func.vmap(ask)(DENSE[None])
+        make_fx(ask)(DENSE)
+    assert found == [[NO_GRADIENT]] * 3
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_compiled_code_knows_which_gradients_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._BACKENDS, "cpu", backends.Backend("cpu", ()))
+    monkeypatch.setitem(backends._BACKENDS, "triton", backends.Backend("triton", ()))
+    chosen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        chosen.extend(str(node.args[-1]) for node in graph.graph.nodes if "window_attention" in str(node.target))
+        return lambda windows, bias: (windows.sum() * bias.sum(),)
+
+    torch._dynamo.reset()
+    attend = torch.compile(lambda windows, bias: vidattn.window_attention(windows, 2 * bias), backend=record)
+    learned = DENSE.clone().requires_grad_()
+    attend(WINDOWS, DENSE)
+    attend(WINDOWS, learned)
+    with torch.no_grad():
+        attend(WINDOWS, learned)
+    assert chosen == ["cuda", "reference", "cuda"]
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_auto_tries_cuda_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._BACKENDS, "cpu", backends.Backend("cpu", ()))
+    monkeypatch.setitem(backends._BACKENDS, "triton", backends.Backend("triton", ("cuda", "cpu")))
+    monkeypatch.setitem(backends._kernel_missing, ("window3d_attention", "triton"), lambda: None)
+    call = CALL._replace(dtype=torch.bfloat16)
+    assert choose_backend(call) == "cuda"
+    assert choose_backend(call._replace(head_dim=80)) == choose_backend(call._replace(dropout_p=0.5)) == "triton"
+    assert choose_backend(CALL._replace(dtype=torch.float64)) == "reference"
 
 
 def test_the_environment_chooses() -> None:

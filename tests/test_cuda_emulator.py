@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -317,3 +319,38 @@ def test_what_has_no_kernel_is_refused() -> None:
 def test_a_pass_without_kernels_never_runs_those_of_another_device() -> None:
     with pytest.raises(NotImplementedError, match="_cpu_isa: expected a pass that has CUDA kernels"):
         emulated._launch("_cpu_isa", ())
+
+
+# ---- What is the same on a GPU ----
+
+
+def test_the_current_stream_is_found_in_a_torch_that_python_loaded(tmp_path: Path) -> None:
+    """As Python loads it: for itself, so that the default search for symbols does not find it."""
+
+    def library(name: str, text: str) -> Path:
+        (tmp_path / f"{name}.cpp").write_text(text)
+        command = [build.COMPILER, "-std=c++17", "-shared", "-fPIC", f"-I{build.CSRC}", str(tmp_path / f"{name}.cpp")]
+        path = tmp_path / f"{name}.so"
+        subprocess.run([*command, f"-Wl,-soname,{path.name}", "-ldl", "-o", str(path)], check=True)
+        return path
+
+    ask = """
+        #include "cuda/stream.h"
+        extern "C" int64_t ask(int device) {
+          void* stream = nullptr;
+          return vidattn::cuda::current_stream(device, &stream) ? reinterpret_cast<int64_t>(stream) : -1;
+        }"""
+    tell = """
+        extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
+          *stream = reinterpret_cast<void*>(device * 100L);
+          return device < 0;
+        }"""
+    program = (
+        "import ctypes, sys\n"
+        "kept = [ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL) for path in sys.argv[2:]]\n"
+        "print([ctypes.CDLL(sys.argv[1]).ask(device) for device in (3, -1)])"
+    )
+    command = [sys.executable, "-c", program, str(library("ask", ask))]  # where torch is not loaded
+    for torches, streams in (((), "[-1, -1]"), ((str(library("libtorch_cuda", tell)),), "[300, -1]")):
+        told = subprocess.run([*command, *torches], capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == streams

@@ -5,10 +5,12 @@ Whoever changes a statement that a mistake spoils chooses another one here.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -20,8 +22,34 @@ from tests.cuda_emulator import build
 
 Edits = dict[str, Callable[[str], str]]
 
-# How it shows, and what is spoiled: the file, a pattern in it, and what stands in place of the first match.
-MISTAKES = {
+KB = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that a kernel runs: which one, the shapes, sizes of (q and k, bias), and what the emulator is told."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    window_size: tuple[int, int, int]
+    shift_size: tuple[int, int, int]
+    head_dim: int = 32
+    heads: int = 1
+    sizes: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    controls: dict[str, int] = field(default_factory=dict)
+
+
+CASES = {
+    "width fastest": Case("window_forward", (4, 8, 9), (4, 5, 5), (0, 2, 2), head_dim=24, heads=2),
+    "depth fastest": Case(
+        "depth_fastest_window_forward", (16, 10, 7), (8, 5, 7), (4, 1, 0), sizes=((1.0, 1.0), (12.0, 1.0), (0.3, 600.0))
+    ),  # the proof that hidden keys have no weight works for the first sizes, and fails for the others
+    "streamed": Case("window_forward", (4, 7, 7), (4, 7, 7), (0, 0, 0), controls={"shared_limit": 25 * KB}),
+}
+
+# How it shows, and what is spoiled: the file, a pattern in it, what stands in place of the first match, and the case if
+# it is not the first.
+MISTAKES: dict[str, tuple[str, ...]] = {
     "no barrier behind the table of tokens": (
         "race|uninitialised",
         "forward.cuh",
@@ -31,32 +59,32 @@ MISTAKES = {
     "no barrier behind the copies": (
         "race|uninitialised",
         "forward.cuh",
-        r"(load_bias\(\)\);\s*gpu::cp_async_wait<0>\(\);)\s*__syncthreads\(\);",
+        r"(load_bias\(.*?\)\);\s*gpu::cp_async_wait<0>\(\);)\s*__syncthreads\(\);",
         r"\1",
     ),
     "no wait for the copies": (
         "race.*not waited for",
         "forward.cuh",
-        r"(load_bias\(\)\);)\s*gpu::cp_async_wait<0>\(\);",
+        r"(load_bias\(.*?\)\);)\s*gpu::cp_async_wait<0>\(\);",
         r"\1",
     ),
     "waits for one group too few": (
         "race.*not waited for",
         "forward.cuh",
-        r"(load_bias\(\)\);\s*)gpu::cp_async_wait<0>",
+        r"(load_bias\(.*?\)\);\s*)gpu::cp_async_wait<0>",
         r"\1gpu::cp_async_wait<1>",
     ),
     "a barrier in a branch": (
         "divergence|deadlock",
         "forward.cuh",
-        r"(bool done = first_row >= .*?;)",
-        r"\1 if (lane < 16) __syncthreads();",
+        r"(const bool done = folds && .*?;)",
+        r"\1 if (threadIdx.x % 32 < 16) __syncthreads();",
     ),
     "one piece too many is copied": ("race", "forward.cuh", r"(\* Layout::kPieces); i", r"\1 + 1; i"),
     "one piece too few is copied": ("uninitialised", "forward.cuh", r"(\* Layout::kPieces); i", r"\1 - 1; i"),
     "one key too many has weight": ("off by", "forward.cuh", r"j >= count", "j > count"),
-    "the wrong rows of K": ("off by", "forward.cuh", r"lane % 8, piece", "lane % 4, piece"),
-    "the wrong rows of V": ("off by", "forward.cuh", r"lane % 16, piece \+ lane / 16", "lane / 2, piece + lane % 2"),
+    "the wrong rows of K": ("off by", "forward.cuh", r"lane % 8, 4", "lane % 4, 4"),
+    "the wrong rows of V": ("off by", "forward.cuh", r"lane % 16, 2 \* i \+ lane / 16", "lane / 2, 2 * i + lane % 2"),
     "weights in the wrong order": ("off by", "forward.cuh", r"\[i % 2 \* 2\], p\[t\]", "[i % 2 * 2 + 1], p[t]"),
     "the quads are not added up": ("off by", "forward.cuh", r"__shfl_xor_sync\(~0u, sum\[half\], 2\)", "0.0f"),
     "a shuffle of half a warp": (
@@ -78,23 +106,90 @@ MISTAKES = {
         "*reinterpret",
     ),
     "too little shared memory": ("out of bounds", "window3d.cu", r"(size_t\(a.plan.shared_bytes\))", r"\1 - 16"),
-    "one block too few": ("unwritten", "window3d.cu", r"(call.heads \* call.groups)", r"\1 - 1"),
+    "one block too few": ("unwritten", "window3d.cu", r"(shape.blocks \* a.plan.splits)", r"\1 - 1"),
     "regions of the wrong border": ("off by", "window3d.cuh", r"== count - 1\) border_", "== 0) border_"),
     "the row of the next token": ("out of bounds", "window3d.cuh", r"source\[2\] \*", "(source[2] + 1) *"),
+    "a pair of tiles too few": ("unwritten", "forward.cuh", r"(pair < pairs \* \(share \+ 1\) / shares)", r"\1 - 1"),
+    "a chunk too few": ("off by", "forward.cuh", r"kChunk \* end;", "kChunk * (end - 1);", "depth fastest"),
+    "the last keys of a chunk with the first values": (
+        "off by",
+        "forward.cuh",
+        r"v\[j\], out",
+        "v[0], out",
+        "depth fastest",
+    ),
+    "the next step of the bias": ("off by|uninit", "window3d.cuh", "place - 1\\]", "place]", "depth fastest"),
+    "keys are hidden without a proof": ("off by", "forward.cuh", r"hides &= .*?;", "", "depth fastest"),
+    "the bias has no part in the proof": (
+        "off by",
+        "forward.cuh",
+        r"hiding_room\(\) - bias",
+        "hiding_room()",
+        "depth fastest",
+    ),
+    "the chunks of the other region": (
+        "off by",
+        "window3d.cuh",
+        r"(common_region\(lane\)) == ",
+        r"\1 != ",
+        "depth fastest",
+    ),
+    "all depths are seen": ("off by", "window3d.cuh", r"differs\) seen.step = 0;", "differs) {}", "depth fastest"),
+    "the other depths are seen": ("off by", "window3d.cuh", r"(4 \* 2 \+ shift) >= 8", r"\1 < 8", "depth fastest"),
+    "no barrier between blocks of keys": (
+        "race|uninitialised",
+        "forward.cuh",
+        r"__syncthreads\(\);  // this block",
+        "// this block",
+        "streamed",
+    ),
+    "no wait for a block of keys": (
+        "race.*not waited for",
+        "forward.cuh",
+        r"gpu::cp_async_wait<0>\(\);(\s*__syncthreads\(\);  // this block)",
+        r"\1",
+        "streamed",
+    ),
+    "a block of keys is copied to where the last one is": (
+        "race|uninitialised",
+        "forward.cuh",
+        r"copy\(key \+ step, stage \^ 1\)",
+        "copy(key + step, stage)",
+        "streamed",
+    ),
 }
 
 
-def one_kernel(text: str) -> str:
-    """Leave the one instance that the case runs, which compiles in a fraction of the time."""
-    only = r"\1\n  return window_forward<__nv_bfloat16, 32>;\n}"
-    return re.sub(r"(?s)(auto kernel_for\(.*?\{).*?\n\}", only, text)
+def one_kernel(name: str) -> Callable[[str], str]:
+    """Give the edit that leaves the one instance that a case runs, which compiles in a fraction of the time."""
+    only = rf"\1\n  return {name}<__nv_bfloat16, 32>;\n}}"
+    return lambda text: re.sub(r"(?s)(auto kernel_for\(.*?\{).*?\n\}", only, text)
 
 
-def edits(mistake: str | None) -> Edits:
+def no_backward(text: str) -> str:
+    """Leave out the backward pass, which would be compiled anew with every change of what both passes share."""
+    return """#include "window3d_cuda.h"
+namespace vidattn::cuda {
+int64_t window3d_backward_floats(const Window3dArgs&, bool, bool) { return 0; }
+const char* window3d_backward(const Window3dArgs&, const SharedGradients&, float*, void*) { return "left out"; }
+}  // namespace vidattn::cuda
+"""
+
+
+NO_BACKWARD: Edits = {"window3d_backward.cu": no_backward, "window3d_backward_depth.cu": lambda text: ""}
+
+
+def case_of(mistake: str | None) -> str:
+    entry = MISTAKES[mistake] if mistake else ()
+    return entry[4] if len(entry) > 4 else "width fastest"
+
+
+def edits(mistake: str | None, case: str) -> Edits:
     """Give what is done to the files."""
+    kernel = one_kernel(CASES[case].kernel)
     if mistake is None:
-        return {"window3d.cu": one_kernel}
-    _, file, pattern, spoiled = MISTAKES[mistake]
+        return NO_BACKWARD | {"window3d.cu": kernel}
+    _, file, pattern, spoiled = MISTAKES[mistake][:4]
 
     def spoil(text: str) -> str:
         changed, found = re.subn(pattern, spoiled, text, count=1)
@@ -103,8 +198,8 @@ def edits(mistake: str | None) -> Edits:
         return changed
 
     if file == "window3d.cu":
-        return {file: lambda text: one_kernel(spoil(text))}
-    return {"window3d.cu": one_kernel, file: spoil}
+        return NO_BACKWARD | {file: lambda text: kernel(spoil(text))}
+    return NO_BACKWARD | {"window3d.cu": kernel, file: spoil}
 
 
 # The others take as long again.
@@ -119,6 +214,11 @@ DEFAULT = (
     "two rows of a lane are one",
     "too little shared memory",
     "the row of the next token",
+    "the last keys of a chunk with the first values",
+    "keys are hidden without a proof",
+    "the chunks of the other region",
+    "all depths are seen",
+    "a block of keys is copied to where the last one is",
 )
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
 
@@ -127,35 +227,40 @@ CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow)
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
     tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    chosen = [item.callspec.params["mistake"] for item in tests]
+    chosen = [item.callspec.params["mistake"] for item in tests if "mistake" in item.callspec.params]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(build.backend_library, True, edits(mistake)) for mistake in (None, *chosen)]
+        wanted = [edits(None, case) for case in CASES] + [edits(mistake, case_of(mistake)) for mistake in chosen]
+        futures = [pool.submit(build.backend_library, True, each) for each in wanted]
     wait(futures)  # what went wrong, the test of the mistake will say
     yield
     emulated.uninstall()
 
 
-def attend(mistake: str | None) -> None:
-    """Run a case that every part of the kernel has a share in, and compare it with the reference."""
+def attend(mistake: str | None, name: str) -> None:
+    """Run a case, which every part of its kernel has a share in, and compare it with the reference."""
+    case = CASES[name]
     torch.manual_seed(0)
-    qkv, table = torch.randn(1, 4, 8, 9, 3, 2, 24), torch.randn(7 * 9 * 9, 2)
-    options = {"window_size": (4, 5, 5), "shift_size": (0, 2, 2)}
-    given = [x.bfloat16() for x in (qkv, table)]
-    with emulated.edited(edits(mistake)):
-        actual = vidattn.window3d_attention(*given, **options, backend="cuda")
-    plain = vidattn.window3d_attention(*given, **options, backend="reference")
-    exact = vidattn.window3d_attention(*(x.double() for x in given), **options, backend="reference")
-    assert_close("context", actual, plain, exact, torch.bfloat16, OUTPUT_FACTOR)
+    qkv = torch.randn(1, *case.grid, 3, case.heads, case.head_dim)
+    table = torch.randn(math.prod(2 * extent - 1 for extent in case.window_size), case.heads).bfloat16()
+    options = {"window_size": case.window_size, "shift_size": case.shift_size}
+    for size, bias in case.sizes:
+        given = [(qkv * torch.tensor([size, size, 1.0])[:, None, None]).bfloat16(), table * bias]
+        with emulated.edited(edits(mistake, name)), emulated.controls(**case.controls):
+            actual = vidattn.window3d_attention(*given, **options, backend="cuda")
+        plain = vidattn.window3d_attention(*given, **options, backend="reference")
+        exact = vidattn.window3d_attention(*(x.double() for x in given), **options, backend="reference")
+        assert_close("context", actual, plain, exact, torch.bfloat16, OUTPUT_FACTOR)
 
 
-def test_the_kernel_without_a_mistake_passes() -> None:
-    attend(None)
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_without_a_mistake_passes(case: str) -> None:
+    attend(None, case)
 
 
 @pytest.mark.parametrize("mistake", CHOICES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
-        attend(mistake)
+        attend(mistake, case_of(mistake))
 
 
 def test_rows_that_are_not_rotated_share_banks() -> None:
@@ -168,8 +273,22 @@ def test_rows_that_are_not_rotated_share_banks() -> None:
         return emulated.counts()["ldmatrix_conflicts"]
 
     before = conflicts()
-    attend(None)
+    attend(None, "width fastest")
     assert conflicts() == before
-    with emulated.edited({"window3d.cu": one_kernel, "rows.cuh": aligned}):
+    with emulated.edited(NO_BACKWARD | {"window3d.cu": one_kernel("window_forward"), "rows.cuh": aligned}):
         vidattn.window3d_attention(torch.randn(1, 4, 4, 4, 3, 1, 32).bfloat16(), window_size=(4, 4, 4), backend="cuda")
     assert conflicts() > before
+
+
+def test_who_shares_the_queries_leaves_the_bits() -> None:
+    kernel = one_kernel("depth_fastest_window_forward")
+    qkv = torch.randn(1, 16, 10, 7, 3, 1, 32).bfloat16()
+    found, blocks = [], []
+    for many in (False, True):  # blocks, as it looks: then none is split
+        before = emulated.blocks_run()
+        pretend = {"plan.h": lambda text: text.replace("kManyBlocks = 264", "kManyBlocks = 1")}
+        with emulated.edited({"window3d.cu": kernel, **(pretend if many else {})}):
+            found.append(vidattn.window3d_attention(qkv, window_size=(8, 5, 7), shift_size=(4, 1, 0), backend="cuda"))
+        blocks.append(emulated.blocks_run() - before)
+    assert blocks == [12, 4]
+    assert torch.equal(*found)

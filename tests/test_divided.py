@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
-    BACKENDS,
+    BACKENDS_OF_ALL_OPS,
     BACKENDS_WITH_FLOAT64,
+    DTYPES_OF_ALL_OPS,
     device_of,
     evaluate,
     full_precision,
@@ -23,8 +23,8 @@ from torch import Tensor
 import vidattn
 from vidattn.backends import TRITON_INTERPRETED
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends = pytest.mark.parametrize("backend", BACKENDS_OF_ALL_OPS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), DTYPES_OF_ALL_OPS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 orders = pytest.mark.parametrize("token_order", ["thw", "hwt"])
 HEAD_DIMS = (1, 5, 8, 12, 15, 16, 18, 20, 24, 32, 40, 64, 96, 128)
@@ -289,7 +289,7 @@ def test_the_mean_is_that_of_the_frames(backend: str) -> None:
     torch.testing.assert_close(mean[:, 0], cls.mean(1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS_OF_ALL_OPS, "auto"])
 @kinds
 def test_empty_inputs(backend: str, kind: str) -> None:
     device = device_of(backend)

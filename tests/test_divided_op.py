@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BACKEND_DTYPES, BACKENDS, device_of, evaluate, full_precision, half_precision, to
+from attention_cases import (
+    BACKENDS_OF_ALL_OPS,
+    DTYPES_OF_ALL_OPS,
+    device_of,
+    evaluate,
+    full_precision,
+    half_precision,
+    to,
+)
 from divided_cases import KINDS, Case
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -17,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vidattn
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends = pytest.mark.parametrize("backend", BACKENDS_OF_ALL_OPS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), DTYPES_OF_ALL_OPS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 OPCHECKS = (
     "test_schema",

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gpu_audit import plan_divided, plan_mixing
+from benchmarks.gpu_plans import plan_divided, plan_mixing
 from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_MIXING_CASES, DividedCase
 from vidattn import reference
 from vidattn.calls import DividedCall

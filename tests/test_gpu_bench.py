@@ -18,8 +18,8 @@ import torch
 
 import vidattn
 from benchmarks import calibration, gpu_bench, gpu_test
-from benchmarks.gpu_audit import Rates
 from benchmarks.gpu_bench import Task
+from benchmarks.prediction import Rates
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import GPU_WINDOW_CASES
 from benchmarks.window3d_contenders import build_copies
@@ -305,8 +305,8 @@ def test_wrong_results_are_marked(monkeypatch):
 
 class FakeKernels:
     def measure(self, name, blocks, **_):
-        if name == "l2":
-            raise calibration.CalibrationError("l2: out of cache")
+        if name == "segments":
+            raise calibration.CalibrationError("segments: out of memory")
         amount = {"lds32": 4e3, "lds64": 2e3, "lds64_broadcast": 4e3}.get(name, 8e3)
         return calibration.Measured(fastest=2e-3, mean=4e-3, amount=amount * blocks, clock=1e9)
 
@@ -316,7 +316,7 @@ def test_calibration_writes_what_it_can_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     calibration.calibrate(tmp_path / "rates.json", lambda folder: FakeKernels())
     saved = json.loads((tmp_path / "rates.json").read_text())
-    assert saved["skipped"] == {"l2_reads": "l2: out of cache"}
+    assert saved["skipped"] == {"segment_copies": "segments: out of memory"}
     assert saved["exponentials_per_s"] == 8 * 8e3 / 2e-3 and saved["sm_clock_hz"] == 1e9
     assert saved["exponentials_per_clock_and_sm"] == pytest.approx(0.032)
     assert saved["wgmma_flops_per_s"] == 2 * saved["wgmma_flops_per_s_sustained"]
@@ -428,6 +428,38 @@ def test_runner_leaves_out_what_needs_an_absent_package(run, tmp_path):
 def test_runner_skips_what_is_not_installed(run):
     outcome = run.step(gpu_test.Step("some", 60, ("tests/test_golden.py",), needs=("pytest", "no_such_module")), 60)
     assert (outcome.status, outcome.reason) == ("skipped", "not installed: no_such_module")
+
+
+def test_what_cuda_kernels_need_is_said_where_it_is_missing(run, monkeypatch):
+    steps = {step.name: step for step in gpu_test.STEPS}
+    monkeypatch.setattr(vidattn, "why_not", lambda op, backend: [f"no {backend} here", "at all"])
+    monkeypatch.setattr(gpu_test, "find_tool", lambda name: name)
+    for name in ("cuda_numbers", "cuda_racecheck"):
+        outcome = run.step(steps[name], 60)
+        assert (outcome.status, outcome.reason) == ("skipped", "no cuda here; at all")
+    monkeypatch.setattr(gpu_test, "find_tool", lambda name: None)
+    outcome = run.step(steps["cuda_primitives"], 60)
+    assert (outcome.status, outcome.reason) == ("skipped", "no nvcc")
+
+
+def test_primitives_of_the_gpu_are_compared_with_those_of_the_emulated_one(tmp_path, monkeypatch):
+    kernels = gpu_test.ROOT / "tests" / "cuda_emulator" / "kernels"
+    given = tmp_path / "given.txt"
+    given.write_text((kernels / "conformance.txt").read_text())
+    nvcc = tmp_path / "nvcc"  # compiles whatever it is given to a program that prints that file
+    nvcc.write_text(f"""#!/bin/sh
+for out; do test "$before" = -o && break; before=$out; done
+printf '#!/bin/sh\ncat {given}\n' > "$out" && chmod +x "$out"
+""")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(gpu_test, "find_tool", lambda name: str(nvcc))
+    assert gpu_test.run_primitives() == []
+    line = next(line for line in given.read_text().splitlines() if line.startswith(" 3  5 "))
+    given.write_text(given.read_text().replace(line, line[:-8] + "12345678"))
+    (wrong,) = gpu_test.run_primitives()
+    assert wrong.startswith("case 3: 1 words differ") and wrong.endswith("got 12345678")
+    nvcc.write_text("#!/bin/sh\necho no such architecture >&2; exit 1\n")
+    assert gpu_test.run_primitives() == ["nvcc failed: no such architecture"]
 
 
 def test_small_set_finds_wrong_numbers(monkeypatch):

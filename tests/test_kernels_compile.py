@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="triton, which compiles the kernels, is not
 import torch
 
 from benchmarks import sass
-from benchmarks.gpu_audit import DIRECTIONS, plan_divided, plan_mixing, plan_window3d, specialisation
+from benchmarks.gpu_audit import specialisation
+from benchmarks.gpu_plans import DIRECTIONS, plan_divided, plan_mixing, plan_window3d
 from benchmarks.shapes import (
     GPU_DIVIDED_CASES,
     GPU_MIXING_CASES,

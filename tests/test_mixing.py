@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
-    BACKENDS,
+    BACKENDS_OF_ALL_OPS,
     BACKENDS_WITH_FLOAT64,
+    DTYPES_OF_ALL_OPS,
     assert_same,
     device_of,
     evaluate,
@@ -25,8 +25,8 @@ import vidattn
 from vidattn import reference
 from vidattn.backends import TRITON_INTERPRETED
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends = pytest.mark.parametrize("backend", BACKENDS_OF_ALL_OPS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), DTYPES_OF_ALL_OPS)
 HEAD_DIMS = (1, 5, 6, 8, 12, 15, 16, 24, 32, 64, 96, 128)
 # Around what fits a vector, a tile and a whole row; Triton's interpreter takes a thousand times as long.
 LENGTHS = (1, 7, 15, 16, 17, 32, 33, 50, 64, 65, 128, 129, 197, 300)
@@ -220,7 +220,7 @@ def test_expanded_tensors(backend: str) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS_OF_ALL_OPS, "auto"])
 def test_empty_inputs(backend: str) -> None:
     for clips, tokens, heads in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
         qkv = torch.randn(clips * 4, tokens, 3, heads, 8, device=device_of(backend), requires_grad=True)

@@ -21,7 +21,7 @@ from mixing_cases import Case, check
 from torch import Tensor
 
 import vidattn
-from benchmarks.gpu_audit import plan_mixing
+from benchmarks.gpu_plans import plan_mixing
 from benchmarks.shapes import GPU_MIXING_CASES, MixingCase
 from vidattn import reference
 from vidattn.calls import MixingCall

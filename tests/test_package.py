@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -192,6 +193,92 @@ def test_a_wrong_wish_for_cuda_is_refused():
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode != 0
     assert "VIDATTN_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'" in child.stderr
+
+
+def find_cuda(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask setup.py for the toolkit it takes, in an environment without one but for what is said."""
+    program = """
+import pathlib, runpy, sys, setuptools
+setuptools.setup = lambda **_: None
+found = runpy.run_path("setup.py")["find_cuda"](pathlib.Path(sys.argv[1]))
+print(found.home, found.build, sep="|")
+"""
+    hidden = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "VIDATTN_BUILD_CUDA")}
+    command = [sys.executable, "-c", program.replace('"setup.py"', repr(str(ROOT / "setup.py"))), str(folder)]
+    environment = hidden | {"PATH": str(folder), "VIDATTN_BUILD_EXT": "1"} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def toolkit(folder: Path, version: str, works: bool = True) -> Path:
+    """Make a folder that looks like a CUDA toolkit."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    nvcc = folder / "bin" / "nvcc"
+    outcome = "exit 0" if works else "echo 'the compiler \"g++\" is too new'; exit 1"
+    nvcc.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo 'Cuda compilation tools, release {version}, V{version}.1';; "
+        f"*) {outcome};; esac\n"
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_a_toolkit_that_works_is_taken(tmp_path):
+    good = toolkit(tmp_path / "good", "13.1")
+    (tmp_path / "nvcc").symlink_to(good / "bin" / "nvcc")
+    for environment in ({}, {"CUDA_HOME": str(good)}, {"VIDATTN_BUILD_CUDA": "1"}):
+        assert find_cuda(tmp_path, **environment).stdout == f"{good}|13.1\n"
+    assert find_cuda(tmp_path, VIDATTN_BUILD_CUDA="0").stdout == "None|VIDATTN_BUILD_CUDA was 0\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "works", "problem"),
+    [
+        ("12.4", True, "nvcc is of CUDA 12.4, which is older than 12.8"),
+        ("13.0", False, 'the compiler "g++" is too new'),
+    ],
+)
+def test_a_toolkit_that_does_not_work_is_named(tmp_path, version, works, problem):
+    home = str(toolkit(tmp_path / "bad", version, works))
+    built = find_cuda(tmp_path, CUDA_HOME=home)
+    assert built.stdout.startswith("None|") and problem in built.stdout
+    assert problem in built.stderr and built.stderr.count("\n") == 1
+    required = find_cuda(tmp_path, CUDA_HOME=home, VIDATTN_BUILD_CUDA="1")
+    assert (
+        required.returncode != 0 and f"VIDATTN_BUILD_CUDA=1: {home}" in required.stderr and problem in required.stderr
+    )
+
+
+def test_without_a_toolkit_there_are_no_cuda_kernels(tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    assert find_cuda(tmp_path, CUDA_HOME=nowhere).stdout.startswith("None|no nvcc was found; with VIDATTN_BUILD_CUDA=1")
+    assert "no nvcc was found" in find_cuda(tmp_path, CUDA_HOME=nowhere, VIDATTN_BUILD_CUDA="1").stderr
+
+
+def test_the_extension_needs_no_cuda_library():
+    """It is loaded beside a torch without CUDA, and on machines without a driver."""
+    for built in Path(vidattn.__file__).parent.glob("_C*.so"):
+        needed = needed_libraries(built.read_bytes())
+        assert "libtorch_cpu.so" in needed
+        assert not [name for name in needed if "cuda" in name or "nvidia" in name]
+        assert built.stat().st_size < 15e6
+
+
+def needed_libraries(file: bytes) -> list[str]:
+    """Read the names of the libraries that a shared library of 64 bits asks for."""
+
+    def table(at: int, count: int, size: int, form: str) -> list[tuple[int, ...]]:
+        return [struct.unpack_from("<" + form, file, at + i * size) for i in range(count)]
+
+    first, size, count = struct.unpack_from("<Q14xHH", file, 0x20)
+    programs = table(first, count, size, "IIQQQQQQ")  # type, flags, offset, address, -, size in the file, ...
+    dynamic = next(program for program in programs if program[0] == 2)
+    entries = table(dynamic[2], dynamic[5] // 16, 16, "QQ")
+    (names,) = (value for tag, value in entries if tag == 5)
+    start = next(p[2] + names - p[3] for p in programs if p[0] == 1 and p[3] <= names < p[3] + p[5])
+    places = [start + value for tag, value in entries if tag == 1]
+    return [file[place : file.index(b"\0", place)].decode() for place in places]
 
 
 def test_the_command_that_builds_names_what_was_installed(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import vidattn
 from benchmarks import overhead
-from benchmarks.mocked_gpu import Launched, MockedGpu, mocked_gpu
+from benchmarks.mocked_gpu import Launched, MockedGpu, mocked_cuda, mocked_gpu
 from vidattn.kernels import plans
 from vidattn.kernels.launch import INTERPRETED, is_table, new_workspace, tensors_in
 from vidattn.kernels.window3d_bias import window3d_dense_bias
@@ -401,6 +401,17 @@ def test_python_calls_of_a_warm_call(gpu: MockedGpu, requests: list[Any]) -> Non
     assert _python_calls(lambda: _run(*backward)) <= 60
     plans.forget()
     assert _python_calls(lambda: _run(*forward)) > 400
+
+
+def test_python_calls_of_a_whole_forward_call_of_cuda() -> None:
+    qkv, table = torch.randn(1, 4, 4, 4, 3, 1, 8).half(), torch.randn(27, 1)
+    with mocked_cuda(), torch.no_grad():
+
+        def attend() -> None:
+            vidattn.window3d_attention(qkv, table, window_size=2, shift_size=1, backend="cuda")
+
+        attend()
+        assert _python_calls(attend) <= 80
 
 
 def _python_calls(run: Callable[[], None]) -> int:

@@ -9,13 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BACKEND_DTYPES, BACKENDS, device_of, evaluate, full_precision, half_precision, to
+from attention_cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    BACKENDS_THAT_LEARN_A_DENSE_BIAS,
+    BACKENDS_WITH_DROPOUT,
+    HAS_DROPOUT,
+    about,
+    device_of,
+    evaluate,
+    full_precision,
+    half_precision,
+    single_precision,
+    to,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from window3d_cases import Case
 
 import vidattn
+from vidattn.ops._tensors import keeps_lse
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
@@ -54,7 +68,8 @@ def test_opcheck_window3d(backend: str, dtype: torch.dtype, requires_grad: str) 
     for qkv in _layouts(inputs["qkv"]):
         _opcheck(op, (qkv, None, None, table, pad, None, *options, 0.0, backend))
     apart = [x.detach().clone().requires_grad_(inputs["qkv"].requires_grad) for x in inputs["qkv"].unbind(-3)]
-    _opcheck(op, (*apart, table, None, seed, *options, 0.25, backend))
+    dropout = (seed, *options, 0.25) if HAS_DROPOUT[backend] else (None, *options, 0.0)
+    _opcheck(op, (*apart, table, None, *dropout, backend))
     _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, None, *options, 0.0, backend))
 
 
@@ -79,22 +94,23 @@ def test_opcheck_window3d_backward(backend: str, dtype: torch.dtype) -> None:
 
 @backends
 def test_opcheck_window(backend: str) -> None:
-    device = device_of(backend)
-    qkv = torch.randn(6, 10, 3, 2, 8, device=device, requires_grad=True)
-    bias = torch.randn(2, 10, 10, device=device, requires_grad=True)
+    device, dtype = device_of(backend), single_precision(backend)
+    learns = backend in BACKENDS_THAT_LEARN_A_DENSE_BIAS
+    qkv = torch.randn(6, 10, 3, 2, 8, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.randn(2, 10, 10, device=device, requires_grad=learns)
     mask = torch.randn(3, 10, 10, device=device)
-    seed = torch.tensor([7], device=device)
+    seed, dropout_p = (torch.tensor([7], device=device), 0.5) if HAS_DROPOUT[backend] else (None, 0.0)
     apart = tuple(x.detach().contiguous() for x in qkv.unbind(-3))
     op, backward = torch.ops.vidattn.window_attention, torch.ops.vidattn.window_attention_backward
     for packed in _layouts(qkv):
         _opcheck(op, (packed, None, None, bias, mask, None, 0.3, 0.0, backend))
-    _opcheck(op, (*apart, None, None, seed, 0.3, 0.5, backend))
+    _opcheck(op, (*apart, None, None, seed, 0.3, dropout_p, backend))
     _opcheck(op, (qkv.detach(), None, None, bias, None, None, 0.3, 0.0, backend))
     tensors = (qkv.detach(), None, None, bias.detach(), mask, seed)
-    saved = torch.ops.vidattn.window_attention(*tensors, 0.3, 0.5, backend)
-    for grad_out in _layouts(torch.randn(6, 10, 16, device=device)):
-        _opcheck(backward, (grad_out, *tensors, *saved, 0.3, 0.5, True, backend))
-        _opcheck(backward, (grad_out, *tensors, *saved, 0.3, 0.5, False, backend))
+    saved = torch.ops.vidattn.window_attention(*tensors, 0.3, dropout_p, backend)
+    for grad_out in _layouts(torch.randn(6, 10, 16, dtype=dtype, device=device)):
+        for needs_bias in {learns, False}:
+            _opcheck(backward, (grad_out, *tensors, *saved, 0.3, dropout_p, needs_bias, backend))
 
 
 @backends
@@ -108,13 +124,14 @@ def test_compile_window3d(backend: str) -> None:
         return vidattn.window3d_attention(2 * qkv, bias_table, pad_qkv=pad_qkv, backend=backend, **options)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    dtype = single_precision(backend)
     for batch, grid in ((2, (3, 5, 7)), (3, (2, 6, 8)), (4, (4, 7, 9))):
         case = Case(grid, SHIFTED.window, SHIFTED.shift, batch=batch)
-        inputs = to(case.inputs(torch.float32), device_of(backend))
+        inputs = to(case.inputs(dtype), device_of(backend))
         expected = evaluate(attend, inputs, {})
         actual = evaluate(compiled, inputs, {})
         for name, value in actual.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value, expected[name], **about(dtype))
     assert counter.frame_count == 2
 
 
@@ -128,22 +145,21 @@ def test_compile_window(backend: str) -> None:
 
     counted = torch.compile(attend, fullgraph=True, backend=counter)
     compiled = torch.compile(attend, fullgraph=True)
+    dtype = single_precision(backend)
     for groups, tokens in ((6, 8), (9, 12), (12, 18)):
-        qkv = torch.randn(groups, tokens, 3, 2, 8, device=device_of(backend))
-        inputs = {
-            "qkv": qkv,
-            "bias": torch.randn(2, tokens, tokens, device=qkv.device),
-            "grad_out": qkv[:, :, 0].flatten(2),
-        }
+        qkv = torch.randn(groups, tokens, 3, 2, 8, dtype=dtype, device=device_of(backend))
+        inputs = {"qkv": qkv, "grad_out": qkv[:, :, 0].flatten(2)}
         options = {"mask": torch.randn(3, tokens, tokens, device=qkv.device)}
+        learned = inputs if backend in BACKENDS_THAT_LEARN_A_DENSE_BIAS else options
+        learned["bias"] = torch.randn(2, tokens, tokens, device=qkv.device)
         expected, actual = evaluate(attend, inputs, options), evaluate(compiled, inputs, options)
         evaluate(counted, inputs, options)
         for name, value in actual.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value, expected[name], **about(dtype))
     assert counter.frame_count == 2
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_DROPOUT)
 @pytest.mark.parametrize("mask_value", [-math.inf, -1.0])
 def test_compile_with_dropout_autocast_and_a_mask_value(backend: str, mask_value: float) -> None:
     torch._dynamo.reset()
@@ -164,7 +180,7 @@ def test_compile_with_dropout_autocast_and_a_mask_value(backend: str, mask_value
 def test_compiled_code_follows_the_backend_in_force(backend: str) -> None:
     """``use_backend`` works around a compiled function and inside one."""
     torch._dynamo.reset()
-    inputs = to(SHIFTED.inputs(torch.float32), device_of(backend))
+    inputs = to(SHIFTED.inputs(single_precision(backend)), device_of(backend))
     graphs: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -198,10 +214,11 @@ def test_export(backend: str) -> None:
         def forward(self, qkv: Tensor) -> Tensor:
             return vidattn.window3d_attention(qkv, window_size=(2, 3, 3), shift_size=1, backend=backend)
 
-    example = torch.randn(2, 3, 5, 7, 3, 2, 8, device=device_of(backend))
+    kind = {"dtype": single_precision(backend), "device": device_of(backend)}
+    example = torch.randn(2, 3, 5, 7, 3, 2, 8, **kind)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(Attend(), (example,), dynamic_shapes=({0: batch},))
-    other = torch.randn(5, 3, 5, 7, 3, 2, 8, device=device_of(backend))
+    other = torch.randn(5, 3, 5, 7, 3, 2, 8, **kind)
     torch.testing.assert_close(program.module()(other), Attend()(other))
 
 
@@ -266,7 +283,7 @@ def test_flops(device: str) -> None:
 def test_only_what_the_backward_pass_needs_is_saved(backend: str, window: tuple[int, int, int]) -> None:
     """Inputs; context and log-sum-exp where rows are too long to be seen whole; nothing of N x N, padded or rolled."""
     case = Case((3, 8, 8), window, (1, 2, 2), head_dim=16)
-    inputs = to(case.inputs(torch.float32), device_of(backend))
+    inputs = to(case.inputs(single_precision(backend)), device_of(backend))
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "grad_out"}
     saved: list[Tensor] = []
 
@@ -279,15 +296,15 @@ def test_only_what_the_backward_pass_needs_is_saved(backend: str, window: tuple[
         windows = vidattn.window_attention(leaves["qkv"].flatten(1, 3), backend=backend)
     given = [x.data_ptr() for x in leaves.values()]
     others = [x for x in saved if x.data_ptr() not in given]
-    expected = [out.data_ptr()] if backend == "triton" and math.prod(window) > 128 else []
-    expected += [windows.data_ptr()] if backend == "triton" else []  # 192 keys
+    expected = [out.data_ptr()] if keeps_lse(math.prod(window), backend) else []
+    expected += [windows.data_ptr()] if keeps_lse(192, backend) else []
     assert [x.data_ptr() for x in others if x.shape[-1] == 32] == expected
     assert [x.shape[-1] for x in others if x.shape[-1] != 32] == [2] * len(expected)  # the log-sum-exp of each
 
 
 @backends
 def test_inference_mode_and_no_grad(backend: str) -> None:
-    inputs = to(SHIFTED.inputs(torch.float32), device_of(backend))
+    inputs = to(SHIFTED.inputs(single_precision(backend)), device_of(backend))
     tensors = {name: x for name, x in inputs.items() if name != "grad_out"}
     expected = vidattn.window3d_attention(**tensors, **SHIFTED.options(), backend=backend)
     with torch.inference_mode():

@@ -26,7 +26,8 @@ from triton.runtime.jit import create_function_from_signature
 from window3d_cases import Case
 
 import vidattn
-from benchmarks.gpu_audit import plan_window3d, specialisation
+from benchmarks.gpu_audit import specialisation
+from benchmarks.gpu_plans import plan_window3d
 from benchmarks.shapes import GPU_WINDOW_CASES
 from vidattn import backends, reference
 from vidattn import geometry as geo

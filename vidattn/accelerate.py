@@ -177,7 +177,7 @@ class Acceleration:
         if weight is None or not issubclass(type(module), row.twin):
             return
         for op in row.twin.ops:  # type: ignore[attr-defined]
-            call = AttentionCall(op, weight.device.type, weight.dtype, _head_dim(module))
+            call = AttentionCall(op, weight.device.type, weight.dtype, _head_dim(module), weight.device.index)
             if weight.is_meta:
                 yield "chosen when it has a device", call
                 continue

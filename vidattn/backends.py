@@ -46,12 +46,29 @@ class Backend(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-    """What decides whether a backend can run a call; a kernel's check function reads it."""
+    """What decides whether a backend can run a call; a kernel's check function reads it.
+
+    Attributes:
+        op: name of the public function.
+        device_type: as in ``torch.device``.
+        dtype: of q, k and v.
+        head_dim: channels of a head.
+        device_index: which device of this type; None where that is not known.
+        group_tokens: tokens of the longest group that attends to itself, padding included; 0 if nobody asks.
+        dropout_p: dropout probability.
+        bias: "none" | "table" | "dense".
+        needs_bias_grad: whether a gradient of the bias may be asked for.
+    """
 
     op: str
     device_type: str
     dtype: torch.dtype
     head_dim: int
+    device_index: int | None = None
+    group_tokens: int = 0
+    dropout_p: float = 0.0
+    bias: str = "none"
+    needs_bias_grad: bool = False
 
 
 # Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.

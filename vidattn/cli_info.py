@@ -29,6 +29,8 @@ _SHORT = (
     ("triton is not installed", "no triton"),
     ("there is no GPU", "no GPU"),
     ("compute capability", "old GPU"),
+    ("needs a driver", "old driver"),
+    ("needs an NVIDIA GPU", "no NVIDIA"),
 )
 
 
@@ -76,6 +78,7 @@ def _collect() -> dict[str, Any]:
         "hip": torch.version.hip,
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "instruction_set": _told(lambda: torch.ops.vidattn._cpu_isa()) if built else None,
+        "cuda_kernels": _told(lambda: torch.ops.vidattn._cuda_build()) if built else None,
         "instruction_sets": _told(lambda: torch.ops.vidattn._cpu_isas()).split(",") if built else [],
         "backend": _told(vidattn.current_backend),
         "product_gflops": {_name(dtype): round(product_flops() / seconds[dtype] / 1e9, 1) for dtype in _DTYPES},
@@ -100,10 +103,17 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch", f"{found['torch']}, {found['threads']} threads, built for CUDA {found['cuda'] or 'none'}"),
         ("GPUs", ", ".join(found["devices"]) or "none"),
         ("CPU kernels", kernels),
+        ("CUDA kernels", _cuda_kernels(found["cuda_kernels"])),
         ("CPU products", f"{products} GFLOP/s" + (f"; slow here: {' and '.join(slower)}" if slower else "")),
         ("backend", f"{found['backend']} (VIDATTN_BACKEND, set_backend)"),
         ("packages", ", ".join(f"{name} {packages[name] or 'none'}" for name in ("triton", "av", "rich"))),
     ]
+
+
+def _cuda_kernels(build: str | None) -> str:
+    if build is None:
+        return "none: not built"
+    return f"built with CUDA {build}" if build[0].isdigit() else f"none: {build}"
 
 
 def _print_table(why_not: dict[str, dict[str, list[str]]]) -> None:

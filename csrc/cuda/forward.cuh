@@ -18,6 +18,9 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.4028234663852886e38f;
 constexpr float kSlack = 8.0f;             // a maximum that is too small by up to this many powers of two is kept
 constexpr float kFoldedStart = -1e30f;     // of a row's maximum
+constexpr int kTogether = 2;               // tiles of queries that a warp does at a time
+constexpr float kNothing = 40.0f;          // a weight of 2^-40 of the largest shows in no sum of 1200
+constexpr float kHuge = 1e30f;             // of the square of a length
 constexpr float kLargestFolded = 4194304;  // 2^22: beyond, the rounding of a row's maximum shows in its weights
 
 __device__ __forceinline__ float minus_infinity() {
@@ -36,24 +39,28 @@ struct QueryTile {
   uint32_t q[kDim / 16][4];
   float out[kDim / 8][4];
   float sum[2];
-  float top[2];  // what weights are relative to. Folded: in powers of two; exact: a score
+  float minus_top[2];  // what weights are relative to, negated. Folded: in powers of two; exact: a score
 
   __device__ __forceinline__ void reset(bool folded) {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    top[0] = top[1] = folded ? kFoldedStart : kLowest;  // finite, so that a score of -inf has a weight of 0
+    minus_top[0] = minus_top[1] = folded ? -kFoldedStart : -kLowest;  // finite: a score of -inf has a weight of 0
   }
 
   // Raises top to the largest score of some keys.
   template <bool kFolded>
   __device__ __forceinline__ void raise(int half, float largest, float factor) {
-    const float found = maximum_of_quad(largest), before = top[half];
-    top[half] = fmaxf(before, kFolded ? found * factor : found);
-    const float shrink = gpu::exp2_approx(kFolded ? before - top[half] : (before - top[half]) * kLog2e);
+    const float found = maximum_of_quad(largest), before = minus_top[half];
+    minus_top[half] = fminf(before, kFolded ? found * -factor : -found);
+    const float fall = minus_top[half] - before, shrink = gpu::exp2_approx(kFolded ? fall : fall * kLog2e);
     sum[half] *= shrink;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
+  }
+  template <bool kFolded>
+  static __device__ __forceinline__ bool is_far_above(float score, float minus_top, float factor) {
+    return kFolded ? fmaf(score, factor, minus_top) > kSlack : score > kSlack * kLn2 - minus_top;
   }
 
   // Adds up the sums of the lanes. Returns whether the folded way gave right numbers for all rows of the warp: a sum of
@@ -65,188 +72,208 @@ struct QueryTile {
     for (int half = 0; half < 2; ++half) {
       sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
       sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
-      right &= sum[half] > 0.0f && sum[half] <= -kLowest && fabsf(top[half]) <= kLargestFolded;
+      right &= sum[half] > 0.0f && sum[half] <= -kLowest && fabsf(minus_top[half]) <= kLargestFolded;
     }
     return __all_sync(~0u, right);
   }
 };
 
-// How a warp walks over keys: kQueries tiles of 16 queries, and chunks of kKeys tiles of 8 keys. It has the scores of a
-// part of a chunk at a time, as many as fit into its registers.
+// How a warp walks over keys: kQueries tiles of 16 queries, and chunks of kKeys tiles of 8 keys, whose scores it holds
+// at a time.
 template <class T, int kDim, class Group, bool kFolded, int kQueries, int kKeys>
 struct Walk {
   using Layout = Rows<kDim>;
+  using Tile = QueryTile<kDim>;
   using Query = typename Group::Query;
-  static constexpr int kChunk = 8 * kKeys, kPart = 4;
+  static constexpr int kChunk = 8 * kKeys;
 
   const Group& group;
-  const uint32_t k_shared, v_shared;
-  const int row;  // the first of this lane
+  const int row, column;  // the first of this lane, and of eight keys
+  // This lane's part of an address of ldmatrix: for four pieces of 8 rows of keys, and for two pieces of 16 rows of
+  // values. Rows a multiple of 8 apart have their pieces in the same places, so the rest is a multiple of 8 rows.
+  uint32_t k_part[kDim / 32], v_part[kDim / 16];
+  const uint32_t distance;  // from keys to values
+
+  __device__ __forceinline__ Walk(const Group& given, uint32_t k, uint32_t v, int first_row, int thread)
+      : group(given), row(first_row), column(thread % 4 * 2), distance(v - k) {
+    const int lane = thread % 32;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) k_part[i] = gpu::keep(k + Layout::place(lane % 8, 4 * i + lane / 8));
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) v_part[i] = gpu::keep(v + Layout::place(lane % 16, 2 * i + lane / 16));
+  }
 
   // Keys [key, key + count) of the group, which lie from row `first` of the shared memory on; kTail: count < kChunk.
   template <bool kMasked, bool kTail>
-  __device__ __forceinline__ void chunk(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2],
-                                        const typename Group::Keys& keys, int key, int first, int count) const {
+  __device__ __forceinline__ void chunk(Tile* tiles, const Query (*query)[2], const typename Group::Keys& keys, int key,
+                                        int first, int count) const {
+    const int bytes = first * Layout::kBytes;
     typename Group::Pairs pairs[kQueries];
     if constexpr (kFolded)
 #pragma unroll
       for (int t = 0; t < kQueries; ++t) pairs[t] = group.template pairs<kMasked>(query[t], row + 16 * t, keys);
-    part<kMasked, kTail, 0>(tiles, pairs, keys, key, first, count);
-    if constexpr (kKeys > kPart)
-      if (!kTail || count > 8 * kPart) part<kMasked, kTail, kPart>(tiles, pairs, keys, key, first, count);
-  }
-
-  // Rows a multiple of 8 apart have their pieces in the same places, so a lane's address is one of these plus a
-  // multiple of 8 rows: for four pieces from `piece` on of 8 rows, and for two pieces of 16.
-  static __device__ __forceinline__ uint32_t four_pieces(int piece) {
-    const int lane = threadIdx.x % 32;
-    return Layout::place(lane % 8, piece + lane / 8);
-  }
-  static __device__ __forceinline__ uint32_t two_pieces(int piece) {
-    const int lane = threadIdx.x % 32;
-    return Layout::place(lane % 16, piece + lane / 16);
-  }
-
-  template <bool kMasked, bool kTail, int kStart>
-  __device__ __forceinline__ void part(QueryTile<kDim> (&tiles)[kQueries],
-                                       const typename Group::Pairs (&pairs)[kQueries], const typename Group::Keys& keys,
-                                       int key, int first, int count) const {
-    constexpr int kCount = kKeys - kStart < kPart ? kKeys - kStart : kPart;
-    static_assert(kKeys <= 2 * kPart && kPart % 2 == 0);
-    const int column = threadIdx.x % 4 * 2;
-    float s[kQueries][kCount][4];
+    uint32_t k_lane[kDim / 32];
 #pragma unroll
-    for (int at = 0; at < kCount; ++at) {
-      const int n = kStart + at;
-      if (kTail && n * 8 >= count) {
+    for (int i = 0; i < kDim / 32; ++i) k_lane[i] = gpu::keep(k_part[i] + bytes);
+
+    float s[kQueries][kKeys][4];
 #pragma unroll
-        for (int t = 0; t < kQueries; ++t) s[t][at][0] = s[t][at][1] = s[t][at][2] = s[t][at][3] = minus_infinity();
-        continue;
-      }
+    for (int n = 0; n < kKeys; ++n) {
+      if constexpr (kTail)
+        if (n * 8 >= count) {
+#pragma unroll
+          for (int t = 0; t < kQueries; ++t) s[t][n][0] = s[t][n][1] = s[t][n][2] = s[t][n][3] = minus_infinity();
+          continue;
+        }
       uint32_t k[kDim / 32][4];
 #pragma unroll
-      for (int part = 0; part < kDim / 32; ++part)
-        gpu::ldmatrix(k[part], k_shared + four_pieces(part * 4) + (first + n * 8) * Layout::kBytes);
+      for (int i = 0; i < kDim / 32; ++i) gpu::ldmatrix(k[i], k_lane[i] + n * 8 * Layout::kBytes);
 #pragma unroll
       for (int t = 0; t < kQueries; ++t) {
         float added[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (kFolded) group.template folded<kMasked>(added, pairs[t], keys, n);
 #pragma unroll
-        for (int part = 0; part < kDim / 32; ++part) {
-          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part], k[part][0], k[part][1], part == 0 ? added : s[t][at]);
-          gpu::mma_16x8x16<T>(s[t][at], tiles[t].q[2 * part + 1], k[part][2], k[part][3], s[t][at]);
+        for (int i = 0; i < kDim / 32; ++i) {
+          gpu::mma_16x8x16<T>(s[t][n], tiles[t].q[2 * i], k[i][0], k[i][1], i == 0 ? added : s[t][n]);
+          gpu::mma_16x8x16<T>(s[t][n], tiles[t].q[2 * i + 1], k[i][2], k[i][3], s[t][n]);
         }
+        if (!kFolded || (kTail && n * 8 + 8 > count))
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = n * 8 + column + i % 2;
-          if (kTail && j >= count)
-            s[t][at][i] = minus_infinity();
-          else if (!kFolded)
-            s[t][at][i] = group.exact(s[t][at][i], row + 16 * t + i / 2 * 8, key + j);
-        }
+          for (int i = 0; i < 4; ++i) {
+            const int j = n * 8 + column + i % 2;
+            if (kTail && j >= count)
+              s[t][n][i] = minus_infinity();
+            else if (!kFolded)
+              s[t][n][i] = group.exact(s[t][n][i], row + 16 * t + i / 2 * 8, key + j);
+          }
       }
     }
-#pragma unroll
-    for (int t = 0; t < kQueries; ++t) weigh(tiles[t], s[t]);
-    add_values<kTail>(tiles, s, first + 8 * kStart, count - 8 * kStart);
+    weigh(tiles, s);
+    add_values<kTail>(tiles, s, bytes, count);
   }
 
   // Turns scores into weights and adds them to the sums.
-  template <int kCount>
-  __device__ __forceinline__ void weigh(QueryTile<kDim>& tile, float (&s)[kCount][4]) const {
+  __device__ __forceinline__ void weigh(Tile* tiles, float (&s)[kQueries][kKeys][4]) const {
     const float factor = kFolded ? group.factor() : kLog2e;
-    float largest[2] = {fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3])};
-#pragma unroll
-    for (int n = 1; n < kCount; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        largest[half] = fmaxf(largest[half], fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    float largest[kQueries][2];
     bool above = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      above |= kFolded ? fmaf(largest[half], factor, -tile.top[half]) > kSlack
-                       : largest[half] > tile.top[half] + kSlack * kLn2;
+    for (int t = 0; t < kQueries; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& most = largest[t][half] = fmaxf(s[t][0][2 * half], s[t][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kKeys; ++n) most = fmaxf(most, fmaxf(s[t][n][2 * half], s[t][n][2 * half + 1]));
+        above |= Tile::template is_far_above<kFolded>(most, tiles[t].minus_top[half], factor);
+      }
     if (__any_sync(~0u, above)) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) tile.template raise<kFolded>(half, largest[half], factor);
+      for (int t = 0; t < kQueries; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) tiles[t].template raise<kFolded>(half, largest[t][half], factor);
     }
 #pragma unroll
-    for (int n = 0; n < kCount; ++n)
+    for (int t = 0; t < kQueries; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float top = tile.top[i / 2];
-        s[n][i] = gpu::exp2_approx(kFolded ? fmaf(s[n][i], factor, -top) : (s[n][i] - top) * factor);
-        tile.sum[i / 2] += s[n][i];
-      }
+      for (int n = 0; n < kKeys; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float minus_top = tiles[t].minus_top[i / 2];
+          s[t][n][i] =
+              gpu::exp2_approx(kFolded ? fmaf(s[t][n][i], factor, minus_top) : (s[t][n][i] + minus_top) * factor);
+          tiles[t].sum[i / 2] += s[t][n][i];
+        }
   }
 
-  // out += weights V. Rows behind the last key hold zeros, up to a multiple of 16.
-  template <bool kTail, int kCount>
-  __device__ __forceinline__ void add_values(QueryTile<kDim> (&tiles)[kQueries], const float (&p)[kQueries][kCount][4],
-                                             int first, int count) const {
+  // out += weights V, for the rows of V that start `bytes` behind the first. Those behind the last key hold zeros, up
+  // to a multiple of 16 rows where kKeys is even.
+  template <bool kTail>
+  __device__ __forceinline__ void add_values(Tile* tiles, const float (&p)[kQueries][kKeys][4], int bytes,
+                                             int count) const {
+    uint32_t v_lane[kDim / 16];
 #pragma unroll
-    for (int n = 0; n < kCount; n += 2) {
+    for (int i = 0; i < kDim / 16; ++i) v_lane[i] = gpu::keep(v_part[i] + bytes);
+#pragma unroll
+    for (int n = 0; n < kKeys; n += 2) {
       if (kTail && n * 8 >= count) break;
       uint32_t weights[kQueries][4];
 #pragma unroll
       for (int t = 0; t < kQueries; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n + i / 2 < kCount)
+          if (n + i / 2 < kKeys)
             weights[t][i] = gpu::pack<T>(p[t][n + i / 2][i % 2 * 2], p[t][n + i / 2][i % 2 * 2 + 1]);
+      if (n + 1 < kKeys) {
 #pragma unroll
-      for (int part = 0; part < kDim / 16; ++part) {
-        if (n + 1 < kCount) {
+        for (int i = 0; i < kDim / 16; ++i) {
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + two_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
+          gpu::ldmatrix_transposed(v, v_lane[i] + n * 8 * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t) {
             float (&out)[kDim / 8][4] = tiles[t].out;
-            gpu::mma_16x8x16<T>(out[2 * part], weights[t], v[0], v[1], out[2 * part]);
-            gpu::mma_16x8x16<T>(out[2 * part + 1], weights[t], v[2], v[3], out[2 * part + 1]);
+            gpu::mma_16x8x16<T>(out[2 * i], weights[t], v[0], v[1], out[2 * i]);
+            gpu::mma_16x8x16<T>(out[2 * i + 1], weights[t], v[2], v[3], out[2 * i + 1]);
           }
-        } else if (part % 2 == 0) {  // the last 8 keys of an odd number of tiles
+        }
+      } else {  // the last 8 keys of an odd number of tiles
+#pragma unroll
+        for (int i = 0; i < kDim / 32; ++i) {
           uint32_t v[4];
-          gpu::ldmatrix_transposed(v, v_shared + four_pieces(2 * part) + (first + n * 8) * Layout::kBytes);
+          gpu::ldmatrix_transposed(v, k_part[i] + distance + bytes + n * 8 * Layout::kBytes);
 #pragma unroll
           for (int t = 0; t < kQueries; ++t)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float (&out)[4] = tiles[t].out[2 * part + i];
-              gpu::mma_16x8x8<T>(out, weights[t][0], weights[t][1], v[i], out);
+            for (int j = 0; j < 4; ++j) {
+              float (&out)[4] = tiles[t].out[4 * i + j];
+              gpu::mma_16x8x8<T>(out, weights[t][0], weights[t][1], v[j], out);
             }
         }
       }
     }
   }
 
-  // Keys [key, key + keys), which lie from row 0 of the shared memory on.
+  // Keys [key, key + keys), which lie from row 0 of the shared memory on. Groups of whole chunks, of which there are
+  // less than 32, may skip those without a bit in `seen.chunks`.
   template <bool kMasked>
-  __device__ __forceinline__ void block(QueryTile<kDim> (&tiles)[kQueries], const Query (&query)[kQueries][2], int key,
-                                        int keys) const {
-    typename Group::Keys at = group.first_keys(key, threadIdx.x % 4 * 2);
-    int first = 0;
+  __device__ __forceinline__ void block(Tile* tiles, const Query (*query)[2], int key, int keys,
+                                        typename Group::Seen seen) const {
+    if constexpr (kFolded && Group::kWholeChunks) {
+      uint32_t chunks = seen.chunks;
 #pragma unroll 1
-    for (; first + kChunk <= keys; first += kChunk) {
-      chunk<kMasked, false>(tiles, query, at, key + first, first, kChunk);
-      group.advance(at, kChunk);
+      while (chunks != 0) {  // runs of neighbours
+        const int begin = __ffs(int(chunks)) - 1;
+        const int end = min(__ffs(int(~(chunks >> begin))) - 1 + begin, group.end_of_run(begin));
+        chunks = chunks >> end << end;
+        typename Group::Keys at = group.keys_of_chunk(begin, column, seen);
+#pragma unroll 1
+        for (int first = kChunk * begin; first < kChunk * end; first += kChunk) {
+          chunk<kMasked, false>(tiles, query, at, first, first, kChunk);
+          group.next_chunk(at, seen);
+        }
+      }
+    } else {
+      int first = 0;
+#pragma unroll 1
+      for (; first + kChunk <= keys; first += kChunk)
+        chunk<kMasked, false>(tiles, query, group.first_keys(key + first, column), key + first, first, kChunk);
+      if (first < keys)
+        chunk<kMasked, true>(tiles, query, group.first_keys(key + first, column), key + first, first, keys - first);
     }
-    if constexpr (!(kFolded && Group::kWholeChunks))
-      if (first < keys) chunk<true, true>(tiles, query, at, key + first, first, keys - first);
   }
 };
 
 // Divides by the sums and writes the rows that are queries, with their log-sum-exp.
-// top_unit: of tile.top, in natural logarithms.
+// top_unit: of tile.minus_top, in natural logarithms.
 template <class T, int kDim, class Group>
-__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim>& tile, int row, float top_unit) {
-  const int column = threadIdx.x % 4 * 2;
+__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim>& tile, int row, float top_unit,
+                                           int thread) {
+  const int column = thread % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = tile.sum[half];
     const int64_t token = group.output_row(row + 8 * half);
     if (token < 0) continue;
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // no key at all: zeros
+    const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);  // no key at all: zeros
     uint16_t* out = group.output(token);
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -259,7 +286,7 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
         if (at + 1 < group.head_dim()) out[at + 1] = uint16_t(pair >> 16);
       }
     }
-    if (column == 0) *group.lse(token) = sum == 0.0f ? minus_infinity() : tile.top[half] * top_unit + logf(sum);
+    if (column == 0) *group.lse(token) = sum == 0.0f ? minus_infinity() : logf(sum) - tile.minus_top[half] * top_unit;
   }
 }
 
@@ -271,117 +298,224 @@ struct SharedKeys {
   Group group;
 
   __device__ explicit SharedKeys(const typename Group::Arguments& given) : arguments(given), group(given) {}
+  __device__ SharedKeys(const typename Group::Arguments& given, typename Group::Kept kept)
+      : arguments(given), group(given, kept) {}
   __device__ __forceinline__ int keys() const { return group.keys(); }
   __device__ __forceinline__ bool resident() const { return arguments.plan.resident; }
-  __device__ __forceinline__ unsigned char* k() const { return gpu::shared_memory<unsigned char>(); }
-  __device__ __forceinline__ unsigned char* v() const { return k() + arguments.plan.block_keys * Layout::kBytes; }
+  // Where a block of keys lies, and its values: there may be two blocks.
+  __device__ __forceinline__ unsigned char* k(int stage) const {
+    return gpu::shared_memory<unsigned char>() + 2 * stage * arguments.plan.block_keys * Layout::kBytes;
+  }
+  __device__ __forceinline__ unsigned char* v(int stage) const {
+    return k(stage) + arguments.plan.block_keys * Layout::kBytes;
+  }
 
-  // Copies keys and values [key, key + count) to row 0; rows behind the last key, up to a multiple of 16, are 0.
-  __device__ __forceinline__ void copy(int key, int count) const {
-    for (int i = threadIdx.x; i < (count + 15) / 16 * 16 * Layout::kPieces; i += blockDim.x) {
+  // Starts to copy a block of keys and values, from `key` on; rows behind the last key, up to a multiple of 16, are 0.
+  // Whole chunks have no rows behind them.
+  __device__ __forceinline__ void copy(int key, int stage) const {
+    const int count = min(keys() - key, arguments.plan.block_keys);
+    const int rows = Group::kWholeChunks ? count : (count + 15) / 16 * 16;
+    for (int i = threadIdx.x; i < rows * Layout::kPieces; i += blockDim.x) {
       const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
       const uint32_t place = Layout::place(row, piece);
-      copy_piece(k(), place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
-      copy_piece(v(), place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
+      copy_piece(k(stage), place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
+      copy_piece(v(stage), place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
     }
     gpu::cp_async_commit();
   }
 
-  // Shows all keys to visit(first key, number of keys), block by block. All threads of the block come here.
+  // Shows all keys to visit(first key, number of keys, stage), block by block. All threads of the block come here.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (int key = 0; key < keys(); key += arguments.plan.block_keys) {
-      const int count = min(keys() - key, arguments.plan.block_keys);
-      if (!resident()) {
-        __syncthreads();
-        copy(key, count);
-        gpu::cp_async_wait<0>();
-        __syncthreads();
+    if constexpr (Group::kWholeChunks) {
+      visit(0, keys(), 0);  // resident by plan
+    } else {
+      const int step = arguments.plan.block_keys;
+#pragma unroll 1
+      for (int key = resident() ? 0 : -step, stage = resident() ? 0 : 1; key < keys(); key += step, stage ^= 1) {
+        if (!resident()) {
+          gpu::cp_async_wait<0>();
+          __syncthreads();  // this block is there, and the one before it is done with
+          if (key + step < keys()) copy(key + step, stage ^ 1);
+        }
+        if (key >= 0) visit(key, min(keys() - key, step), stage);
       }
-      visit(key, count);
     }
   }
 
-  template <class Tile, class Query>
-  __device__ __forceinline__ void load(Tile& tile, Query (&query)[2], int row, bool folded) const {
-    load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
+  __device__ __forceinline__ void load(QueryTile<kDim>& tile, int row, bool folded, int thread) const {
+    load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit(), thread);
     tile.reset(folded);
-    query[0] = group.describe(row), query[1] = group.describe(row + 8);
+  }
+
+  // Leaves this block's largest lengths of keys and bias for may_hide(). A value that is not moderate makes them too
+  // large for any proof. To be called with keys and values in shared memory, and to be followed by a barrier.
+  template <class T>
+  __device__ void measure(float largest_bias) const {
+    float largest = 0.0f;
+    for (int row = threadIdx.x; row < 2 * arguments.plan.block_keys; row += blockDim.x) {
+      const float length = square_length<T, kDim>(k(0) + row * Layout::kBytes);
+      if (!(length <= kHuge))  // so that NaN is found
+        largest = kHuge;
+      else if (row < arguments.plan.block_keys)
+        largest = fmaxf(largest, length);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+      largest_bias = fmaxf(largest_bias, __shfl_xor_sync(~0u, largest_bias, lanes));
+    }
+    if (threadIdx.x % 32 == 0) group.measures()[threadIdx.x / 32] = make_float2(largest, largest_bias);
+  }
+
+  // Whether keys of other regions certainly have no weight in these queries. A score is at most the product of the
+  // lengths plus the largest bias, and at least minus that; each query sees one key of its own region, itself.
+  template <class T, int kQueries>
+  __device__ __forceinline__ bool may_hide(const QueryTile<kDim> (&tiles)[kQueries]) const {
+    float key = 0.0f, bias = 0.0f;
+    for (int warp = 0; warp < int(blockDim.x / 32); ++warp) {
+      const float2 found = group.measures()[warp];
+      key = fmaxf(key, found.x), bias = fmaxf(bias, found.y);
+    }
+    const float room = group.hiding_room() - bias;
+    bool hides = room > 0.0f && key < kHuge;
+#pragma unroll
+    for (int t = 0; t < kQueries; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float length = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i)
+          length += square_sum<T>(tiles[t].q[i][half]) + square_sum<T>(tiles[t].q[i][half + 2]);
+        length += __shfl_xor_sync(~0u, length, 1);
+        length += __shfl_xor_sync(~0u, length, 2);
+        hides &= length <= kHuge && 1.02f * sqrtf(length) * sqrtf(key) <= room;
+      }
+    return __all_sync(~0u, hides);
   }
 
   template <class Walk>
-  __device__ __forceinline__ Walk walk(int row) const {
-    return {group, gpu::shared_address(k()), gpu::shared_address(v()), row};
+  __device__ __forceinline__ Walk walk(int row, int stage, int thread) const {
+    return Walk(group, gpu::shared_address(k(stage)), gpu::shared_address(v(stage)), row, thread);
   }
 };
 
-// The exact way for `tiles` tiles of 16 queries of each warp, where it is not done. It is rare, and a function of its
-// own, so that it takes no registers from the other way.
+// The tiles of 16 queries that a warp does at a time: from `tile` on, `count` of them, which may be none. A pair is
+// always of the same two, so the bits do not depend on who does it.
+struct Share {
+  int tile, count, thread;
+
+  // Each warp has a range of all pairs, the same number give or take one. The longer ranges go to another warp in each
+  // block, as the four schedulers of a multiprocessor have warps of their own; the blocks that share one are about 128
+  // apart. This is computed wherever it is needed: it would take registers in between.
+  template <class Arguments>
+  __device__ __forceinline__ Share(const Arguments& arguments, int pass) : thread(int(gpu::keep(threadIdx.x))) {
+    const uint32_t block = gpu::keep(blockIdx.x);
+    const int warps = blockDim.x / 32, tiles = arguments.plan.tiles, pairs = (tiles + kTogether - 1) / kTogether;
+    const int turn = arguments.warps.remainder(thread / 32 + int((block ^ block >> 7) & 0xffff));
+    const int share = arguments.splits.remainder(arguments.heads.quotient(int(block))) * warps + turn;
+    const int pair = arguments.shares.quotient(pairs * share) + pass;
+    tile = kTogether * pair;
+    count = pair < arguments.shares.quotient(pairs * (share + 1)) ? min(tiles - tile, kTogether) : 0;
+  }
+  __device__ __forceinline__ int row() const { return 16 * tile + thread % 32 / 4; }  // the first of this lane
+};
+
+// The folded way for a warp's share. Returns whether that is done, with right numbers.
+template <class T, int kDim, class Group, int kKeys>
+__device__ __forceinline__ bool attend_folded(const typename Group::Arguments& arguments, int pass) {
+  QueryTile<kDim> tiles[kTogether];
+  {
+    const Share share(arguments, pass);
+    const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+    const int row = share.row();
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t)
+      shared.load(tiles[t], t < share.count ? row + 16 * t : shared.keys(), true, share.thread);
+    bool masks = shared.group.masks();
+    typename Group::Seen seen = shared.group.all_seen();
+    if (share.count > 0 && shared.group.could_hide() && shared.template may_hide<T>(tiles))
+      masks = !shared.group.hide(seen, 16 * share.tile, 16 * share.count);
+    typename Group::Query query[kTogether][2];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) query[t][half] = shared.group.describe(row + 16 * t + 8 * half, seen);
+    shared.for_each([&](int key, int keys, int stage) {
+      const auto attend = [&](const auto& walk) {
+        if (masks)
+          walk.template block<true>(tiles, query, key, keys, seen);
+        else
+          walk.template block<false>(tiles, query, key, keys, seen);
+      };
+      if (share.count == kTogether)
+        attend(shared.template walk<Walk<T, kDim, Group, true, kTogether, kKeys>>(row, stage, share.thread));
+      else if (share.count == 1)
+        attend(shared.template walk<Walk<T, kDim, Group, true, 1, kKeys>>(row, stage, share.thread));
+    });
+  }
+  const Share share(arguments, pass);
+  const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+  bool right = true;
+#pragma unroll
+  for (int t = 0; t < kTogether; ++t)
+    if (t < share.count) right &= tiles[t].add_up();
+#pragma unroll
+  for (int t = 0; t < kTogether; ++t)
+    if (right && t < share.count) write_rows<T, kDim>(shared.group, tiles[t], share.row() + 16 * t, kLn2, share.thread);
+  return right;
+}
+
+// The exact way for a warp's share, where it is not done.
 template <class T, int kDim, class Group>
-__device__ __attribute__((noinline)) void attend_exactly(const typename Group::Arguments& arguments, int first_row,
-                                                         int tiles, bool done) {
-  const SharedKeys<kDim, Group> shared(arguments);
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void attend_exactly(const typename Group::Arguments& arguments, int pass, bool done) {
+  const Share share(arguments, pass);
+  const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
 #pragma unroll 1
-  for (int t = 0; t < tiles; ++t) {
-    const int row = first_row + 16 * t + lane / 4;
-    const bool active = !done && first_row + 16 * t < shared.keys();
-    const auto walk = shared.template walk<Walk<T, kDim, Group, false, 1, 2>>(row);
-    QueryTile<kDim> tile[1];
-    typename Group::Query query[1][2];
-    if (active) shared.load(tile[0], query[0], row, false);
-    shared.for_each([&](int key, int count) {
-      if (active) walk.template block<true>(tile, query, key, count);
+  for (int t = 0; t < kTogether; ++t) {
+    const int row = share.row() + 16 * t;
+    const bool active = !done && t < share.count;
+    QueryTile<kDim> tile;
+    const typename Group::Query query[1][2] = {};  // what is folded in
+    shared.load(tile, active ? row : shared.keys(), false, share.thread);
+    shared.for_each([&](int key, int keys, int stage) {
+      const auto walk =
+          shared.template walk<Walk<T, kDim, Group, false, 1, Group::kWholeChunks ? 1 : 2>>(row, stage, share.thread);
+      if (active) walk.template block<true>(&tile, query, key, keys, shared.group.all_seen());
     });
     if (active) {
-      tile[0].add_up();
-      write_rows<T, kDim>(shared.group, tile[0], row, 1.0f);
+      tile.add_up();
+      write_rows<T, kDim>(shared.group, tile, row, 1.0f, share.thread);
     }
   }
 }
 
-// A block of threads of one (group, head). Its warps take kQueries tiles of queries each, all at the same time.
-template <class T, int kDim, class Group, int kQueries, int kKeys>
+// A block of threads of one (group, head), or of a share of its queries. A warp does two tiles of queries at a time:
+// keys that are loaded serve both.
+template <class T, int kDim, class Group, int kKeys>
 __device__ __forceinline__ void attention_forward(const typename Group::Arguments& arguments) {
-  SharedKeys<kDim, Group> shared(arguments);
-  shared.group.find_rows();
-  __syncthreads();
-  if (shared.resident()) shared.copy(0, shared.keys());
-  const bool folds = __syncthreads_and(shared.group.load_bias());
-  gpu::cp_async_wait<0>();
-  __syncthreads();
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-#pragma unroll 1
-  for (int pass = 0; pass < shared.keys(); pass += 16 * kQueries * warps) {
-    const int first_row = pass + 16 * kQueries * warp, row = first_row + lane / 4;
-    bool done = first_row >= shared.keys();
-    if (folds) {
-      const auto walk = shared.template walk<Walk<T, kDim, Group, true, kQueries, kKeys>>(row);
-      QueryTile<kDim> tiles[kQueries];
-      typename Group::Query query[kQueries][2];
-      if (!done)
-#pragma unroll
-        for (int t = 0; t < kQueries; ++t) shared.load(tiles[t], query[t], row + 16 * t, true);
-      const bool active = !done;
-      shared.for_each([&](int key, int count) {
-        if (!active) return;
-        if (shared.group.masks())
-          walk.template block<true>(tiles, query, key, count);
-        else
-          walk.template block<false>(tiles, query, key, count);
-      });
-      if (active) {
-        done = true;
-#pragma unroll
-        for (int t = 0; t < kQueries; ++t) done &= tiles[t].add_up();
-      }
-      if (active && done)
-#pragma unroll
-        for (int t = 0; t < kQueries; ++t) write_rows<T, kDim>(shared.group, tiles[t], row + 16 * t, kLn2);
+  bool folds;
+  {
+    SharedKeys<kDim, Group> shared(arguments);
+    shared.group.keep();
+    shared.group.find_rows();
+    __syncthreads();
+    if (shared.resident()) shared.copy(0, 0);
+    float largest_bias = 0.0f;
+    folds = __syncthreads_and(shared.group.load_bias(largest_bias));
+    gpu::cp_async_wait<0>();
+    __syncthreads();
+    if (shared.group.could_hide()) {
+      shared.template measure<T>(largest_bias);
+      __syncthreads();
     }
-    if (shared.resident() ? done : __syncthreads_and(done)) continue;
-    attend_exactly<T, kDim, Group>(arguments, first_row, kQueries, done);
+  }
+  const int together = arguments.plan.splits * int(blockDim.x / 32) * kTogether;
+#pragma unroll 1
+  for (int pass = 0; pass * together < arguments.plan.tiles; ++pass) {
+    const bool done = folds && attend_folded<T, kDim, Group, kKeys>(arguments, pass);
+    if (arguments.plan.resident ? !done : !__syncthreads_and(done))
+      attend_exactly<T, kDim, Group>(arguments, pass, done);
   }
 }
 

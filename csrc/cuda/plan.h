@@ -1,65 +1,298 @@
-// How a forward pass of windows uses a block of threads and its shared memory: numbers in, numbers out.
+// How the passes of windows use blocks of threads and their shared memory: numbers in, numbers out.
 #pragma once
 #include <stdint.h>
+
+#include <initializer_list>
 
 #include "call.h"
 
 namespace vidattn::cuda {
 
+constexpr int64_t kBlockStep = 48;  // a block of keys that is not all has a multiple of so many, the chunk of a warp
 constexpr int64_t kMaxTokens = 1200, kMaxHeadDim = 64;
 
 struct WindowShape {
   int64_t window[3], head_dim;
-  int64_t table_rows;   // of the bias; 0 without a table
-  bool plain_bias;      // none, or a table that is indexed by the coordinates of this window
-  int64_t stride_sets;  // how many strides q, k and v have: 1 or 3
+  int64_t table_rows;                       // of the bias; 0 without a table
+  bool plain_bias;                          // none, or a table that is indexed by the coordinates of this window
+  int64_t stride_sets;                      // for how many sets of strides the rows of the tokens are looked up
+  int64_t blocks;                           // groups times heads
+  int64_t table_window[3], bias_extent[2];  // what the table is for, and the height and width that tokens unravel over
+};
+
+// Where a bias row lies: at plane * depth + row * height + width, for differences of coordinates that start at 0.
+struct BiasPitch {
+  int64_t plane, row;
 };
 
 struct ForwardPlan {
   int dim;               // elements of a row in shared memory: head_dim, filled up with zeros
   int threads;           // of a block
-  int block_keys;        // keys and values in shared memory at a time
-  bool resident;         // all of them
+  int tiles;             // of 16 queries
+  int splits;            // blocks that share the queries of a group and head
+  int block_keys;        // keys and values that come into shared memory at a time
+  bool resident;         // all of them; else there is room for two blocks, so that one comes while the other is used
   bool depth_fastest;    // order of the tokens: see WindowGroup
   int bias_floats;       // of the bias in shared memory; 0 if it does not fit
+  BiasPitch pitch;       // of the bias in shared memory, if depth is not fastest
   int64_t shared_bytes;  // of a block
+
+  constexpr int key_rows() const { return resident ? block_keys : 2 * block_keys; }
 };
 
 // Bytes that describe the tokens of a group: where their rows start, for each set of strides; their number in the grid;
-// the part of a bias row that depends on them; their region.
-constexpr int64_t token_bytes(int64_t tokens, int64_t stride_sets) {
-  return round_up(tokens, 16) * (8 * stride_sets + 4 + 4 + 2);
+// the part of a bias row that depends on them, which depth-fastest windows do not need; their region.
+constexpr int64_t kBlockBytes = 16;  // before them: numbers of the block
+constexpr int64_t token_bytes(int64_t tokens, int64_t stride_sets, bool depth_fastest) {
+  return kBlockBytes + round_up(tokens, 16) * (8 * stride_sets + 4 + (depth_fastest ? 0 : 4) + 2);
 }
 
-// Warps for so many tiles of queries, at most `most`, that all have about the same number of them.
-constexpr int64_t even_warps(int64_t tiles, int64_t most) {
-  return ceil_div(tiles, ceil_div(tiles, most));
+// Warps that a multiprocessor has registers for: 168 for each thread with rows of 32 elements, 255 with 64.
+constexpr int most_warps(int64_t dim) {
+  return dim == 32 ? 12 : 8;
 }
 
-// The bias as depth-fastest windows read it: two copies, 16 entries for each difference of depth / 8, height and width.
+// Blocks of threads that occupy a GPU: two for each multiprocessor of a large one.
+constexpr int64_t kManyBlocks = 264;
+
+// Warps for so many pairs of tiles of queries, at most `most`, that all have about the same number of them.
+constexpr int64_t even_warps(int64_t pairs, int64_t most) {
+  return ceil_div(pairs, ceil_div(pairs, most));
+}
+
+// As in the table itself.
+constexpr BiasPitch plain_pitch(const int64_t* table_window) {
+  const int64_t row = 2 * table_window[2] - 1;
+  return {(2 * table_window[1] - 1) * row, row};
+}
+
+// Lanes read the bias of 8 neighbouring queries with 4 keys. Where either of them goes on in the next row or plane of
+// the window, the place moves on by so many of the 32 banks of shared memory that the lanes before and behind seldom
+// meet: 18 and 12 are the best of all for windows of 2 to 8.
+constexpr BiasPitch padded_pitch(const int64_t* table_window, const int64_t* extent) {
+  const auto at_least = [](int64_t least, int64_t bank) { return least + ((bank - least) % 32 + 32) % 32; };
+  const int64_t row = at_least(2 * table_window[2] - 1, extent[1] + 18);
+  return {at_least((2 * table_window[1] - 2) * row + 2 * table_window[2] - 1, (extent[0] - 1) * row + extent[1] + 12),
+          row};
+}
+constexpr int64_t bias_floats(const int64_t* table_window, BiasPitch pitch) {
+  return (2 * table_window[0] - 2) * pitch.plane + (2 * table_window[1] - 2) * pitch.row + 2 * table_window[2] - 1;
+}
+
+// The bias as depth-fastest windows read it: two copies of 14 entries for each difference of depth / 8, height and
+// width. The second one starts in the middle of the 32 banks of shared memory, so that no two lanes of a warp, which
+// read up to 14 entries of each, meet in a bank.
+constexpr int kDepthSteps = 14;
+constexpr int64_t second_copy(const WindowShape& s) {
+  return round_up((2 * (s.window[0] / 8) - 1) * (2 * s.window[1] - 1) * (2 * s.window[2] - 1) * kDepthSteps + 16, 32) -
+         16;
+}
+// Behind them: the bias of keys that are hidden, for the places of a chunk; two numbers of each warp.
+constexpr int64_t kHiddenFloats = 7 * kDepthSteps, kMeasureFloats = 2 * 12;
 constexpr int64_t depth_fastest_floats(const WindowShape& s) {
-  return 2 * (2 * (s.window[0] / 8) - 1) * (2 * s.window[1] - 1) * (2 * s.window[2] - 1) * 16;
+  return 2 * second_copy(s);
 }
 
-// Keys and values come first; what is left is for the bias. `limit` is the shared memory that a block may have.
+// Keys and values come first, for a multiple of 16 keys or, depth fastest, of 8; what is left is for the bias. `limit`
+// is the shared memory that a block may have.
 constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
   ForwardPlan plan{};
-  const int64_t tokens = s.window[0] * s.window[1] * s.window[2], all = round_up(tokens, 16);
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
   plan.dim = s.head_dim <= 32 ? 32 : 64;
-  const int64_t pair_bytes = 4 * plan.dim, left = limit - token_bytes(tokens, s.stride_sets);
-  plan.resident = all * pair_bytes <= left;
+  const int64_t pair_bytes = 4 * plan.dim;
   const bool eights = s.window[0] % 8 == 0 && s.window[2] == 7 && s.plain_bias;
-  plan.depth_fastest = eights && plan.resident && all * pair_bytes + 4 * depth_fastest_floats(s) <= left;
-  const int64_t rows = plan.depth_fastest && plan.dim == 32 ? 32 : 16;  // that a warp takes at a time
-  plan.threads = static_cast<int>(32 * even_warps(ceil_div(tokens, rows), plan.depth_fastest ? 6 : 8));
-  const int64_t floats = plan.depth_fastest ? depth_fastest_floats(s) : s.table_rows > 0 ? s.table_rows : 1;
-  const int64_t bias_bytes = round_up(4 * floats, 16);
-  const bool fits = (plan.resident ? all : 64) * pair_bytes + bias_bytes <= left;
+  plan.depth_fastest = eights && tokens * pair_bytes + 4 * (depth_fastest_floats(s) + kHiddenFloats + kMeasureFloats) +
+                                         token_bytes(tokens, s.stride_sets, true) <=
+                                     limit;
+  const int64_t all = round_up(tokens, plan.depth_fastest ? 8 : 16);
+  const int64_t left = limit - token_bytes(tokens, s.stride_sets, plan.depth_fastest);
+  plan.resident = all * pair_bytes <= left;
+  const int64_t least_keys = plan.resident ? all : 2 * kBlockStep;
+  plan.pitch = plain_pitch(s.table_window);
+  int64_t floats = plan.depth_fastest ? depth_fastest_floats(s) : s.table_rows > 0 ? s.table_rows : 1;
+  if (s.table_rows > 0 && !plan.depth_fastest) {
+    const BiasPitch padded = padded_pitch(s.table_window, s.bias_extent);
+    const int64_t more = bias_floats(s.table_window, padded);
+    if (least_keys * pair_bytes + round_up(4 * more, 16) <= left) plan.pitch = padded, floats = more;
+  }
+  const int64_t bias_bytes = round_up(4 * (floats + (plan.depth_fastest ? kHiddenFloats + kMeasureFloats : 0)), 16);
+  const bool fits = least_keys * pair_bytes + bias_bytes <= left;
   const int64_t bias = fits ? bias_bytes : 0;
   plan.bias_floats = static_cast<int>(fits ? floats : 0);
-  plan.block_keys = static_cast<int>(plan.resident ? all : (left - bias) / pair_bytes / 64 * 64);
-  plan.shared_bytes = plan.block_keys * pair_bytes + token_bytes(tokens, s.stride_sets) + bias;
+  plan.block_keys = static_cast<int>(plan.resident ? all : (left - bias) / (2 * pair_bytes) / kBlockStep * kBlockStep);
+  plan.shared_bytes = plan.key_rows() * pair_bytes + limit - left + bias;
+  // Four warps, one for each scheduler of a multiprocessor; more where its shared memory has no room for so many
+  // blocks. It keeps 1 KB a block for itself.
+  plan.tiles = static_cast<int>(ceil_div(tokens, 16));
+  const int64_t pairs = ceil_div(tokens, 32), together = (limit + 1024) / (plan.shared_bytes + 1024);
+  const int64_t fill = most_warps(plan.dim) / together;
+  const int64_t warps = even_warps(pairs, fill > 4 ? fill : 4);
+  plan.threads = static_cast<int>(32 * warps);
+  const int64_t wanted = ceil_div(kManyBlocks, s.blocks > 0 ? s.blocks : 1), most = pairs / warps;
+  plan.splits = static_cast<int>(wanted < most ? wanted : most > 1 ? most : 1);
   return plan;
+}
+
+// ---- Backward ----
+
+struct BackwardShape : WindowShape {
+  bool table_gradient, pad_gradient;
+};
+
+// A warp owns `warp_keys` keys of a block of keys, and meets the queries tile by tile.
+struct BackwardPlan {
+  int dim;                 // elements of a row in shared memory
+  int warps, threads;      // of a block
+  int warp_keys;           // of a warp
+  int query_tile;          // queries at a time
+  int block_keys, blocks;  // keys of a block of them, and such blocks, one after the other
+  int rows;                // of keys in shared memory
+  bool depth_fastest;      // order of the tokens: see WindowGroup
+  int bias_floats;         // of the bias in shared memory; 0 if it does not fit
+  int table_floats;        // of a warp's sums of the table's gradient (depth fastest: of the block's); 0 without one
+  bool table_is_shared;    // whether they are in shared memory
+  int score_tiles;         // gradients of scores of so many tiles of queries are there at a time: 1 or 2
+  // Where it begins in shared memory; keys come first, at kKeysPlace, tokens and the bias last.
+  int values, queries, scores, records, buffers, table_sums, pad_sums, tokens;
+  int pair_sums;         // as well; 0: dS goes to the rows of the table at once
+  int64_t shared_bytes;  // of a block; more than the limit if there is no way
+};
+
+constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
+constexpr int kMaxBackwardWarps = 12;              // 3 on each quarter of a multiprocessor, with 168 registers a thread
+constexpr int kShortWindow = 64;                   // tokens whose pairs have sums of their own
+constexpr int kBufferBytes = 1024;                 // of a warp: 32 keys with 8 queries
+constexpr int kSpareRows = 32;                     // of a warp's table, for lanes without a key
+
+// Row of the bias table of token n with token 0, counted from the row of a token with itself.
+constexpr int64_t bias_row(const BackwardShape& s, int64_t n) {
+  const int64_t height = s.bias_extent[0], width = s.bias_extent[1];
+  return (n / width / height * (2 * s.table_window[1] - 1) + n / width % height) * (2 * s.table_window[2] - 1) +
+         n % width;
+}
+
+// Rows of the bias table between queries and `keys` neighbouring keys, wherever those begin at a multiple of `keys`.
+constexpr int64_t bias_span(const BackwardShape& s, int64_t tokens, int64_t keys) {
+  int64_t widest = 0;
+  for (int64_t first = 0; first < tokens; first += keys) {
+    const int64_t last = first + keys < tokens ? first + keys - 1 : tokens - 1;
+    const int64_t spread = bias_row(s, last) - bias_row(s, first);
+    if (spread > widest) widest = spread;
+  }
+  return bias_row(s, tokens - 1) + widest + 1 + kSpareRows;
+}
+
+// Puts the areas one behind the other for so many warps.
+constexpr BackwardPlan place_backward(const BackwardShape& s, BackwardPlan plan, int64_t warps) {
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2], slots = round_up(tokens, 32);
+  const int64_t keys = round_up(warps * plan.warp_keys + (plan.warp_keys % 16), 16);  // a half tile reads on
+  const int64_t row = 2 * plan.dim, score_row = plan.query_tile <= 32 ? 64 : 128;
+  int64_t at = kKeysPlace + keys * row;
+  const auto take = [&](int64_t bytes) {
+    const int64_t place = at;
+    at += round_up(bytes, 16);
+    return static_cast<int>(place);
+  };
+  plan.warps = static_cast<int>(warps), plan.threads = 32 * plan.warps;
+  plan.block_keys = static_cast<int>(warps * plan.warp_keys), plan.rows = static_cast<int>(keys);
+  plan.blocks = static_cast<int>(ceil_div(tokens, plan.block_keys));
+  plan.values = take(keys * row);
+  plan.queries = take(4 * plan.query_tile * row);
+  plan.scores = take(plan.score_tiles * keys * score_row);
+  plan.records = take(16 * slots);
+  plan.buffers = take(plan.table_floats > 0 ? warps * kBufferBytes : 0);
+  plan.table_sums = take(plan.table_is_shared ? warps * plan.table_floats * 4 : 0);
+  if (plan.pair_sums) plan.pair_sums = take(warps * plan.warp_keys * slots * 4);
+  plan.pad_sums = take(s.pad_gradient ? warps * 2 * plan.dim * 4 : 0);
+  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
+  take(4 * plan.bias_floats);
+  plan.shared_bytes = at;
+  return plan;
+}
+
+// The most warps that fit, shared out evenly among as few blocks of keys as that allows.
+constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& plan, int64_t limit) {
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2], needed = ceil_div(tokens, plan.warp_keys);
+  for (int64_t most = needed < kMaxBackwardWarps ? needed : kMaxBackwardWarps; most > 1; --most) {
+    const BackwardPlan placed = place_backward(s, plan, even_warps(needed, most));
+    if (placed.shared_bytes <= limit) return placed;
+  }
+  return place_backward(s, plan, 1);
+}
+
+// Windows that are 8 deep and 7 wide: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is in
+// shared memory, or this is not the way.
+constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
+  const int64_t rows = s.window[1], keys = 56 * rows, slots = round_up(keys, 32), heights = 2 * rows - 1;
+  const int64_t read = round_up(keys + 8, 16);  // the last warp reads 8 keys on
+  BackwardPlan plan{};
+  plan.dim = 32, plan.warps = static_cast<int>(rows), plan.threads = 32 * plan.warps,
+  plan.warp_keys = plan.query_tile = 56;
+  plan.block_keys = static_cast<int>(keys), plan.rows = static_cast<int>(read);
+  plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
+  plan.bias_floats = static_cast<int>(2 * heights * 14 * 28);
+  plan.table_floats = static_cast<int>(s.table_gradient ? heights * 13 * 64 : 0);
+  int64_t at = kKeysPlace + 64 * read;
+  const auto take = [&](int64_t bytes) {
+    const int64_t place = at;
+    at += round_up(bytes, 16);
+    return static_cast<int>(place);
+  };
+  plan.values = take(64 * read);
+  plan.queries = take(4 * 56 * 64);
+  plan.scores = take(keys * 112);
+  plan.records = take(28 * slots);
+  plan.table_sums = take(4 * plan.table_floats);
+  plan.pad_sums = take(s.pad_gradient ? rows * 2 * 32 * 4 : 0);
+  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
+  take(4 * plan.bias_floats);
+  plan.shared_bytes = at;
+  return plan;
+}
+
+constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
+  if (s.window[0] == 8 && s.window[1] <= 7 && s.window[2] == 7 && s.head_dim <= 32 && s.plain_bias) {
+    const BackwardPlan plan = plan_depth_fastest(s);
+    if (plan.shared_bytes <= limit) return plan;
+  }
+  BackwardPlan plan{};
+  plan.dim = s.head_dim <= 32 ? 32 : 64;
+  plan.warp_keys = plan.dim == 32 ? 32 : 16;
+  plan.query_tile = 32;
+  const int bias_floats = static_cast<int>(s.table_rows > 0 ? s.table_rows : 1);
+  const int64_t few = ceil_div(tokens, plan.warp_keys) < 4 ? ceil_div(tokens, plan.warp_keys) : 4;
+  if (s.table_gradient) plan.table_floats = static_cast<int>(bias_span(s, tokens, plan.warp_keys));
+  // What is given up first: the sums of the table in shared memory, if few warps are left; then the bias.
+  for (const bool with_bias : {true, false})
+    for (const bool shared_table : {true, false}) {
+      if (shared_table && !s.table_gradient) continue;
+      plan.bias_floats = with_bias ? bias_floats : 0, plan.table_is_shared = shared_table;
+      plan.pair_sums = shared_table && tokens <= kShortWindow;
+      plan.score_tiles = 1;
+      const BackwardPlan one = fit_backward(s, plan, limit);
+      if (one.shared_bytes > limit || one.threads < 32 * few) continue;
+      if (plan.pair_sums) return one;  // a small one, so that many blocks share a multiprocessor
+      plan.score_tiles = 2;
+      const BackwardPlan two = fit_backward(s, plan, limit);
+      return two.shared_bytes <= limit && two.blocks == one.blocks ? two : one;
+    }
+  plan.score_tiles = 1, plan.pair_sums = 0;
+  return fit_backward(s, plan, limit);
+}
+
+// Shares of the windows of one head, each walked over by one block of threads: about 512 blocks of up to 12 warps, at
+// most 64 windows a share so that long sums lose no digits, and at most 16 MB of tables. Depth fastest, a block has a
+// multiprocessor for itself, however few its warps are.
+constexpr int64_t backward_shares(int64_t groups, int64_t heads, const BackwardPlan& plan, int64_t table_rows) {
+  const int64_t warps = plan.depth_fastest ? kMaxBackwardWarps : plan.threads / 32;
+  const int64_t blocks = 512 * kMaxBackwardWarps / (warps > 0 ? warps : 1);
+  int64_t shares = ceil_div(blocks, heads);
+  if (shares < ceil_div(groups, 64)) shares = ceil_div(groups, 64);
+  const int64_t most = table_rows > 0 ? (int64_t(16) << 20) / (4 * heads * table_rows) : shares;
+  if (shares > most) shares = most;
+  if (shares > groups) shares = groups;
+  return shares > 0 ? shares : 1;
 }
 
 }  // namespace vidattn::cuda

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t keep(uint32_t x) {
   return x;
 }
 
-// Reads of shared memory by address: V is float, float2, int2 or uint32_t.
+// Reads of shared memory by address: V is float, float2, float4, int2, uint4 or uint32_t.
 template <class V>
 __device__ __forceinline__ V load_shared(uint32_t address);
 template <>
@@ -43,6 +43,18 @@ __device__ __forceinline__ float2 load_shared<float2>(uint32_t address) {
   return v;
 }
 template <>
+__device__ __forceinline__ float4 load_shared<float4>(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+  return v;
+}
+template <>
+__device__ __forceinline__ uint4 load_shared<uint4>(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+template <>
 __device__ __forceinline__ int2 load_shared<int2>(uint32_t address) {
   int2 v;
   asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
@@ -53,6 +65,14 @@ __device__ __forceinline__ uint32_t load_shared<uint32_t>(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
+}
+
+// Writes to shared memory by address.
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 
 // Asynchronous copies from global to shared memory. valid = false writes zeros and does not read the source.
@@ -91,6 +111,13 @@ __device__ __forceinline__ void cp_async_wait() {
 VIDATTN_LDMATRIX(ldmatrix, "")
 VIDATTN_LDMATRIX(ldmatrix_transposed, ".trans")
 #undef VIDATTN_LDMATRIX
+
+// Transposes an 8 x 8 matrix of 16-bit elements, of which a lane has two neighbours: row lane / 4, column lane % 4 * 2.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 
 // d = a b + c for a (16, 16), b (16, 8), c and d (16, 8); the second form has 8 columns of a, 8 rows of b.
 template <class T>

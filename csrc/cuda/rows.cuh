@@ -7,9 +7,10 @@
 
 namespace vidattn::cuda {
 
-template <int kDim>
+template <int kElements>
 struct Rows {
-  static_assert(kDim == 32 || kDim == 64, "written for rows of 64 or 128 bytes");
+  static_assert(kElements == 32 || kElements == 64, "written for rows of 64 or 128 bytes");
+  static constexpr int kDim = kElements;
   static constexpr int kBytes = 2 * kDim, kPieces = kBytes / 16;
 
   static __device__ __forceinline__ uint32_t place(int row, int piece) {
@@ -49,12 +50,34 @@ __device__ __forceinline__ void copy_piece(unsigned char* shared, uint32_t place
   }
 }
 
+// Two neighbouring elements of a row of `dim`; the row's start is a multiple of `unit` bytes.
+__device__ __forceinline__ void write_pair(char* row, int at, int dim, int unit, uint32_t pair) {
+  uint16_t* element = reinterpret_cast<uint16_t*>(row) + at;
+  if (unit >= 4) {
+    if (at < dim) *reinterpret_cast<uint32_t*>(element) = pair;
+  } else {
+    if (at < dim) element[0] = uint16_t(pair);
+    if (at + 1 < dim) element[1] = uint16_t(pair >> 16);
+  }
+}
+
+// Writes one piece of a row of `dim` elements, which starts at a multiple of `unit` bytes.
+__device__ __forceinline__ void write_piece(char* row, int piece, int dim, int unit, const uint4& words) {
+  if (unit == 16) {
+    if (piece * 8 < dim) *reinterpret_cast<uint4*>(row + piece * 16) = words;
+    return;
+  }
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) write_pair(row, piece * 8 + 2 * i, dim, unit, pairs[i]);
+}
+
 // The A operand of 16 queries straight from global memory: this lane's part of rows `low` and `high` (null for zeros).
 // A lane's word is two neighbouring elements; each query is read once, so shared memory would not help.
 template <int kDim>
 __device__ __forceinline__ void load_queries(uint32_t (&q)[kDim / 16][4], const char* low, const char* high, int dim,
-                                             int unit) {
-  const int column = threadIdx.x % 4 * 2;
+                                             int unit, int thread = threadIdx.x) {
+  const int column = thread % 4 * 2;
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i)
 #pragma unroll
@@ -72,6 +95,35 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[kDim / 16][4], const 
       }
       q[i][part] = word;
     }
+}
+
+// The sum of the squares of the two elements of a word.
+template <class T>
+__device__ __forceinline__ float square_sum(uint32_t word);
+template <>
+__device__ __forceinline__ float square_sum<__nv_bfloat16>(uint32_t word) {
+  const float low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000);
+  return fmaf(low, low, high * high);
+}
+template <>
+__device__ __forceinline__ float square_sum<__half>(uint32_t word) {
+  const uint16_t bits[2] = {uint16_t(word), uint16_t(word >> 16)};
+  const float low = __half2float(reinterpret_cast<const __half&>(bits[0]));
+  const float high = __half2float(reinterpret_cast<const __half&>(bits[1]));
+  return fmaf(low, low, high * high);
+}
+
+// The square of the length of a row in shared memory.
+template <class T, int kDim>
+__device__ __forceinline__ float square_length(const unsigned char* row) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int piece = 0; piece < kDim / 8; ++piece) {  // the order does not matter, so they need not be found
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(row + 16 * ((piece + threadIdx.x / (kDim == 32 ? 2 : 1)) % (kDim / 8)));
+    sum += square_sum<T>(words.x) + square_sum<T>(words.y) + square_sum<T>(words.z) + square_sum<T>(words.w);
+  }
+  return sum;
 }
 
 }  // namespace vidattn::cuda

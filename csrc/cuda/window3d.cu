@@ -3,36 +3,22 @@
 
 #include "forward.cuh"
 #include "window3d.cuh"
+#include "window3d_host.h"
 
 namespace vidattn::cuda {
 namespace {
 
-bool same_strides(const TokenTensor& x, const TokenTensor& y) {
-  for (int i = 0; i < 5; ++i)
-    if (x.stride[i] != y.stride[i]) return false;
-  return true;
-}
-
-// The largest of 16, 4 and 2 that all rows of these tensors start at a multiple of, and that head_dim fills.
-int unit_of(const Window3dArgs& a, const Slot* slots, int count) {
-  uint64_t bits = uint64_t(a.head_dim) * 2 | reinterpret_cast<uintptr_t>(a.pad_qkv);
-  for (int i = 0; i < count; ++i) {
-    bits |= reinterpret_cast<uintptr_t>(a.tensor[slots[i]].data);
-    for (int64_t stride : a.tensor[slots[i]].stride) bits |= uint64_t(stride);
-  }
-  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
-}
-
+// Of the registers of a multiprocessor, a thread may have its share of those of most_warps: 168 or 255.
 template <class T, int kDim>
-__global__ void __launch_bounds__(256, kDim == 32 ? 2 : 1)
+__global__ void __launch_bounds__(32 * most_warps(kDim))
     window_forward(const __grid_constant__ WindowArguments arguments) {
-  attention_forward<T, kDim, WindowGroup<false>, 1, 8>(arguments);
+  attention_forward<T, kDim, WindowGroup<false>, 6>(arguments);
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(192, kDim == 32 ? 2 : 1)
+__global__ void __launch_bounds__(32 * most_warps(kDim))
     depth_fastest_window_forward(const __grid_constant__ WindowArguments arguments) {
-  attention_forward<T, kDim, WindowGroup<true>, kDim == 32 ? 2 : 1, 7>(arguments);
+  attention_forward<T, kDim, WindowGroup<true>, 7>(arguments);
 }
 
 template <class T>
@@ -51,21 +37,35 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
       same_strides(call.tensor[kQ], call.tensor[kK]) && same_strides(call.tensor[kQ], call.tensor[kV]) ? 1 : 3;
   const Slot keys[] = {kK, kV}, queries[] = {kQ};
   a.unit = unit_of(call, keys, 2), a.query_unit = unit_of(call, queries, 1);
-  const bool dense = call.mask || (call.bias && !call.bias_is_table);
   WindowShape shape{{call.window[0], call.window[1], call.window[2]}, call.head_dim};
   shape.table_rows = call.bias_is_table ? call.bias_size : 0;
-  shape.plain_bias =
-      !dense && (!call.bias || (call.bias_extent[0] == call.window[1] && call.bias_extent[1] == call.window[2]));
+  shape.plain_bias = has_plain_bias(call);
   shape.stride_sets = a.stride_sets;
+  shape.blocks = call.heads * call.groups;
+  for (int axis = 0; axis < 3; ++axis) shape.table_window[axis] = call.bias_window[axis];
+  for (int axis = 0; axis < 2; ++axis) shape.bias_extent[axis] = call.bias_extent[axis];
   a.plan = plan_forward(shape, gpu::shared_memory_limit());
-  a.tables = a.plan.block_keys * a.plan.dim * 4, a.slots = int(round_up(call.tokens, 16));
+  a.tables = a.plan.key_rows() * a.plan.dim * 4 + int(kBlockBytes), a.slots = int(round_up(call.tokens, 16));
+  a.heads = Divisor(call.heads), a.splits = Divisor(a.plan.splits), a.warps = Divisor(a.plan.threads / 32);
+  a.shares = Divisor(a.plan.splits * (a.plan.threads / 32)), a.height = Divisor(call.window[1]);
+  a.width = Divisor(call.window[2]);
+  a.lines = Divisor(2 * call.window[1] - 1), a.columns = Divisor(2 * call.window[2] - 1);
+  for (int axis = 0; axis < 3; ++axis) a.count[axis] = Divisor(call.count[axis]);
+  if (call.bias_is_table) {
+    a.bias_height = Divisor(call.bias_extent[0]), a.bias_width = Divisor(call.bias_extent[1]);
+    a.table_heights = Divisor(2 * call.bias_window[1] - 1), a.table_widths = Divisor(2 * call.bias_window[2] - 1);
+  }
   const float scale = float(call.scale);
   a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
-  const bool masks = call.region_mask[0] || call.region_mask[1] || call.region_mask[2];
-  a.folds = scale >= 0x1p-10f && scale <= 0x1p10f && !dense && a.plan.bias_floats > 0 &&
-            (!masks || a.mask_added == -INFINITY || (a.mask_added >= -0x1p20f && a.mask_added <= 0x1p20f));
+  for (int axis = 0; axis < 3; ++axis) a.borders |= call.region_mask[axis] << axis;
+  const int64_t* table = call.bias_window;
+  if (call.bias_is_table)
+    a.bias_row = int((table[0] - 1) * a.plan.pitch.plane + (table[1] - 1) * a.plan.pitch.row + table[2] - 1);
+  a.scale = scale, a.mask_value = float(call.mask_value);
+  a.hiding_room = 0.5f * (-kNothing / a.factor - a.mask_added), a.all_chunks = (1u << call.tokens / 56 % 32) - 1;
+  a.folds = has_moderate_numbers(call) && a.plan.bias_floats > 0;
   const auto kernel = call.element == Element::float16 ? kernel_for<__half>(a.plan) : kernel_for<__nv_bfloat16>(a.plan);
-  return gpu::launch(kernel, dim3(uint32_t(call.heads * call.groups)), dim3(uint32_t(a.plan.threads)),
+  return gpu::launch(kernel, dim3(uint32_t(shape.blocks * a.plan.splits)), dim3(uint32_t(a.plan.threads)),
                      size_t(a.plan.shared_bytes), stream, a);
 }
 

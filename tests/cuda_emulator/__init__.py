@@ -43,8 +43,6 @@ __all__ = [
     "view",
 ]
 
-_DTYPES = (torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 64
 _READ, _WRITE, _INITIALISED = 1, 2, 4  # rights, as in machine.h
 
 _libraries: dict[str, torch.library.Library] = {}  # of the ops, by namespace
@@ -203,33 +201,21 @@ def _route_calls() -> None:
     """Make the launch functions of the families give those of the emulator for "cuda"."""
     if _undo:
         return
-    _undo.append(functools.partial(backends._BACKENDS.__setitem__, "cuda", backends._BACKENDS["cuda"]))
-    backends._BACKENDS["cuda"] = backends.Backend("cuda", ("cuda",), when_named=("cpu",))
+    _replace(backends._BACKENDS, "cuda", backends.Backend("cuda", ("cuda",), when_named=("cpu",)))
     for module, (function, *ops) in _PASSES.items():
-        key = (function, "cuda")
-        for table, value in (
-            (backends._kernel_missing, lambda: None),
-            (backends._kernel_check, backends._kernel_check.get(key, _check)),
-        ):
-            put_back = functools.partial(table.__setitem__, key, table[key]) if key in table else None
-            _undo.append(put_back or functools.partial(table.pop, key))
-            table[key] = value
+        _replace(backends._kernel_missing, (function, "cuda"), lambda: None)
         _undo.append(functools.partial(setattr, module, "launch_functions", module.launch_functions))
         passes = tuple(functools.partial(_launch, op) for op in ops)
         module.launch_functions = functools.partial(_launch_functions, module.launch_functions, passes)
 
 
+def _replace(table: dict[Any, Any], key: Any, value: Any) -> None:
+    _undo.append(functools.partial(table.__setitem__, key, table[key]))
+    table[key] = value
+
+
 def _launch_functions(otherwise: Callable[[str], Any], passes: tuple[Callable[..., None], ...], backend: str) -> Any:
     return passes if backend == "cuda" else otherwise(backend)
-
-
-def _check(call: backends.AttentionCall) -> list[str]:
-    reasons = []
-    if call.dtype not in _DTYPES:
-        reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
-    if call.head_dim > _MAX_HEAD_DIM:
-        reasons.append(f"runs head dimensions up to {_MAX_HEAD_DIM}, got {call.head_dim}")
-    return reasons
 
 
 def _launch(op: str, call: Any, *rest: Any) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -62,26 +63,29 @@ def backend_library(checked: bool, edits: Mapping[str, Callable[[str], str]] | N
     from torch.utils import cpp_extension
 
     folder = _edited(edits) if edits else CSRC / "cuda"
+    changed = set(edits or ())
     namespace = f"vidattn_emulated_{_key(_texts(folder), sorted(CSRC.glob('*.h')), sorted(INCLUDE.iterdir()), checked)}"
-    # Edits are of kernels, as a rule: what does not see those is compiled once for all.
-    host = folder if any(not name.endswith((".cu", ".cuh")) for name in edits or ()) else CSRC / "cuda"
     headers = [*CSRC.glob("*.h"), *INCLUDE.iterdir()]
     named = BUILD / f"{namespace}.cpp"
     _write(named, f'extern "C" {{ extern const char emulated_namespace[] = "{namespace}"; }}\n')
 
-    def kernels(source: Path) -> Path:
-        flags = [*_mode(checked), *KERNEL_FLAGS, f"-I{CSRC}", "-x", "c++"]
-        return _compile(source, flags, [*folder.glob("*.h"), *folder.glob("*.cuh"), *headers])
+    def compiled_alone(name: str, flags: list[str]) -> Path:
+        names = _included(folder, name)
+        home = folder if names & changed else CSRC / "cuda"  # what no edit reaches is compiled once for all
+        return _compile(home / name, [*flags, f"-I{CSRC}"], [*(home / name for name in sorted(names)), *headers])
 
-    def ops(source: Path) -> Path:
-        flags = ["-O0", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}"]
-        flags += [f"-I{path}" for path in cpp_extension.include_paths()]
-        return _compile(source, flags, [*host.glob("*.h"), *headers])
+    def kernels(name: str) -> Path:
+        return compiled_alone(name, [*_mode(checked), *KERNEL_FLAGS, "-x", "c++"])
+
+    def ops(name: str) -> Path:
+        flags = ["-O0", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        return compiled_alone(name, flags + [f"-I{path}" for path in cpp_extension.include_paths()])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as beside:
         library = beside.submit(_emulator_library)  # which takes as long
-        objects = [pool.submit(kernels, source) for source in sorted(folder.glob("*.cu"))]
-        objects += [pool.submit(ops, source) for source in [*sorted(host.glob("*.cpp")), named]]
+        objects = [pool.submit(kernels, path.name) for path in sorted(folder.glob("*.cu"))]
+        objects += [pool.submit(ops, path.name) for path in sorted(folder.glob("*.cpp"))]
+        objects.append(pool.submit(_compile, named, [], []))
         compiled = [each.result() for each in objects]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
     return namespace, _link(compiled, "backend", [str(library.result()), *libraries])
@@ -104,6 +108,17 @@ def _mode(checked: bool) -> list[str]:
 
 def _texts(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _included(folder: Path, name: str) -> set[str]:
+    """Name the files of a folder that a file of it is made of: itself and what it includes, and so on."""
+    found, left = set(), [name]
+    while left:
+        one = left.pop()
+        if one not in found and (folder / one).is_file():
+            found.add(one)
+            left += re.findall(r'^#include "([^"/]+)"', (folder / one).read_text(), re.MULTILINE)
+    return found
 
 
 def _edited(edits: Mapping[str, Callable[[str], str]]) -> Path:

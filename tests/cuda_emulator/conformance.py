@@ -20,7 +20,7 @@ from tests import cuda_emulator
 __all__ = ["committed", "compare", "parse", "run", "words"]
 
 KERNELS = Path(__file__).parent / "kernels"
-CASES, LANES, WORDS = 16, 32, 8
+CASES, LANES, WORDS = 17, 32, 8
 POWERS, ROUNDED = 6, (11, 13)  # cases that hardware may give otherwise: ex2, and products whose sums are rounded
 EX2_ULP, PRODUCT_ERROR = 4, 1e-5  # two that are each off by 2 ulp; of the largest element
 

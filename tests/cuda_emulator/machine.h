@@ -123,6 +123,7 @@ void check_copies_done(const Fiber& fiber);
 enum Right : uint8_t { kMayRead = 1, kMayWrite = 2, kInitialised = 4 };
 // Memory that kernels may use from now on, with the rights to each byte.
 void add_memory(std::string name, uintptr_t begin, std::vector<uint8_t> rights);
+void add_workspace(void* begin, size_t bytes);
 void add_image(uintptr_t begin, uintptr_t end);  // constants of the kernels
 void forget_memory();
 // For each byte of an added memory whether a kernel wrote it. Empty if there is no such memory.

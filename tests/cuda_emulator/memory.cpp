@@ -237,6 +237,10 @@ void add_image(uintptr_t begin, uintptr_t end) {
   images.push_back({begin, end});
 }
 
+// Memory that an op made for its kernels, which they may read where they wrote it.
+void add_workspace(void* begin, size_t bytes) {
+  add_memory("the workspace", uintptr_t(begin), std::vector<uint8_t>(bytes, kMayRead | kMayWrite));
+}
 void forget_memory() {
   memories.clear();
 }
@@ -259,6 +263,17 @@ void load_shared(uint32_t address, void* to, size_t bytes, Site site) {
   else if (address < kSharedStart || address + bytes > kSharedStart + shared_bytes)
     found("out of bounds", "a read of " + owner(from), &f, site, from, true);
   std::memcpy(to, shared_base + address, bytes);
+  f.loads.push_back({address, uint32_t(bytes), site.line()});
+}
+
+void store_shared(uint32_t address, const void* from, size_t bytes, Site site) {
+  Fiber& f = *current;
+  const uintptr_t to = uintptr_t(shared_base) + address;
+  if (options.checked)
+    check(to, bytes, Access::write, f, site);
+  else if (address < kSharedStart || address + bytes > kSharedStart + shared_bytes)
+    found("out of bounds", "a write of " + owner(to), &f, site, to, true);
+  std::memcpy(shared_base + address, from, bytes);
   f.loads.push_back({address, uint32_t(bytes), site.line()});
 }
 

@@ -27,14 +27,21 @@ __all__ = [
 ]
 
 _MAX_HEAD_DIM = 128
+# What csrc/cuda/plan.h allows.
+_CUDA_HEAD_DIM, _CUDA_TOKENS = 64, 1200
+
+# Of the mode that make_fx and export record with.
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 # Registrations live as long as this object.
 LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 # Grows with every change of what native ops take. An extension built from other sources would read other arguments.
-_NATIVE_VERSION = 2
+_NATIVE_VERSION = 3
 LIBRARY.define("_native_version() -> int")
+# The version of CUDA that compiled the kernels, "13.0" say; or, without any, why there are none.
+LIBRARY.define("_cuda_build() -> str")
 # Implemented by the extension: the instruction set in use, and a comma-separated list of those it could use here.
 LIBRARY.define("_cpu_isa() -> str")
 LIBRARY.define("_cpu_isas() -> str")
@@ -67,15 +74,26 @@ def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
         return _extension_error
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"vidattn::{op}", dispatch_key):
         return None
+    if dispatch_key == "CUDA":
+        return f"the compiled extension was built without CUDA kernels: {torch.ops.vidattn._cuda_build()}"
     return f"the compiled extension was built without {dispatch_key} kernels"
 
 
-def describe_call(op: str, q: Tensor) -> AttentionCall:
-    """Say what kind of call an op's first tensor makes."""
-    return AttentionCall(op, q.device.type, q.dtype, q.shape[-1])
+def describe_call(op: str, q: Tensor, *more: Any) -> AttentionCall:
+    """Say what kind of call an op's first tensor makes; the other fields follow, from the number of tokens on."""
+    device = q.device
+    return AttentionCall(op, device.type, q.dtype, q.shape[-1], device.index, *more)
 
 
-def call_attention(function: str, op: str, inputs: Any, options: Any, backend: str | None) -> Any:
+def call_attention(
+    function: str,
+    op: str,
+    inputs: Any,
+    options: Any,
+    backend: str | None,
+    group_tokens: int = 0,
+    bias: str = "none",
+) -> Any:
     """Call an op of attention with validated arguments: choose the backend and draw the seed of the dropout.
 
     Args:
@@ -84,13 +102,31 @@ def call_attention(function: str, op: str, inputs: Any, options: Any, backend: s
         inputs: its tensors, the seed last, which is None so far.
         options: its options.
         backend: the call's own ``backend`` argument.
+        group_tokens: see :class:`vidattn.backends.AttentionCall`.
+        bias: kind of the tensor behind v, if it is there: "table" or "dense"; "none" if it is no bias.
 
     Returns:
         What the op returns.
     """
-    chosen = choose_backend(describe_call(function, inputs.q), backend)
+    if inputs[3] is None:
+        bias = "none"
+    needs_bias_grad = bias != "none" and _may_need_gradient(inputs[3])
+    call = describe_call(function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad)
+    chosen = choose_backend(call, backend)
     seed = draw_seed(inputs.q, options.dropout_p)
     return call_op(op, *inputs[:-1], seed, *options, chosen)
+
+
+def _may_need_gradient(x: Tensor) -> bool:
+    """Say whether a gradient of a tensor may be asked for.
+
+    ``torch.compile`` guards on what tensors say. A transform, or a program that is recorded for later, does not.
+    """
+    if torch.compiler.is_compiling():
+        hidden = torch.compiler.is_exporting()
+    else:
+        hidden = torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(_PROXY) is not None
+    return hidden or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def native_pass(op: str) -> Callable[..., None]:
@@ -99,18 +135,24 @@ def native_pass(op: str) -> Callable[..., None]:
     return lambda call, *rest: native(*call, *rest)
 
 
-def register_function(function: Callable[..., Any], *, native: str, attends: bool = True) -> None:
+def register_function(
+    function: Callable[..., Any], *, native: str, attends: bool = True, has_cuda: bool = False
+) -> None:
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
     Args:
         function: the function, which asks :func:`vidattn.backends.choose_backend`.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
         attends: whether it computes attention; what only moves data runs in any dtype.
+        has_cuda: whether csrc/cuda has kernels of the native op.
     """
     name, missing = function.__name__, native_kernel_missing(native, "CPU")
     register_op(function)
     register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else None)
+    if has_cuda:
+        cuda_missing = native_kernel_missing(native, "CUDA")
+        register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), _check_cuda)
 
 
 def register_attention(
@@ -278,6 +320,66 @@ def _why_no_triton() -> str | None:
     if torch.version.hip is None and major < 8:
         return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None
+
+
+def _cuda_gpus() -> tuple[str | None, ...]:
+    return _why_not_gpus()
+
+
+# As above; what such a function is given must be constant for Dynamo too, so it is given nothing.
+_cuda_gpus._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _why_not_gpus() -> tuple[str | None, ...]:
+    """Say for each GPU why the extension's CUDA kernels cannot run on it, None if they can."""
+    if torch.version.hip is not None:
+        return ("needs an NVIDIA GPU, this torch is built for AMD's",)
+    if not torch.cuda.is_available():
+        return ("there is no GPU",)
+    return tuple(map(_why_not_gpu, range(torch.cuda.device_count())))
+
+
+def _why_not_gpu(index: int) -> str | None:
+    """Say why the kernels, which are built, cannot run on a GPU.
+
+    Machine code for 8.0 and 9.0 is in it, which the others of the same major version run too, with every driver of the
+    toolkit's major version or later. For GPUs after those the driver compiles the PTX, which an older one cannot read.
+    """
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+    major, minor = map(int, torch.ops.vidattn._cuda_build().split("."))
+    needed = major, minor if capability >= (10, 0) else 0
+    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13020 for 13.2
+    driver = version // 1000, version % 1000 // 10
+    if driver < needed:
+        return f"needs a driver for CUDA {needed[0]}.{needed[1]} or later, got one for {driver[0]}.{driver[1]}"
+    return None
+
+
+def _cuda_gpu_missing() -> str | None:
+    reasons = _cuda_gpus()
+    return None if None in reasons else reasons[0]
+
+
+def _check_cuda(call: AttentionCall) -> list[str]:
+    reasons = []
+    if call.device_type == "cuda" and call.device_index is not None and _cuda_gpu_missing() is None:
+        unfit = _cuda_gpus()[call.device_index]
+        if unfit is not None:
+            reasons.append(unfit)
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
+    if call.head_dim > _CUDA_HEAD_DIM:
+        reasons.append(f"runs head dimensions up to {_CUDA_HEAD_DIM}, got {call.head_dim}")
+    if call.group_tokens > _CUDA_TOKENS:
+        reasons.append(f"runs windows of up to {_CUDA_TOKENS} tokens, got {call.group_tokens}")
+    if call.dropout_p != 0.0:
+        reasons.append(f"has no dropout, got dropout_p {call.dropout_p}")
+    if call.bias == "dense" and call.needs_bias_grad:
+        reasons.append("gives no gradient of a dense bias, which this call may need")
+    return reasons
 
 
 def _check_triton(call: AttentionCall) -> list[str]:

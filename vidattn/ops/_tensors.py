@@ -92,7 +92,7 @@ def keeps_lse(keys: int, backend: str) -> bool:
 
     The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``.
     """
-    return backend == "triton" and keys > WHOLE_ROW_KEYS
+    return backend == "cuda" or (backend == "triton" and keys > WHOLE_ROW_KEYS)
 
 
 def fake_sum(of: Tensor | None, needed: bool) -> Tensor | None:

@@ -72,7 +72,7 @@ def window_attention(
     _check(inputs)
     head_dim = inputs.q.shape[-1]
     options = Options(arguments.check_scale(NAME, scale, head_dim), arguments.check_dropout(NAME, dropout_p))
-    return call_attention(NAME, NAME, inputs, options, backend)[0]
+    return call_attention(NAME, NAME, inputs, options, backend, inputs.q.shape[1], "dense")[0]
 
 
 # ---- What the op takes, in the order of its schema ----
@@ -202,7 +202,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
     return 4 * groups * heads * tokens**2 * head_dim
 
 
-register_function(window_attention, native=NATIVE_FORWARD)
+register_function(window_attention, native=NATIVE_FORWARD, has_cuda=True)
 register_attention(
     NAME,
     inputs=Inputs,

@@ -92,7 +92,11 @@ def window3d_attention(
     """
     inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(B, D, H, W, 3, h, d)", "(B, D, H, W, h, d)"), bias_table, pad_qkv)
     options = Options(window_size, shift_size, wrap, bias_index, mask_value, scale, dropout_p)  # type: ignore[arg-type]
-    return call_attention(NAME, NAME, *_validated(inputs, options), backend)[0]
+    inputs, options = _validated(inputs, options)
+    _, depth, height, width, *_ = inputs.q.shape
+    window = options.window_size
+    group_tokens = min(window[0], depth) * min(window[1], height) * min(window[2], width)
+    return call_attention(NAME, NAME, inputs, options, backend, group_tokens, "table")[0]
 
 
 # ---- What the op takes, in the order of its schema ----
@@ -278,7 +282,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
     return 4 * batch * windows.num_windows * heads * windows.num_tokens**2 * head_dim
 
 
-register_function(window3d_attention, native=NATIVE_FORWARD)
+register_function(window3d_attention, native=NATIVE_FORWARD, has_cuda=True)
 register_attention(
     NAME,
     inputs=Inputs,

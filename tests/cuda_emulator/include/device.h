@@ -1,6 +1,7 @@
 // What csrc/cuda/ops.cpp asks of the device, for the emulated GPU. It stands first on the include path.
 #pragma once
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 // Names of their own, by the library that is built: a call that is meant for these kernels can reach no others. They
@@ -15,12 +16,24 @@ extern "C" const char emulated_namespace[];
       __LINE__);                                                                                              \
   void register_##name(torch::stable::detail::StableLibrary& m)
 
+namespace emulator {
+void add_workspace(void* begin, size_t bytes);
+}
+
 namespace vidattn::cuda {
 
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const torch::stable::Tensor&) {}
+  explicit OnDeviceOf(const torch::stable::Tensor& t) : tensor_(t) {}
+  torch::stable::Tensor new_floats(int64_t count) const {
+    auto floats = torch::stable::new_empty(tensor_, {count}, torch::headeronly::ScalarType::Float);
+    emulator::add_workspace(floats.data_ptr(), size_t(count) * sizeof(float));
+    return floats;
+  }
   void* stream() const { return nullptr; }
+
+ private:
+  torch::stable::Tensor tensor_;
 };
 
 }  // namespace vidattn::cuda

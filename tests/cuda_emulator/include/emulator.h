@@ -77,6 +77,7 @@ void mma(int depth, Element element, float* d, const uint32_t* a, const uint32_t
 int block_barrier(Combine combine, int value, Site site);
 
 void load_shared(uint32_t address, void* to, size_t bytes, Site site);
+void store_shared(uint32_t address, const void* from, size_t bytes, Site site);
 void async_copy(uint32_t shared, const void* source, int bytes, bool valid, Site site);
 void async_commit();
 void async_wait(int pending, Site site);
@@ -187,6 +188,9 @@ inline T atomicAdd(T* p, T v, EMULATED_SITE) {
 
 inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
 }
 inline int __popc(unsigned x) {
   return std::popcount(x);

@@ -26,6 +26,11 @@ inline V load_shared(uint32_t address, EMULATED_SITE) {
   return v;
 }
 
+template <class V>
+inline void store_shared(uint32_t address, V v, EMULATED_SITE) {
+  emulator::store_shared(address, &v, sizeof v, site);
+}
+
 inline void cp_async_16(uint32_t shared, const void* source, bool valid, EMULATED_SITE) {
   emulator::async_copy(shared, source, 16, valid, site);
 }
@@ -47,6 +52,14 @@ inline void ldmatrix(uint32_t (&r)[kMatrices], uint32_t row, EMULATED_SITE) {
 template <int kMatrices>
 inline void ldmatrix_transposed(uint32_t (&r)[kMatrices], uint32_t row, EMULATED_SITE) {
   emulator::load_matrix(r, kMatrices, true, row, site);
+}
+
+// A lane's two elements are in one column of two rows.
+inline uint32_t transpose(uint32_t x, EMULATED_SITE) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const uint32_t low = __shfl_sync(~0u, x, column * 4 + row / 2, 32, site);
+  const uint32_t high = __shfl_sync(~0u, x, (column + 1) * 4 + row / 2, 32, site);
+  return (low >> row % 2 * 16 & 0xffff) | high >> row % 2 * 16 << 16;
 }
 
 template <class T>

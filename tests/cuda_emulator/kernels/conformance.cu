@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int kCases = 16, kWords = 8;  // out[case][lane][word]
+constexpr int kCases = 17, kWords = 8;  // out[case][lane][word]
 
 __device__ __forceinline__ void store(uint32_t* out, int which, const uint32_t (&v)[kWords]) {
   for (int i = 0; i < kWords; ++i) out[(which * 32 + threadIdx.x) * kWords + i] = v[i];
@@ -88,6 +88,15 @@ __global__ void __launch_bounds__(32) conformance(const uint32_t* __restrict__ i
         {__float_as_uint(gpu::exp2_approx(f)), __float_as_uint(gpu::exp2_approx(-f * 4)),
          __float_as_uint(gpu::exp2_approx(-f * 40)), __float_as_uint(gpu::exp2_approx(__uint_as_float(0xff800000))), 0,
          0, 0, 0});
+  __syncwarp();
+  gpu::store_shared(address + t * 4, v);
+  gpu::store_shared(address + 256 + t * 8, make_float2(f, -f));
+  __syncwarp();
+  const float4 four = gpu::load_shared<float4>(address + 256 + t / 2 * 16);
+  const uint4 words = gpu::load_shared<uint4>(address + t % 8 * 16);
+  store(out, 16,
+        {gpu::transpose(v), __float_as_uint(four.x), __float_as_uint(four.w), words.x, words.y, words.z, words.w, 0});
+
   products<__nv_bfloat16>(in, out, 7, true);
   products<__half>(in, out, 9, true);
   products<__nv_bfloat16>(in, out, 11, false);

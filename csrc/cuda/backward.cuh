@@ -1,0 +1,535 @@
+// Gradients of softmax(scale * Q K^T + added) V, for all groups of a share of one head's, one after the other, by one
+// block of threads.
+//
+//   P = 2^(S - log-sum-exp)      dP = dO V^T      dS = P * (dP - delta)
+//   dV = P^T dO                  dK = scale dS^T Q                 dQ = scale dS K
+//
+// A warp owns keys: their dK and dV stay in its registers, while the queries come by in tiles. It takes the products
+// transposed, S^T = K Q^T and dP^T = V dO^T, because their results, rounded and packed, are what the next products take
+// as their first operand. dQ sums over all keys: each warp leaves its dS^T in shared memory, and some of them multiply
+// it with K when all have. Where not all keys have room, they come in blocks, and dQ is added up in float32 in memory
+// that belongs to the block of threads.
+//
+// Nothing is added atomically: each sum has one owner and one order.
+#pragma once
+#include "backward_rows.cuh"
+
+namespace vidattn::cuda {
+
+// dK and dV of a warp's keys. A lane has the keys lane / 4 and 8 more of each tile of 16, like the C operand of mma.
+template <int kDim, int kTiles>
+struct KeySums {
+  float dk[kTiles][kDim / 8][4], dv[kTiles][kDim / 8][4];
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[t][n][i] = dv[t][n][i] = 0.0f;
+  }
+};
+
+// The gradient of a table, in tables of the warps' own. For one query all keys fall on different rows, so a lane takes
+// a key and adds one query after the other. Lanes without a key add zeros to rows that no other lane is at.
+//
+// The first entry of a warp's table is for query 0 and a key that is kSpareRows behind the warp's last one.
+template <class Group, int kKeys>
+class RowSums {
+ public:
+  // The warp's table lies `table` bytes from the start of shared memory, or of what the block has in global memory.
+  __device__ RowSums(const Group& group, int buffer, bool wanted, int table, int key, int count)
+      : group_(group), wanted_(wanted) {
+    const int lane = threadIdx.x % 32;
+    put_ = buffer + lane / 4 * 32 + (lane % 4 * 8 ^ lane / 16 % 2 * 16);
+    read_ = buffer + lane % kKeys * 32;
+    if (!wanted) return;
+    const int last = group.bias_offset(key + count - 1);
+    const int own = lane < count ? group.bias_offset(key + lane) : last + 4 * (lane - count + 1);
+    table_ = table + last - own + 4 * kSpareRows;
+  }
+  __device__ __forceinline__ bool wanted() const { return wanted_; }
+
+  // dS of two keys of tile t with two of 8 queries. A key has the eight side by side; of every second four keys, the
+  // halves are exchanged, so that neither this nor the next meets a bank twice.
+  __device__ __forceinline__ void put(int t, const float (&ds)[4]) const {
+    unsigned char* to = gpu::shared_memory<unsigned char>() + put_ + t * 512;
+    *reinterpret_cast<float2*>(to) = make_float2(ds[0], ds[1]);
+    *reinterpret_cast<float2*>(to + 256) = make_float2(ds[2], ds[3]);
+  }
+
+  // The 8 queries from `query` on are complete.
+  template <bool kShared>
+  __device__ __forceinline__ void add(int query) const {
+    __syncwarp();
+    unsigned char* const memory = gpu::shared_memory<unsigned char>();
+    const int4* rows = reinterpret_cast<const int4*>(group_.bias_offsets(query));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 ds = *reinterpret_cast<const float4*>(memory + read_ + (half ^ threadIdx.x / 4 % 2) * 16);
+      const int4 row = rows[half];
+      add_one<kShared>(row.x, ds.x), add_one<kShared>(row.y, ds.y);
+      add_one<kShared>(row.z, ds.z), add_one<kShared>(row.w, ds.w);
+    }
+  }
+
+ private:
+  template <bool kShared>
+  __device__ __forceinline__ void add_one(int row, float ds) const {
+    if (int(threadIdx.x % 32) < kKeys) {
+      if (kShared || group_.gradients().backward.table_is_shared)
+        *reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + table_ + row) += ds;
+      else
+        *reinterpret_cast<float*>(reinterpret_cast<char*>(group_.gradients().block_tables()) + table_ + row) += ds;
+    }
+    __syncwarp();
+  }
+
+  const Group& group_;
+  bool wanted_;
+  int put_, read_;
+  int table_ = 0;  // where this lane's key would have row 0
+};
+
+// A block of threads and its share of the groups.
+template <class T, int kDim, class Group, int kKeys, int kQueries>
+struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
+  using Base = BackwardRows<T, kDim, Group, kKeys, kQueries>;
+  using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
+  using Base::at, Base::block_keys, Base::copy_queries, Base::count, Base::key, Base::pad, Base::records, Base::scores,
+      Base::slots, Base::table, Base::warp_count;
+  using Base::kJobs, Base::kPieceJobs, Base::kSteps, Base::kTiles;
+  using typename Base::Arguments;
+  using typename Base::Layout;
+  using typename Base::Scores;
+  using Sums = KeySums<kDim, kTiles>;
+
+  using Base::Base;
+
+  // ---- A block of keys ----
+
+  // c += the rows of this warp's keys times 16 rows of a tile of queries; the addresses are of this lane's part of the
+  // first two pieces of 16 rows of the ones, and of the first four of 8 rows of the others. As areas start at multiples
+  // of 8 rows, other pieces of these rows differ from them in bits.
+  __device__ __forceinline__ void multiply(float (&c)[2][kTiles][4], uint32_t keys, uint32_t four) const {
+#pragma unroll
+    for (int part = 0; part < kDim / 32; ++part) {
+      uint32_t b[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) gpu::ldmatrix(b[half], (four ^ 64 * part) + 8 * half * Layout::kBytes);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t a[4];
+          gpu::ldmatrix(a, (keys ^ 32 * (2 * part + i)) + 16 * t * Layout::kBytes);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            gpu::mma_16x8x16<T>(c[half][t], a, b[half][2 * i], b[half][2 * i + 1], c[half][t]);
+        }
+    }
+  }
+
+  // Short windows: dS of a lane's keys and queries, which are the same in all windows, is summed over those of a share
+  // before it goes to the rows of the table.
+  // This thread's sums, for each 8 queries and each tile of keys; the next one lies 32 further.
+  __device__ __forceinline__ float4* pairs() const {
+    const int thread = thread_of_block();
+    return reinterpret_cast<float4*>(at(plan.pair_sums)) + thread / 32 * (slots() / 8 * kTiles * 32) + thread % 32;
+  }
+
+  // The queries from `first` on, a tile, meet the keys of this warp.
+  template <bool kFolded, class Table>
+  __device__ __forceinline__ void meet_queries(Sums& sums, const Table& table, const uint32_t (&biases)[kTiles][2],
+                                               int block, int count, int first) const {
+    constexpr int kArea = kQueries * Layout::kBytes;
+    const int thread = thread_of_block(), lane = thread % 32, stage = first / kQueries % 2;
+    const uint32_t start = gpu::shared_address(at(0));
+    const uint32_t four = start + plan.queries + 2 * stage * kArea + Layout::place(lane % 8, lane / 8);
+    const uint32_t two = start + plan.queries + 2 * stage * kArea + Layout::place(lane % 16, lane / 16);
+    const uint32_t keys =
+        start + kKeysPlace + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+    const int column = lane % 4 * 2;
+    const QueryRecord* const record = records() + first + column;
+    float4* const pair = pairs() + first / 8 * kTiles * 32;
+    const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
+    [[maybe_unused]] constexpr int kUnrolled = kFolded && kDim == 32 ? kSteps : 1;  // as far as registers go
+#pragma unroll kUnrolled
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t rows_at = 16 * step * Layout::kBytes;
+      const QueryRecord* const of = record + 16 * step;
+      float p[2][kTiles][4], ds[2][kTiles][4];  // (16 keys, 8 queries)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            p[half][t][i] = kFolded ? group.bias_at(biases[t][i / 2], of[8 * half + i % 2].bias) : 0.0f;
+      if (kFolded && group.masks()) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, of[8 * half + i % 2].region);
+      }
+      multiply(p, keys, four + rows_at);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const QueryRecord& query = of[8 * half + i % 2];
+            float& x = p[half][t][i];
+            if constexpr (kFolded) {
+              x = gpu::exp2_approx(fmaf(x, group.factor(), -query.log_sum));
+            } else {
+              const int lane = thread_of_block() % 32;
+              const int with = min(key(block) + 16 * t + lane / 4 + i / 2 * 8, group.keys() - 1);
+              const float score = group.exact(x, first + 16 * step + 8 * half + lane % 4 * 2 + i % 2, with);
+              x = gpu::exp2_approx((score - query.largest) * kLog2e - query.log_sum);
+            }
+          }
+      if (count < kKeys) {  // what only fills up the tiles is no key
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (16 * t + lane / 4 + i / 2 * 8 >= count) p[half][t][i] = 0.0f;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) ds[half][t][0] = ds[half][t][1] = ds[half][t][2] = ds[half][t][3] = 0.0f;
+      multiply(ds, keys + (plan.values - kKeysPlace), four + rows_at + kArea);
+      uint32_t p_packed[kTiles][4], ds_packed[kTiles][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)  // a difference of equals is 0, as delta was no part of the product
+            ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[8 * half + i % 2].minus_delta);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            p_packed[t][2 * half + i] = gpu::pack<T>(p[half][t][2 * i], p[half][t][2 * i + 1]);
+            ds_packed[t][2 * half + i] = gpu::pack<T>(ds[half][t][2 * i], ds[half][t][2 * i + 1]);
+            *reinterpret_cast<uint32_t*>(at((to ^ 32 * step ^ 16 * half) + (16 * t + 8 * i) * Scores::kBytes)) =
+                ds_packed[t][2 * half + i];
+          }
+          if (plan.pair_sums) {
+            float4& sum = pair[((2 * step + half) * kTiles + t) * 32];
+            const float (&more)[4] = ds[half][t];
+            sum = make_float4(sum.x + more[0], sum.y + more[1], sum.z + more[2], sum.w + more[3]);
+          } else if (table.wanted()) {
+            table.put(t, ds[half][t]);
+          }
+        }
+        if (!plan.pair_sums && table.wanted()) table.template add<kFolded>(first + 16 * step + 8 * half);
+      }
+#pragma unroll
+      for (int part = 0; part < kDim / 16; ++part) {
+        uint32_t q[4], g[4];
+        gpu::ldmatrix_transposed(g, (two ^ 32 * part) + rows_at + kArea);
+        gpu::ldmatrix_transposed(q, (two ^ 32 * part) + rows_at);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float (&dv)[4] = sums.dv[t][2 * part + i], (&dk)[4] = sums.dk[t][2 * part + i];
+            gpu::mma_16x8x16<T>(dv, p_packed[t], g[2 * i], g[2 * i + 1], dv);
+            gpu::mma_16x8x16<T>(dk, ds_packed[t], q[2 * i], q[2 * i + 1], dk);
+          }
+        }
+      }
+    }
+  }
+
+  // dQ of a tile of queries from this block's keys.
+  __device__ __forceinline__ void sum_queries(int block, int query) const {
+    const int rows = (count(block) + 15) / 16 * 16, thread = thread_of_block(), lane = thread % 32;
+    for (int job = thread / 32; job < kJobs; job += plan.warps) {
+      const int step = job / 2, part = job % 2 * kPieceJobs;
+      float sum[2 * kPieceJobs][4];
+#pragma unroll
+      for (int j = 0; j < 2 * kPieceJobs; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
+      const uint32_t ds = gpu::shared_address(at(scores(query / kQueries))) +
+                          Scores::place(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
+      uint32_t k[kPieceJobs];
+#pragma unroll
+      for (int j = 0; j < kPieceJobs; ++j)
+        k[j] = gpu::shared_address(at(kKeysPlace)) + Layout::place(lane % 16, 2 * (part + j) + lane / 16);
+#pragma unroll 2
+      for (int row = 0; row < rows; row += 16) {
+        uint32_t a[4], b[4];
+        gpu::ldmatrix_transposed(a, ds + row * Scores::kBytes);
+#pragma unroll
+        for (int j = 0; j < kPieceJobs; ++j) {
+          gpu::ldmatrix_transposed(b, k[j] + row * Layout::kBytes);
+          gpu::mma_16x8x16<T>(sum[2 * j], a, b[0], b[1], sum[2 * j]);
+          gpu::mma_16x8x16<T>(sum[2 * j + 1], a, b[2], b[3], sum[2 * j + 1]);
+        }
+      }
+      write_queries(block, query + 16 * step, 16 * part, sum);
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void write_queries(int block, int query, int element, float (&sum)[kCount][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int lane = thread_of_block() % 32, n = query + lane / 4 + 8 * half;
+      char* to = group.gradient(kDq, n);
+      if (!to) continue;
+      float* kept = arguments.dq_sums + (int64_t(blockIdx.x) * slots() + n) * kDim;  // by this thread alone
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const int column = element + 8 * j + lane % 4 * 2;
+        float2 value = make_float2(sum[j][2 * half], sum[j][2 * half + 1]);
+        if (block > 0) {
+          const float2 before = *reinterpret_cast<const float2*>(kept + column);
+          value.x += before.x, value.y += before.y;
+        }
+        if (block + 1 < plan.blocks)
+          *reinterpret_cast<float2*>(kept + column) = value;
+        else
+          write_pair(to, column, group.head_dim(), arguments.gradient_unit,
+                     gpu::pack<T>(value.x * group.scale(), value.y * group.scale()));
+      }
+    }
+  }
+
+  // Writes dK and dV of keys; those of padding are added to the sums of the warp.
+  __device__ __forceinline__ void write_keys(Sums& sums, int block) const {
+    const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
+    const int key = block * block_keys() + warp * kKeys, count = warp_count(block, warp);
+    bool real[kTiles][2], padded = false;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int n = 16 * t + lane / 4 + 8 * half;
+        char *dk = nullptr, *dv = nullptr;
+        if (n < count) dk = group.gradient(kDk, key + n), dv = group.gradient(kDv, key + n);
+        real[t][half] = dk || n >= count;
+        padded |= !real[t][half];
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i) {
+          const int at = i * 8 + lane % 4 * 2;
+          float* k = &sums.dk[t][i][2 * half];
+          k[0] *= group.scale(), k[1] *= group.scale();
+          if (!dk) continue;
+          write_pair(dk, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(k[0], k[1]));
+          write_pair(dv, at, group.head_dim(), arguments.gradient_unit,
+                     gpu::pack<T>(sums.dv[t][i][2 * half], sums.dv[t][i][2 * half + 1]));
+        }
+      }
+    if (!arguments.pad_gradient || !__any_sync(~0u, padded)) return;
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              sum += real[t][half] ? 0.0f : (which ? sums.dv : sums.dk)[t][i][2 * half + j];
+#pragma unroll
+          for (int bits = 4; bits < 32; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+          if (lane < 4) pad(warp)[which * kDim + i * 8 + lane * 2 + j] += sum;
+        }
+  }
+
+  __device__ __forceinline__ RowSums<Group, kKeys> row_sums(int key, int count) const {
+    return {group,
+            plan.buffers + warp * kBufferBytes,
+            plan.table_floats && count > 0,
+            (plan.table_is_shared ? plan.table_sums : 0) + warp * plan.table_floats * 4,
+            key,
+            count};
+  }
+
+  // All queries meet a block of keys, which is on its way to shared memory.
+  template <bool kFolded>
+  __device__ __forceinline__ void run_block(int block) const {
+    const int key = block * block_keys() + warp * kKeys, count = warp_count(block, warp);
+    gpu::cp_async_wait<0>();
+    __syncthreads();
+    uint32_t biases[kTiles][2];
+    Sums sums;
+    sums.reset();
+    if (count > 0)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) biases[t][half] = group.key_bias(key + 16 * t + lane / 4 + 8 * half);
+      }
+    const RowSums<Group, kKeys> table = row_sums(key, count);
+#pragma unroll 1
+    for (int query = 0; query < group.keys(); query += kQueries) {
+      if (query + kQueries < group.keys()) copy_queries(query + kQueries, (query / kQueries + 1) % 2);
+      if (count > 0) meet_queries<kFolded>(sums, table, biases, block, count, query);
+      gpu::cp_async_wait<0>();
+      __syncthreads();
+      sum_queries(block, int(gpu::keep(query)));
+      if (plan.score_tiles == 1) __syncthreads();
+    }
+    if (count > 0) write_keys(sums, block);
+  }
+
+  // ---- What a share leaves behind ----
+
+  __device__ __forceinline__ int share() const { return int(blockIdx.x) / int(arguments.call.heads); }
+
+  __device__ __forceinline__ void clear_sums() const {
+    const int warps = plan.warps;
+    if (plan.pair_sums)
+      for (int i = 0; i < slots() / 8 * kTiles; ++i) pairs()[32 * i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (plan.table_floats)
+      for (int i = thread_of_block(); i < warps * plan.table_floats; i += blockDim.x) table(0)[i] = 0.0f;
+    if (arguments.pad_gradient)
+      for (int i = thread_of_block(); i < warps * 2 * kDim; i += blockDim.x) pad(0)[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void fold_pairs() const {
+    const int count = warp_count(0, warp);
+    if (!plan.pair_sums || count == 0) return;
+    const RowSums<Group, kKeys> table = row_sums(warp * kKeys, count);
+    for (int eight = 0; eight < slots() / 8; ++eight) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const float4 sum = pairs()[(eight * kTiles + t) * 32];
+        const float ds[4] = {sum.x, sum.y, sum.z, sum.w};
+        table.put(t, ds);
+      }
+      table.template add<true>(8 * eight);
+    }
+  }
+
+  // Adds the warps' sums of the table, in the order of the warps, to the share's, and clears them.
+  __device__ __forceinline__ void add_tables(int block) const {
+    if (!plan.table_floats) return;
+    __syncthreads();
+    const bool first = plan.blocks == 1 || (block == 0 && gpu::shared_memory<Progress>()->first);
+    float* part = arguments.table_parts + (int64_t(share()) * arguments.call.heads + group.head()) * group.table_rows();
+    for (int row = thread_of_block(); row < group.table_rows(); row += blockDim.x) {
+      float sum = 0.0f;
+      for (int w = 0; w < plan.warps; ++w) {
+        const int count = warp_count(block, w);
+        if (count == 0) break;
+        const int i =
+            kSpareRows + row - group.middle_row() + group.bias_offset(block * block_keys() + w * kKeys + count - 1) / 4;
+        if (i < 0 || i >= plan.table_floats) continue;
+        sum += table(w)[i];
+        table(w)[i] = 0.0f;
+      }
+      part[row] = first ? sum : part[row] + sum;
+    }
+  }
+
+  __device__ __forceinline__ void write_pads() const {
+    if (!arguments.pad_gradient) return;
+    const int dim = group.head_dim();
+    for (int i = thread_of_block(); i < 3 * dim; i += blockDim.x) {
+      float sum = 0.0f;  // of a padding query: nobody sees its context
+      if (i >= dim)
+        for (int w = 0; w < plan.warps; ++w) sum += pad(w)[(i / dim - 1) * kDim + i % dim];
+      arguments.pad_parts[((int64_t(share()) * 3 + i / dim) * arguments.call.heads + group.head()) * dim + i % dim] =
+          sum;
+    }
+  }
+};
+
+// What is rare has functions of its own, so that it takes no registers from the rest.
+template <class B, class Group>
+__device__ __attribute__((noinline)) void scan_rows(const typename B::Arguments& arguments) {
+  const Progress* now = gpu::shared_memory<Progress>();
+  const Group group(arguments, now->head, now->group);
+  B(arguments, group).scan_rows();
+}
+template <class B, class Group>
+__device__ __attribute__((noinline)) void run_exactly(const typename B::Arguments& arguments) {
+  const Progress* now = gpu::shared_memory<Progress>();
+  const Group group(arguments, now->head, now->group);
+  const B backward(arguments, group);
+#pragma unroll 1
+  for (int block = 0; block < arguments.backward.blocks; ++block) {
+    if (block > 0) {
+      __syncthreads();
+      backward.copy_block(block);
+    }
+    backward.template run_block<false>(block);
+    if (arguments.backward.blocks > 1) backward.add_tables(block);
+  }
+}
+
+template <class T, int kDim, class Group, int kKeys, int kQueries>
+__device__ __forceinline__ void attention_backward(const typename Group::Arguments& arguments) {
+  using B = Backward<T, kDim, Group, kKeys, kQueries>;
+  const BackwardPlan& plan = arguments.backward;
+  Progress* const now = gpu::shared_memory<Progress>();
+  {
+    const Progress start = first_progress(arguments);
+    Group group(arguments, start.head, start.group);
+    B(arguments, group).clear_sums();
+    const bool folds = __syncthreads_and(group.load_bias());
+    if (threadIdx.x == 0) {
+      *now = start;
+      now->folds = folds && (plan.table_floats == 0 || plan.table_is_shared);
+    }
+  }
+  __syncthreads();
+  while (now->group < now->end) {
+    bool moderate = true;
+    {
+      Group group(arguments, now->head, now->group);
+      group.find_rows();
+      __syncthreads();
+      const B backward(arguments, group);
+      backward.copy_block(0);
+      if (!arguments.whole_rows) {
+        moderate = backward.read_statistics();
+      } else if (now->folds) {
+        gpu::cp_async_wait<0>();
+        __syncthreads();
+        moderate = backward.refine_statistics();
+      }
+    }
+    const bool usual = __syncthreads_and(moderate) && now->folds;
+    if (usual) {
+      Group group(arguments, now->head, now->group);
+      const B backward(arguments, group);
+#pragma unroll 1
+      for (int block = 0; block < plan.blocks; ++block) {
+        if (block > 0) {
+          __syncthreads();
+          backward.copy_block(block);
+        }
+        backward.template run_block<true>(block);
+        if (plan.blocks > 1) backward.add_tables(block);
+      }
+    } else {
+      scan_rows<B, Group>(arguments);
+      run_exactly<B, Group>(arguments);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) ++now->group, now->first = false;
+    __syncthreads();
+  }
+  Group group(arguments, now->head, now->group - 1);
+  const B backward(arguments, group);
+  backward.fold_pairs();
+  if (plan.blocks == 1) backward.add_tables(0);
+  backward.write_pads();
+}
+
+}  // namespace vidattn::cuda

@@ -1,0 +1,203 @@
+"""The CUDA kernels of the backward pass with one mistake each: every mistake must show, as a finding or in the numbers.
+
+As in test_cuda_mutants.py, whoever changes a statement that a mistake spoils chooses another one here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import pytest
+import torch
+from tolerance import GRADIENT_FACTOR, assert_close
+
+import tests.cuda_emulator as emulated
+import vidattn
+from tests.cuda_emulator import build
+
+Edits = dict[str, Callable[[str], str]]
+
+# How it shows, and what is spoiled: the file, a pattern in it, and what stands in place of the first match.
+MISTAKES = {
+    "no barrier behind the table of tokens": (
+        "race|uninitialised",
+        "backward.cuh",
+        r"group.find_rows\(\);\s*__syncthreads\(\);",
+        "group.find_rows();",
+    ),
+    "no barrier before dQ": (
+        "race|uninitialised",
+        "backward.cuh",
+        r"(count, query\);\s*gpu::cp_async_wait<0>\(\);)\s*__syncthreads\(\);",
+        r"\1",
+    ),
+    "no barrier behind dQ": (
+        "race",
+        "backward.cuh",
+        r"if \(plan.score_tiles == 1\) __syncthreads\(\);",
+        "",
+    ),
+    "no wait for the next queries": (
+        "race.*not waited for",
+        "backward.cuh",
+        r"(count, query\);)\s*gpu::cp_async_wait<0>\(\);",
+        r"\1",
+    ),
+    "the next queries overwrite these": (
+        "race|off by",
+        "backward.cuh",
+        r"\(query / kQueries \+ 1\) % 2",
+        "query / kQueries % 2",
+    ),
+    "no barrier between windows": (
+        "race",
+        "backward.cuh",
+        r"__syncthreads\(\);(\s*if \(threadIdx.x == 0\) \+\+now->group, now->first = false;)\s*__syncthreads\(\);",
+        r"\1",
+    ),
+    "lanes of a warp do not wait for each other's dS": (
+        "race|uninitialised",
+        "backward.cuh",
+        r"(void add\(int query\) const \{)\s*__syncwarp\(\);",
+        r"\1",
+    ),
+    "nor between two queries": (
+        "race",
+        "backward.cuh",
+        r"(\+= ds;\s*\})\s*__syncwarp\(\);",
+        r"\1",
+    ),
+    "what fills up the tiles is a key": ("off by|race", "backward.cuh", r"count < kKeys\)", "count < 0)"),
+    "delta is not taken off": ("off by", "backward_rows.cuh", r"record.minus_delta = -delta", "record.minus_delta = 0"),
+    "P in the place of dS": (
+        "off by",
+        "backward.cuh",
+        r"ds_packed\[t\]\[2 \* half \+ i\] = gpu::pack<T>\(ds\[half\]\[t\]\[2 \* i\], ds\[half\]\[t\]\[2 \* i \+ 1\]\)",
+        "ds_packed[t][2 * half + i] = p_packed[t][2 * half + i]",
+    ),
+    "two rows of the second operand are one": (
+        "off by",
+        "backward.cuh",
+        r"b\[half\]\[2 \* i \+ 1\]",
+        "b[half][2 * i]",
+    ),
+    "dK goes where dV belongs": (
+        "unwritten|race",
+        "backward.cuh",
+        r"gradient\(kDk, key \+ n\)",
+        "gradient(kDv, key + n)",
+    ),
+    "dQ of the wrong queries": (
+        "off by|unwritten",
+        "backward.cuh",
+        r"Scores::place\(lane / 16 \* 8 \+ lane % 8, 2 \* step \+ lane / 8 % 2\)",
+        "Scores::place(lane / 16 * 8 + lane % 8, 2 * step + lane / 16 % 2)",
+    ),
+    "lanes have one key in common": (
+        "race",
+        "backward.cuh",
+        r"group.bias_offset\(key \+ lane\)",
+        "group.bias_offset(key)",
+    ),
+    "padding is a key like any other": (
+        "off by",
+        "backward.cuh",
+        r"real\[t\]\[half\] = dk \|\| n >= count",
+        "real[t][half] = n >= count",
+    ),
+    "the tables of the warps are not cleared": (
+        "uninitialised|off by",
+        "backward.cuh",
+        r"table\(0\)\[i\] = 0\.0f",
+        "(void)i",
+    ),
+    "the last share is left out": ("off by", "reduce.cuh", r"share < a.shares", "share < a.shares - 1"),
+    "scale is forgotten": ("off by", "backward.cuh", r"value\.x \* group\.scale\(\)", "value.x"),
+    "too little shared memory": (
+        "out of bounds",
+        "window3d_backward.cu",
+        r"size_t\(a.backward.shared_bytes\)",
+        "size_t(a.backward.shared_bytes - 256)",
+    ),
+    "one block too few": (
+        "unwritten|uninitialised",
+        "window3d_backward.cu",
+        r"call.heads \* a.shares\)",
+        "call.heads * a.shares - 1)",
+    ),
+}
+
+# The others take as long again.
+DEFAULT = ("no barrier before dQ", "nor between two queries", "padding is a key like any other")
+CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
+
+
+def one_kernel(text: str) -> str:
+    """Leave the one instance that the case runs, which compiles in a fraction of the time. Make it two shares."""
+    only = r"\1\n  return window_backward<__nv_bfloat16, 32>;\n}"
+    text = re.sub(r"(?s)(auto kernel_for\(.*?\{).*?\n\}", only, text)
+    return re.sub(r"(?s)a.shares = backward_shares\(.*?\);", "a.shares = 2;", text)
+
+
+def edits(mistake: str | None) -> Edits:
+    """Give what is done to the files."""
+    if mistake is None:
+        return {"window3d_backward.cu": one_kernel}
+    _, file, pattern, spoiled = MISTAKES[mistake]
+
+    def spoil(text: str) -> str:
+        changed, found = re.subn(pattern, spoiled, text, count=1)
+        if not found:
+            raise ValueError(f"{mistake}: {file} no longer has {pattern!r}")
+        return changed
+
+    if file == "window3d_backward.cu":
+        return {file: lambda text: one_kernel(spoil(text))}
+    return {"window3d_backward.cu": one_kernel, file: spoil}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    emulated.install()
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    chosen = [item.callspec.params["mistake"] for item in tests]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(build.backend_library, True, edits(mistake)) for mistake in (None, *chosen)]
+    wait(futures)  # what went wrong, the test of the mistake will say
+    yield
+    emulated.uninstall()
+
+
+def differentiate(mistake: str | None) -> None:
+    """Run a case that every part of the kernel has a share in, and compare it with the reference.
+
+    100 tokens, some of them padding, four windows a share; and so little shared memory that gradients of scores have
+    room for one tile of queries.
+    """
+    torch.manual_seed(0)
+    given = [torch.randn(1, 5, 7, 10, 3, 2, 24).bfloat16(), torch.randn(7 * 9 * 9, 2), torch.randn(3, 2, 24).bfloat16()]
+    dout = torch.randn(1, 5, 7, 10, 2 * 24).bfloat16()
+    options = {"window_size": (4, 5, 5), "shift_size": (0, 2, 2)}
+
+    def gradients(backend: str, wide: bool) -> tuple[torch.Tensor, ...]:
+        qkv, table, pad = leaves = [(x.double() if wide else x).detach().requires_grad_() for x in given]
+        out = vidattn.window3d_attention(qkv, table, pad_qkv=pad, backend=backend, **options)
+        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    with emulated.edited(edits(mistake)), emulated.controls(shared_limit=52 * 1024):
+        found = gradients("cuda", False)
+    for actual, plain, exact in zip(found, gradients("reference", False), gradients("reference", True), strict=True):
+        assert_close("gradient", actual, plain, exact, torch.bfloat16, GRADIENT_FACTOR)
+
+
+def test_the_kernel_without_a_mistake_passes() -> None:
+    differentiate(None)
+
+
+@pytest.mark.parametrize("mistake", CHOICES)
+def test_a_mistake_shows(mistake: str) -> None:
+    with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
+        differentiate(mistake)

@@ -1,0 +1,118 @@
+"""The backward kernel of depth-fastest windows with one mistake each, as in test_cuda_backward_mutants.py."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import pytest
+import torch
+from test_cuda_backward_mutants import Edits
+from tolerance import GRADIENT_FACTOR, assert_close
+
+import tests.cuda_emulator as emulated
+import vidattn
+from tests.cuda_emulator import build
+
+FILE = "depth_fastest.cuh"
+# How it shows, a pattern in depth_fastest.cuh, and what stands in place of the first match.
+MISTAKES = {
+    "no barrier before dQ": (
+        "race|uninitialised",
+        r"gpu::cp_async_wait<0>\(\);\s*__syncthreads\(\);\s*write_queries",
+        "gpu::cp_async_wait<0>();\n      write_queries",
+    ),
+    "no barrier behind dQ": ("race", r"(write_queries\(row\);)\s*__syncthreads\(\);", r"\1"),
+    "no wait for the next queries": (
+        "race.*not waited for",
+        r"gpu::cp_async_wait<0>\(\);(\s*__syncthreads\(\);\s*write_queries)",
+        r"\1",
+    ),
+    "the next row overwrites this one": ("race|off by", r"\(row \+ 1\) % 2\)", "row % 2)"),
+    "sums of the wrong height": (
+        "race|off by",
+        r"difference = row - warp \+ rows\(\) - 1",
+        "difference = (row - warp + 2 * rows() - 1) % rows()",
+    ),
+    "sums of the wrong width": ("off by", r"sum\[query - key \+ kPlaces - 1 - kFirst\]", "sum[key % kCount]"),
+    "pairs of bias in the wrong order": ("off by", r"\(kPlaces - 1 - width\) \* 8", "(kPlaces - 1 + width) * 8"),
+    "one copy of the bias for all": ("off by|misaligned", r"copy \+ \(slot \+ 1\) \* 8", "(slot - 1) * 8"),
+    "regions by height alone": ("off by", r"height \|\| \(group\.region", "height && (group.region"),
+    "the last keys stand along": ("off by", r"if \(place \+ 1 == kPlaces\) packed = gpu::transpose\(packed\);", ""),
+    "delta is not taken off": ("off by", r"first\.minus_delta, second", "0.0f, second"),
+    "dS in the wrong rows": (
+        "off by|race|uninitialised",
+        r"\(2 \* t \+ half\) \* 8 \* kScoreBytes",
+        "(2 * t + 1 - half) * 8 * kScoreBytes",
+    ),
+    "padding has no gradient": ("off by", r"padded \|= !to;", ""),
+    "the last row of the table is left out": ("off by", r"key < min\(8, 8 - depth\)", "key < min(7, 8 - depth)"),
+}
+
+# The others take as long again.
+DEFAULT = ("no barrier behind dQ", "sums of the wrong width")
+CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
+
+
+def two_shares(text: str) -> str:
+    """Make it several windows a share."""
+    return re.sub(r"(?s)a.shares = backward_shares\(.*?\);", "a.shares = 2;", text)
+
+
+def edits(mistake: str | None) -> Edits:
+    """Give what is done to the files."""
+    if mistake is None:
+        return {"window3d_backward.cu": two_shares}
+    _, pattern, spoiled = MISTAKES[mistake]
+
+    def spoil(text: str) -> str:
+        changed, found = re.subn(pattern, spoiled, text, count=1)
+        if not found:
+            raise ValueError(f"{mistake}: {FILE} no longer has {pattern!r}")
+        return changed
+
+    return {"window3d_backward.cu": two_shares, FILE: spoil}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    emulated.install()
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    build.backend_library(True, edits(None))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        chosen = [item.callspec.params["mistake"] for item in tests]
+        futures = [pool.submit(build.backend_library, True, edits(mistake)) for mistake in chosen]
+    wait(futures)  # what went wrong, the test of the mistake will say
+    yield
+    emulated.uninstall()
+
+
+def differentiate(mistake: str | None) -> None:
+    """Run a case that every part of the kernel has a share in: eight windows of 168 tokens, some of them padding."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, 13, 5, 9, 3, 1, 24), torch.randn(15 * 5 * 13, 1), torch.randn(3, 1, 24)]
+    given = [given[0].bfloat16(), given[1], given[2].bfloat16()]
+    dout = torch.randn(1, 13, 5, 9, 24).bfloat16()
+    options = {"window_size": (8, 3, 7), "shift_size": (3, 1, 3)}
+
+    def gradients(backend: str, wide: bool) -> tuple[torch.Tensor, ...]:
+        qkv, table, pad = leaves = [(x.double() if wide else x).detach().requires_grad_() for x in given]
+        out = vidattn.window3d_attention(qkv, table, pad_qkv=pad, backend=backend, **options)
+        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    with emulated.edited(edits(mistake)):
+        found = gradients("cuda", False)
+    for actual, plain, exact in zip(found, gradients("reference", False), gradients("reference", True), strict=True):
+        assert_close("gradient", actual, plain, exact, torch.bfloat16, GRADIENT_FACTOR)
+
+
+def test_the_kernel_without_a_mistake_passes() -> None:
+    differentiate(None)
+
+
+@pytest.mark.parametrize("mistake", CHOICES)
+def test_a_mistake_shows(mistake: str) -> None:
+    with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
+        differentiate(mistake)
