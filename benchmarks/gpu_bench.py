@@ -31,7 +31,8 @@ from torch import Tensor
 import vidattn
 from benchmarks import divided_contenders, mixing_contenders, window3d_contenders
 from benchmarks.calibration import RESULTS, describe_gpu, slug, write_json
-from benchmarks.gpu_audit import Cost, Rates, all_pairs_floor, window3d_floor
+from benchmarks.gpu_plans import all_pairs_floor, window3d_floor
+from benchmarks.prediction import Cost, Rates
 from benchmarks.rounds import check_agreement
 from benchmarks.shapes import (
     DIRECTIONS,

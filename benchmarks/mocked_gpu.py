@@ -1,4 +1,4 @@
-"""A GPU that is not there: Triton plans and binds as on one, on tensors of the CPU; nothing is compiled or launched."""
+"""A GPU that is not there: backends do on tensors of the CPU what they do on one; nothing is compiled or launched."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from triton.runtime.jit import JITFunction
 from vidattn import backends
 from vidattn.kernels import plans
 from vidattn.kernels.launch import TARGETS
-from vidattn.ops import _library
+from vidattn.ops import _library, window, window3d
 
-__all__ = ["Launched", "MockedGpu", "mocked_gpu"]
+__all__ = ["Launched", "MockedGpu", "mocked_cuda", "mocked_gpu"]
 
 
 class Launched(NamedTuple):
@@ -114,3 +114,34 @@ def mocked_gpu() -> Iterator[MockedGpu]:
             plans.forget()
             for function in gpu.functions:
                 function.device_caches.pop(gpu.device, None)
+
+
+@contextlib.contextmanager
+def mocked_cuda() -> Iterator[None]:
+    """Let the backend "cuda" take tensors of the CPU, with native ops that do nothing."""
+    ops = ("_window3d_attention_forward", "_window3d_attention_backward")
+    library = torch.library.Library("vidattn_mocked", "DEF")
+    for op in ops:
+        schema = str(getattr(torch.ops.vidattn, op).default._schema)
+        library.define(schema.removeprefix("vidattn::"))
+        library.impl(op, lambda *_: None, "CPU")
+    natives = [getattr(torch.ops.vidattn_mocked, op).default for op in ops]
+    passes = tuple(lambda call, *rest, native=native: native(*call, *rest) for native in natives)
+    launch_functions = window3d.launch_functions
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.dict(backends._BACKENDS, cuda=backends._BACKENDS["cuda"]._replace(device_types=("cuda", "cpu"))),
+            *(
+                mock.patch.object(
+                    module, "launch_functions", lambda name: passes if name == "cuda" else launch_functions(name)
+                )
+                for module in (window3d, window)
+            ),
+            mock.patch.dict(
+                backends._kernel_missing,
+                {(op, "cuda"): lambda: None for op in ("window3d_attention", "window_attention")},
+            ),
+        ):
+            stack.enter_context(patch)
+        yield
+    library._destroy()

@@ -5,24 +5,20 @@ Triton's wheel carries the disassembler, so no toolkit is needed, and no GPU.
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import networkx  # type: ignore[import-untyped]  # torch depends on it
 
-if TYPE_CHECKING:
-    from vidattn.kernels.launch import Launch
-
 LANES = 32  # threads a warp: each executes every instruction of it
 
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.(\S+?),.*$", re.M)  # one a kernel
 _LABEL = re.compile(r"^\s*(\.L_\w+|\$[\w$.]+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"\.L_\w+|\$[\w$.]+")
@@ -211,6 +207,17 @@ def read(cubin: bytes) -> tuple[Program, Resources]:
         return program, Resources.parse(_tool("cuobjdump", "--dump-resource-usage", file.name))
 
 
+def read_all(cubin: bytes) -> dict[str, tuple[Program, Resources]]:
+    """Disassemble a cubin with any number of kernels; gives them by their mangled names."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = _SECTION.split(_tool("nvdisasm", "-c", file.name))
+        usage = re.split(r"^ *Function (\S+):$", _tool("cuobjdump", "--dump-resource-usage", file.name), flags=re.M)
+    resources = {name: Resources.parse(text) for name, text in zip(usage[1::2], usage[2::2])}
+    return {name: (Program.parse(text), resources[name]) for name, text in zip(listing[1::2], listing[2::2])}
+
+
 def _tool(name: str, *arguments: str) -> str:
     import triton
 
@@ -253,7 +260,7 @@ def _widths(instructions: Iterable[Instruction], names: tuple[str, ...], bulk: t
     return counts
 
 
-# ---- One compiled kernel ----
+# ---- What fits on a multiprocessor ----
 
 
 @dataclass(frozen=True)
@@ -291,106 +298,3 @@ def resident_warps(arch: str, registers: int, shared: int, warps: int) -> int:
     by_registers = limits.registers // warp_registers // 4 * 4 // warps  # and by each of the four schedulers
     by_shared = limits.shared // (shared + limits.reserved)
     return warps * min(by_registers, by_shared, limits.warps // warps, limits.blocks)
-
-
-# A load of a tile in Triton's GPU dialect: at least two dimensions, and what the pointers point to.
-_TILE_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*: tensor<((?:\d+x){2,})!tt\.ptr<(b?f\d+)>")
-_HALF = ("f16", "bf16")
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Figures of a compiled kernel, from its machine code; instructions are those of one lane."""
-
-    name: str
-    options: Mapping[str, int]
-    constants: Mapping[str, Any]
-    warps: int
-    registers: int
-    local_bytes: int
-    spill_instructions: int
-    shared_bytes: int
-    resident_warps: int
-    matrix_instructions: str
-    load_widths: Mapping[str, int]
-    store_widths: Mapping[str, int]
-    narrow_tile_loads: int
-    instructions: int
-    outside_instructions: int  # in no main loop
-    outside_exponentials: int
-    loop_instructions: int
-    loop_exponentials: int
-    loop_opcodes: Mapping[str, int]
-    loop_matrix_instructions: str  # of the whole program if there is no loop
-    loop_flops: float  # of the matrix instructions of the main loop in one program; 0 if their opcodes do not say
-
-    @property
-    def threads(self) -> int:
-        """Threads of one program."""
-        return self.warps * LANES
-
-
-def missing_wide_loads(ttgir: str, threads: int, widths: Mapping[str, int], *, single: bool) -> int:
-    """Count the 16-byte loads a lane that tiles of floating-point numbers call for and the machine code lacks.
-
-    Maps, log-sum-exps and other vectors are loaded by 4 bytes, and a tile that has less than 16 bytes for each thread
-    cannot be loaded by 16, so it is the wide loads that are counted, not the narrow ones. Loads of rows that are known
-    to be past the end of a sequence are left out, so without any narrow load nothing is missing.
-
-    Args:
-        ttgir: the kernel in Triton's GPU dialect.
-        threads: threads of a program.
-        widths: what :func:`load_widths` counts.
-        single: whether float32 tiles count too; those of a helper are gathered from tables.
-    """
-    expected = 0
-    for extents, element in _TILE_LOAD.findall(ttgir):
-        if single or element in _HALF:
-            elements = math.prod(map(int, extents.rstrip("x").split("x")))
-            expected += elements * int(element.lstrip("bf")) // 8 // (16 * threads)
-    narrow = sum(count for width, count in widths.items() if width in ("1", "2", "4", "8"))
-    return min(max(0, expected - widths.get("16", 0) - widths.get("32", 0)), narrow)
-
-
-def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
-    """Compile a launch's kernel and read its machine code.
-
-    Args:
-        launch: what to compile.
-        arch: one that there are limits for.
-
-    Returns:
-        Its figures and the cubin.
-    """
-    from vidattn.kernels.launch import TARGETS
-
-    compiled = launch.compile(TARGETS[arch])
-    cubin, warps = compiled.asm["cubin"], compiled.metadata.num_warps
-    program, resources = read(cubin)
-    executed, loop, outside = program.executed(), program.in_loop(), program.outside()
-    loads = load_widths(executed)
-    threads = warps * LANES
-    kernel = Kernel(
-        name=launch.name,
-        options=dict(launch.options),
-        constants={p.name: str(launch.arguments[p.name]) for p in launch.kernel.params if p.is_constexpr},
-        warps=warps,
-        registers=resources.registers,
-        local_bytes=resources.stack + resources.local,
-        spill_instructions=spills(executed),
-        shared_bytes=compiled.metadata.shared,
-        resident_warps=resident_warps(arch, resources.registers, compiled.metadata.shared, warps),
-        matrix_instructions=matrix_kind(executed),
-        load_widths=dict(loads),
-        store_widths=dict(store_widths(executed)),
-        narrow_tile_loads=missing_wide_loads(compiled.asm["ttgir"], threads, loads, single=launch.work.scores > 0),
-        instructions=len(executed),
-        outside_instructions=len(outside),
-        outside_exponentials=exponentials(outside),
-        loop_instructions=len(loop),
-        loop_exponentials=exponentials(loop),
-        loop_opcodes=dict(Counter(instruction.name for instruction in loop).most_common()),
-        loop_matrix_instructions=matrix_kind(loop or executed),
-        loop_flops=warps * sum(instruction.matrix_flops for instruction in loop),
-    )
-    return kernel, cubin

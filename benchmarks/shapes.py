@@ -92,6 +92,13 @@ GPU_WINDOW_CASES = {
     for case in [_stage(depth, size, heads << (stage - 1), shifted=shifted, window=window)]
     if not shifted or any(case.geometry.shift)
 }
+# Windows of other lengths, for the audit: 2D Swin-T on 64 images (49 tokens), Swin-B on 16 of 384 x 384 (144 tokens),
+# SwinUNETR on two volumes (343 tokens).
+GPU_OTHER_WINDOW_CASES = {
+    "swin_2d_window7": WindowCase((1, 56, 56), (1, 7, 7), (0, 0, 0), 3, batch=64),
+    "swin_2d_window12": WindowCase((1, 96, 96), (1, 12, 12), (0, 0, 0), 4, batch=16),
+    "swinunetr": WindowCase((48, 48, 48), (7, 7, 7), (0, 0, 0), 3, head_dim=16, batch=2),
+}
 # Padded, shifted, clipped and odd all at once, in milliseconds: what the tests run.
 SMOKE_CASES = {"smoke": WindowCase((5, 9, 4), (2, 7, 7), (1, 3, 3), 2, head_dim=20, batch=2)}
 

@@ -9,9 +9,10 @@ context, reverse. One difference: the modules roll and partition before the proj
 ``F.scaled_dot_product_attention``, with bias plus shift mask as its mask, built in the call: the bias is a parameter.
 ``sdpa_prebuilt`` gets that mask ready made, as an inference engine could keep one for each layer.
 
-On a GPU there are two more. ``flex`` is compiled FlexAttention, which gathers the bias from the table in its score_mod
-and excludes what the shift separates by its mask_mod; its block mask is ready made. ``natten`` computes something less,
-where that package is installed: no bias and no shift. ``vidattn`` keeps what its GPU kernels read of the table from one
+On a GPU there are three more. ``triton`` is ours too, where ``vidattn`` takes the backend "cuda". ``flex`` is compiled
+FlexAttention, which gathers the bias from the table in its score_mod and excludes what the shift separates by its
+mask_mod; its block mask is ready made. ``natten`` computes something less, where that package is installed: no bias and
+no shift. ``vidattn`` keeps what its GPU kernels read of the table from one
 call to the next when there is no gradient, as in inference.
 """
 
@@ -32,7 +33,7 @@ from vidattn.geometry import bias_rows, region_mask
 
 CASES = WINDOW_CASES | SMOKE_CASES
 CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_float32")
-GPU_CONTENDERS = ("vidattn", "eager", "sdpa", "sdpa_prebuilt", "compiled", "flex", "natten")
+GPU_CONTENDERS = ("vidattn", "triton", "eager", "sdpa", "sdpa_prebuilt", "compiled", "flex", "natten")
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 
@@ -142,6 +143,8 @@ def why_not(case: WindowCase, direction: str, contender: str) -> str | None:
     """Say why a contender of ``GPU_CONTENDERS`` is left out of a comparison; None if it takes part."""
     if contender == "sdpa_prebuilt" and direction == "forward_backward":
         return "a mask made before the call has no gradient"
+    if contender == "triton" and vidattn.why_not("window3d_attention", backend="cuda"):
+        return "vidattn takes no other backend here"
     if contender == "natten":
         if importlib.util.find_spec("natten") is None:
             return "natten is not installed"
@@ -184,7 +187,8 @@ def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
         return torch.compile(
             eager if contender == "compiled" else _flex(shape, rows, mask), dynamic=False, fullgraph=True
         )
-    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
+    backend = {EXACT: "reference", "triton": "triton"}.get(contender)
+    return partial(_vidattn, case=shape, backend=backend)
 
 
 def build_copies(

@@ -1,0 +1,336 @@
+"""Audits the kernels of csrc/cuda: which one a case launches and how, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from benchmarks import cubins
+from benchmarks.audited import CaseAudit, CudaLaunchAudit
+from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
+from benchmarks.gpu_plans import FAMILIES
+from benchmarks.prediction import PARTITIONS, Cost, Grid, Rates
+from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
+from benchmarks.shapes import WindowCase
+from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
+
+ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a block
+# What makes a plan of the numbers of a case (see _numbers).
+_SHAPE = """
+  for (int i = 0; i < 3; ++i) shape.window[i] = n[i], shape.table_window[i] = n[9 + i];
+  for (int i = 0; i < 2; ++i) shape.bias_extent[i] = n[12 + i];
+  shape.head_dim = n[3], shape.table_rows = n[4], shape.plain_bias = n[5] != 0, shape.stride_sets = n[6];
+  shape.blocks = n[7];"""
+_FORWARD = f"WindowShape shape{{}};{_SHAPE}\n  const auto p = plan_forward(shape, n[8]);"
+_FORWARD_FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "depth_fastest", "shared_bytes")
+_BACKWARD = f"""BackwardShape shape{{}};{_SHAPE}
+  shape.table_gradient = true;
+  const auto plan = plan_backward(shape, n[8]);
+  struct : BackwardPlan {{ int64_t shares; }} p{{plan, backward_shares(n[7] / n[14], n[14], plan, n[4])}};"""
+_BACKWARD_FIELDS = (
+    "dim",
+    "threads",
+    "warp_keys",
+    "query_tile",
+    "blocks",
+    "depth_fastest",
+    "bias_floats",
+    "table_floats",
+)
+_BACKWARD_FIELDS += ("pair_sums", "shared_bytes", "shares")
+
+
+@cache
+def _kernel(arch: str, *name: object) -> tuple[CudaProgram, Resources]:
+    program, resources = cubins.kernels(arch)[tuple(map(str, name))]
+    return CudaProgram(program, backward=str(name[0]).endswith("backward")), resources
+
+
+def _numbers(case: WindowCase, arch: str, stride_sets: int) -> tuple[int, ...]:
+    """Give what the planners need: shape, groups times heads, shared memory of a block, bias, heads."""
+    windows, extents = case.geometry, bias_extents(case.window, case.geometry, "prefix")
+    shape = (*windows.window, case.head_dim, num_bias_rows(case.window), int(extents == windows.window[1:]))
+    return (*shape, stride_sets, _groups(case), SHARED_LIMITS[arch], *case.window, *extents, case.heads)
+
+
+def plan_forward(case: WindowCase, arch: str) -> dict[str, int]:
+    """Plan the forward pass of a case as a launch on this architecture does."""
+    return cubins.planner("plan_forward", _FORWARD, _FORWARD_FIELDS)(*_numbers(case, arch, 1))
+
+
+def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
+    """Plan the backward pass of a case, with the gradient of the table; one stride leads from token to token."""
+    return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
+
+
+def has_backward() -> bool:
+    """Tell whether csrc/cuda has a backward pass."""
+    return (cubins.CSRC / "cuda" / "window3d_backward.cu").is_file()
+
+
+def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
+    """Audit the one launch of a forward pass."""
+    plan, windows = plan_forward(case, arch), case.geometry
+    tokens, warps, splits = windows.num_tokens, plan["threads"] // LANES, max(1, plan["splits"])
+    table_rows, slots = num_bias_rows(case.window), math.ceil(tokens / 16) * 16
+    name = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward", ELEMENTS[dtype], plan["dim"]
+    program, _ = _kernel(arch, *name)
+
+    def rounds(body: frozenset[int]) -> float:
+        """How often a loop runs: a block's threads share rows, pieces of 16 bytes of keys and values, or the table."""
+        kind, at_a_time = program.kind(body), plan["threads"] * max(1, program.copies(body))
+        if kind == "copy" and program.is_in("group", body) == bool(plan["resident"]):
+            return 0
+        return {
+            "group": passes,
+            "keys": math.ceil(slots / plan["block_keys"]),
+            "copy": math.ceil(2 * slots * plan["dim"] * 2 // 16 / at_a_time),
+            "table": math.ceil(table_rows / at_a_time),
+            "inner": 1,
+        }.get(kind, math.ceil(slots / plan["threads"]))
+
+    loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
+    assert loop is not None and masked is not None
+    scores = loop.flops / (2 * 2 * plan["dim"])  # of a warp in one round
+    rows = scores * plan["dim"] / 32 / (8 * loop.tiles)  # queries that a warp has at a time
+    halves = any(2 * program.flops(body) == loop.flops for body in program.product_loops)  # for a last tile
+    granule = rows / 2 if halves else rows
+    tiles = math.ceil(tokens / granule)
+    counts = [tiles // (warps * splits) + (warp < tiles % (warps * splits)) for warp in range(warps * splits)]
+    passes = sum(math.ceil(count * granule / rows) for count in counts) / len(counts)
+
+    groups = _groups(case)
+    computed = groups * tiles * granule * math.ceil(tokens / 8) * 8
+    border = border_share(windows)
+    hot = (1 - border) * loop.hot + border * masked.hot
+    # A maximum is raised once for each tile of queries.
+    walked = LANES * (computed * hot / scores + groups * tiles * granule / rows * (loop.all - loop.hot))
+    moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
+    work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0)
+    copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * table_rows
+    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts)
+    return (_audit(name, arch, rates, rounds, work, block, (loop, scores)),)
+
+
+def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
+    """Audit the launches of a backward pass: one, and the sum of the tables that its blocks leave behind."""
+    plan, windows = plan_backward(case, arch), case.geometry
+    tokens, threads, shares, table_rows = (
+        windows.num_tokens,
+        plan["threads"],
+        plan["shares"],
+        num_bias_rows(case.window),
+    )
+    warps, tile, blocks, row_bytes = threads // LANES, plan["query_tile"], plan["blocks"], plan["dim"] * 2
+    slots, tiles, block_keys = math.ceil(tokens / 32) * 32, math.ceil(tokens / tile), math.ceil(tokens / blocks)
+    walk = case.batch * windows.num_windows / shares  # windows of a block
+    depth_fastest = bool(plan["depth_fastest"])
+    name = "depth_fastest_window_backward" if depth_fastest else "window_backward", ELEMENTS[dtype], plan["dim"]
+    program, _ = _kernel(arch, *name)
+
+    def copies(body: frozenset[int]) -> float:
+        """Of two copies in a row the first one is of keys and values, the other of queries."""
+        in_main = program.is_in("main", body)
+        of_queries = in_main or program.siblings(body).index(body) % 2 == 1
+        at_a_time = threads * max(1, program.copies(body))
+        copied = math.ceil(2 * (tile if of_queries else slots) * row_bytes // 16 / at_a_time)
+        if in_main:  # of the next tile
+            return copied * (tiles - 1) / tiles
+        return copied * (blocks - 1) / blocks if program.is_in("keys", body) else copied
+
+    def sums(body: frozenset[int]) -> float:
+        """The table's, at the end or once a block of keys, then those of padding; depth fastest, gradients of keys."""
+        of_table, in_group = math.ceil(table_rows / threads), program.is_in("group", body)
+        if in_group and depth_fastest:
+            return plan["warp_keys"] * row_bytes // 16 / LANES
+        return of_table if in_group == (blocks > 1) and program.siblings(body).index(body) == 0 else 0
+
+    def rows(body: frozenset[int]) -> float:
+        """Tables of the tokens; before them zeros: for sums of the table, of padding, and for the bias."""
+        if program.is_in("group", body):
+            return math.ceil(slots / threads)
+        index, tables = program.siblings(body).index(body), plan["table_floats"]
+        if depth_fastest:
+            floats = (tables, 0, plan["bias_floats"])
+        else:  # sums of the pairs come first, four floats of a lane at a time
+            floats = (slots * plan["warp_keys"] * warps // 4 * bool(plan["pair_sums"]), tables * warps)
+        return math.ceil(floats[index] / threads) if index < len(floats) else 0
+
+    def meet(body: frozenset[int]) -> float:
+        return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+
+    def steps(body: frozenset[int]) -> float:
+        """The keys of a block, for half of the elements of 16 queries or all of 8; 32 at a time, then the rest."""
+        at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
+        if depth_fastest:
+            return (block_keys % 32 if at_a_time < 32 else block_keys // 32 * 32) / at_a_time
+        return math.ceil(block_keys / at_a_time)
+
+    def rounds(body: frozenset[int]) -> float:
+        """As in a forward pass; no padding, and each tensor has one stride from token to token."""
+        kind = program.kind(body)
+        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        if kind in of_its_own:
+            return of_its_own[kind](body)
+        differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; tables of the warps
+        return {
+            "group": walk,
+            "keys": blocks,
+            "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
+            "statistics": math.ceil(slots * 4 / threads),
+            "records": math.ceil(tokens / 2 / threads) if depth_fastest else tokens <= 64,
+            "jobs": tile / 8 / warps,
+            "inner": differences if program.is_in("sums", body) else 0,
+        }[kind]
+
+    scores = tile * plan["warp_keys"]
+    loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
+    assert loop is not None and masked is not None
+    windows_and_heads = _groups(case)
+    rounds_of_main = windows_and_heads * blocks * tiles * warps
+    computed = rounds_of_main * scores
+    border = border_share(windows)
+    walked = rounds_of_main * LANES * ((1 - border) * loop.hot + border * masked.hot)
+    moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
+    traffic = rounds_of_main * LANES * loop.bytes
+    work = _Work(moved, walked, computed, loop.flops / scores, traffic)
+    copy_in = walk * 4 * slots * row_bytes  # keys, values; context and its gradient, for the sums of their products
+    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, [1] * warps)
+    whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
+
+    threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
+    parts = 4.0 * (shares + 1) * columns
+    block = _Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
+    total = _audit(name, arch, rates, lambda _: math.ceil(shares / 8), _Work(parts, 0, 0, 0, parts), block, None)
+    return whole, total
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a launch does, apart from what is around the products."""
+
+    bytes: float  # each tensor once
+    walked: float  # instructions of the main loops, of all lanes
+    scores: float  # those that only fill up a tile included
+    flops_per_score: float
+    traffic: float  # bytes that the main loops read and write
+
+
+@dataclass(frozen=True)
+class _Block:
+    """How a launch lies on the GPU."""
+
+    blocks: int
+    warps: int
+    shared_bytes: int
+    copy_in: float
+    tiles: list[int]  # of each warp, block by block
+
+
+def _audit(
+    name: tuple[Any, ...],
+    arch: str,
+    rates: Rates,
+    rounds: Rounds,
+    work: _Work,
+    block: _Block,
+    loop: tuple[MainLoop, float] | None,
+) -> CudaLaunchAudit:
+    """Put together what is known of a launch; ``loop`` has the scores of a warp in one round beside it."""
+    program, resources = _kernel(arch, *name)
+    way, lanes = program.way(rounds), block.blocks * block.warps * LANES
+    around = sum(times for _, times in way)
+    cost = Cost(
+        bytes=work.bytes,
+        instructions=lanes * around + work.walked,
+        exponentials=lanes * sum(times * exponentials([i]) for i, times in way) + work.scores,
+        flops=work.scores * work.flops_per_score,
+        matrix_instructions="mma.sync",
+        l2_bytes=lanes * sum(times * (instruction.width or 0) for instruction, times in way) + work.traffic,
+    )
+    per_sm = resident_warps(arch, resources.registers, block.shared_bytes, block.warps) // block.warps
+    grid = Grid(block.blocks, per_sm, block.copy_in)
+    # What is around the products is shared by all warps alike.
+    unequal = share_of_busiest(block.tiles, grid.together * block.warps) - 1
+    grid = replace(grid, share=1 + unequal * work.walked / cost.instructions)
+    terms, executed = cost.microseconds(rates), program.program.executed()
+    per_score = [LANES * count / loop[1] for count in (loop[0].hot, loop[0].all)] if loop else [None, None]
+    wide = sum(i.name in ("LDG", "LDGSTS") and i.width == 16 for i in executed)
+    return CudaLaunchAudit(
+        kernel=f"{name[0]}<{name[2]}>" if loop else name[0],
+        work={"scores": work.scores},
+        spill_instructions=spills(executed),
+        local_bytes=resources.stack + resources.local,
+        narrow_tile_loads=None,
+        matrix_instructions="mma.sync" if loop else None,
+        instructions_per_score=per_score[1],
+        cost=cost,
+        grid=grid,
+        terms=terms,
+        added=grid.added(terms, rates),
+        warps=block.warps,
+        registers=resources.registers,
+        shared_bytes=block.shared_bytes,
+        spills_on_sm_80=spills(_kernel("sm_80", *name)[0].program.executed()),
+        hot_instructions_per_score=per_score[0],
+        instructions_around=around,
+        wide_copies=wide if loop else None,
+        ldmatrix=sum(i.name == "LDSM" for i in executed) if loop else None,
+    )
+
+
+def share_of_busiest(tiles: list[int], warps: int) -> float:
+    """Give what the busiest partition of an SM has to do, in units of its share: warps go to the partitions in turn.
+
+    Args:
+        tiles: what each warp has to do, block by block; further blocks do the same.
+        warps: that an SM has at a time.
+    """
+    done = [0] * PARTITIONS
+    for warp in range(warps):
+        done[warp % PARTITIONS] += tiles[warp % len(tiles)]
+    return PARTITIONS * max(done) / sum(done)
+
+
+def border_share(windows: WindowGeometry) -> float:
+    """Give the share of the windows with more than one region."""
+    inner = [1 - 1 / count for count, masked in zip(windows.counts, windows.masked_axes, strict=True) if masked]
+    return 1 - math.prod(inner)
+
+
+def audit_cuda(
+    names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates, others: Iterable[CaseAudit]
+) -> list[CaseAudit]:
+    """Audit the cases that csrc/cuda has kernels for.
+
+    Args:
+        names: cases; all by default.
+        arch: "sm_80" or "sm_90".
+        dtype: float16 or bfloat16.
+        rates: what predictions divide by.
+        others: the same cases by the Triton kernels.
+    """
+    triton = {(case.family, case.case, case.direction): case.microseconds for case in others}
+    family = FAMILIES["window3d"]
+    found = []
+    for name, case in family.cases.items():
+        if names is not None and name not in names:
+            continue
+        audited = {"forward": audit_forward(case, dtype, arch, rates)}
+        if has_backward():
+            audited["backward"] = audit_backward(case, dtype, arch, rates)
+        for direction, launches in audited.items():
+            floor = family.floor(case, direction, dtype).microseconds(rates)
+            result = CaseAudit("cuda", "window3d", name, direction, launches, floor)
+            found.append(replace(result, triton_microseconds=triton.get(("window3d", name, direction))))
+    return found
+
+
+def _groups(case: WindowCase) -> int:
+    return case.batch * case.geometry.num_windows * case.heads

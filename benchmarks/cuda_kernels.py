@@ -1,0 +1,292 @@
+"""What a kernel of csrc/cuda executes, by its machine code: its main loop, and the way through all else.
+
+Loops over scores are told by their products; in a backward pass, the one over tiles of queries has them all. What lies
+between the products counts by the score, so a last chunk of few keys counts as what it is. All else counts along the
+longest way from the first instruction to the last: a loop as often as its kind says, and of two ways that exclude each
+other the longer one. Left out are ways that are rare (behind a vote, where a maximum is raised; functions of their own)
+and those of rows that are not aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx  # type: ignore[import-untyped]  # torch depends on it
+
+from benchmarks.sass import Instruction, Program, exponentials
+
+Rounds = Callable[[frozenset[int]], float]
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """The main loop of a kernel: instructions of one lane in one round, on its longest way."""
+
+    body: frozenset[int]
+    hot: float  # without what is rare
+    all: float
+    exponentials: float  # of the hot ones
+    flops: float  # of a warp
+    tiles: int  # reads of matrices that are not transposed: in a forward pass, one for 8 keys of 32 elements
+    bytes: float  # of global memory, of a lane
+
+
+class CudaProgram:
+    """A kernel of csrc/cuda.
+
+    Args:
+        program: its machine code.
+        backward: whether it is a backward pass, where all products are in the loop over tiles of queries.
+    """
+
+    def __init__(self, program: Program, *, backward: bool = False) -> None:
+        self.program = program
+        self.instructions = program.instructions
+        self.backward = backward
+
+    @cached_property
+    def _body(self) -> networkx.DiGraph:
+        """The flow without the functions that it calls."""
+        flow = self.program.flow.copy()
+        for index in list(flow):
+            call = self.instructions[index]
+            if call.name == "CALL" and "$" in call.operands:  # else it is a far jump
+                flow.remove_edges_from([(index, to) for to in list(flow.successors(index)) if to != index + 1])
+        return flow.subgraph(networkx.descendants(flow, 0) | {0}).copy()
+
+    @cached_property
+    def loops(self) -> list[frozenset[int]]:
+        """The loops outside of functions that are called."""
+        return [body for body in self.program.loops if min(body) in self._body]
+
+    @cached_property
+    def product_loops(self) -> list[frozenset[int]]:
+        """The loops over scores: next to their own products, those of loops within are few."""
+        if self.backward:
+            most = 0.9 * self._products(self._body)  # a few are for statistics of rows
+            return sorted((body for body in self.loops if self._products(body) >= most), key=len)[:1]
+        found = []
+        for body in self.loops:
+            within = self._products(self._within(body))
+            own = self._products(body) - within
+            if own > 0 and own >= 8 * within:
+                found.append(body)
+        return [body for body in found if not any(body < other for other in found)]
+
+    def _within(self, body: frozenset[int]) -> frozenset[int]:
+        return frozenset().union(*(other for other in self.loops if other < body))
+
+    @cached_property
+    def main_loops(self) -> list[frozenset[int]]:
+        """Those with most products: one for each kind of group."""
+        most = max(map(self._products, self.product_loops), default=0)
+        return [body for body in self.product_loops if self._products(body) == most]
+
+    @cached_property
+    def _forward(self) -> networkx.DiGraph:
+        """The flow of one round to a common end: what leads back to the head of a loop leads out of it instead."""
+        graph = self._body.copy()
+        graph.add_edges_from([(index, self._end) for index in self._body if self._exits(index)])
+        for body in self.loops:
+            head = min(body)
+            tails = [tail for tail in graph.predecessors(head) if tail in body]
+            behind = {after for index in body for after in self._body.successors(index)} - body
+            graph.remove_edges_from([(tail, head) for tail in tails])
+            graph.add_edges_from([(tail, after) for tail in tails for after in behind])
+            if any(self._exits(index) for index in body):
+                graph.add_edges_from([(tail, self._end) for tail in tails])
+        while not networkx.is_directed_acyclic_graph(graph):  # what the compiler moved behind the end
+            graph.remove_edges_from([max(networkx.find_cycle(graph), key=lambda edge: edge[0] - edge[1])])
+        return graph
+
+    def main_loop(self, rounds: Rounds, *, masked: bool = False) -> MainLoop | None:
+        """Give the loop over scores; None for a kernel without.
+
+        Args:
+            rounds: how often loops within it run.
+            masked: the one for windows at a border, which looks at regions too.
+        """
+        if not self.main_loops:
+            return None
+        loops = sorted(self.main_loops, key=lambda loop: len(loop - self.rare))
+        body = loops[-1 if masked else 0]
+        own = body - self._within(body)
+        usual = body & self._without_unaligned()
+        way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds)
+        hot = sum(times for _, times in way)
+        return MainLoop(
+            body,
+            hot,
+            hot + len(own & self.rare),
+            sum(times * exponentials([instruction]) for instruction, times in way),
+            sum(times * instruction.matrix_flops for instruction, times in way),
+            sum(i.name == "LDSM" and "MT88" not in i.opcode for i in (self.instructions[index] for index in own)),
+            sum(times * (instruction.width or 0) for instruction, times in way),
+        )
+
+    def _other_way(self, body: frozenset[int], masked: bool) -> frozenset[int]:
+        """Give the products of a loop for the other kind of window, if there are two ways with the same products."""
+        for index in sorted(body):
+            ways = self._ways_apart(index)
+            counts = [self._products(way & body) for way in ways]
+            if len(ways) == 2 and counts[0] == counts[1] > 0:
+                return frozenset((min if masked else max)(ways, key=len) & body)
+        return frozenset()
+
+    def _ways_apart(self, index: int) -> list[set[int]]:
+        """Give what only one of the two ways leads to that part at a branch; nothing if there is none."""
+        if self.instructions[index].name != "BRA" or index not in self._body:
+            return []
+        ways = [{way} | networkx.descendants(self._forward, way) for way in self._forward.successors(index)]
+        return [ways[0] - ways[1], ways[1] - ways[0]] if len(ways) == 2 else []
+
+    @cached_property
+    def rare(self) -> frozenset[int]:
+        """What lanes do that have parted, and what is behind a vote and multiplies no matrices."""
+        found: set[int] = set()
+        votes: set[str] = set()  # predicates
+        for index, instruction in enumerate(self.instructions):
+            written = instruction.operands.split(",")[0].strip()
+            if instruction.name in ("VOTE", "VOTEU"):
+                votes.add(written)
+            elif instruction.name.endswith("SETP") or instruction.name == "PLOP3":
+                votes.discard(written)
+            if not (alone := self._ways_apart(index)):
+                continue
+            if instruction.opcode.startswith("BRA.DIV"):
+                found |= next(side for side in alone if index + 1 not in side)
+            elif (instruction.guard or instruction.operands).strip("@!").split(",")[0] in votes:
+                found |= min((side for side in alone if side and not self._products(side)), key=len, default=set())
+        return frozenset(found)
+
+    @cached_property
+    def _exact_way(self) -> set[int]:
+        """What only runs where the main loop did not do: around loops that take three times as long for a product."""
+        pace = {body: len(body - self.rare) / self._products(body) for body in self.product_loops}
+        best = min(pace.values(), default=0.0)
+        slow = [body for body in self.product_loops if pace[body] > 3 * best]
+        around = [body for body in self.loops if not any(main <= body for main in self.main_loops)]
+        return {index for body in around if any(other <= body for other in slow) for index in body}
+
+    @property
+    def _end(self) -> int:
+        return len(self.instructions)
+
+    def _exits(self, index: int) -> bool:
+        return self.instructions[index].name == "EXIT"
+
+    def _products(self, body: Iterable[int]) -> int:
+        return sum(self.instructions[index].matrix_kind is not None for index in body if index != self._end)
+
+    def _without_unaligned(self) -> set[int]:
+        """The instructions without those for rows that are no multiple of 16 bytes."""
+        left_out: set[int] = set()
+        for index in self._body:
+            left_out |= {index} if (self.instructions[index].width or 4) < 4 else set()
+        for body in self.loops:
+            for name in ("LDGSTS", "STG"):
+                moves = {index for index in body if self.instructions[index].name == name}
+                if (name == "STG" and self._within(body)) or all(self.instructions[i].width != 16 for i in moves):
+                    continue
+                left_out |= {index for index in moves if self.instructions[index].width != 16}
+        return {*self._body, self._end} - left_out
+
+    def kind(self, body: frozenset[int]) -> str:
+        """Say what a loop is for.
+
+        Returns:
+            Outside of the main loop "group" for the outermost of those around it, "keys" for those within; within it
+            "meet" for products of queries with keys, "jobs" whose products are written and, in these, "steps". For
+            those without products "copy" into shared memory; "table" of the bias; "statistics" if such a loop is within
+            "group"; "sums" that are written; "records" that others are made of; "rows" of tokens; "inner" for a loop
+            within one of these.
+        """
+        around = self._around(body)
+        with_products = [other for other in around if self._products(other)]
+        names = {self.instructions[index].name for index in body}
+        if self._products(body):
+            if any(body < main for main in self.main_loops):
+                return "steps" if with_products[0] not in self.main_loops else "jobs" if "STG" in names else "meet"
+            return "keys" if with_products else "group"
+        if len(with_products) < len(around):
+            return "inner"
+        if "LDGSTS" in names:
+            return "copy"
+        if {"LDG", "STS"} <= names:
+            return "statistics" if around else "table"
+        if "STG" in names and "STS" not in names:
+            return "sums"
+        return "records" if self.backward and {"LDS", "STS"} <= names else "rows"
+
+    def _around(self, body: frozenset[int]) -> list[frozenset[int]]:
+        """The loops that a loop is in, the innermost first."""
+        return sorted((other for other in self.loops if body < other), key=len)
+
+    def is_in(self, kind: str, body: frozenset[int]) -> bool:
+        """Tell whether a loop is in one of this kind; "main" is the main loop."""
+        return any(
+            other in self.main_loops if kind == "main" else self.kind(other) == kind for other in self._around(body)
+        )
+
+    def siblings(self, body: frozenset[int]) -> list[frozenset[int]]:
+        """Give the loops of the same kind that are in the same loops, in the order of the code, this one included."""
+        alike = [loop for loop in self.loops if self.kind(loop) == self.kind(body)]
+        return sorted((loop for loop in alike if self._around(loop) == self._around(body)), key=min)
+
+    def flops(self, body: frozenset[int]) -> float:
+        """Operations of the products of a loop."""
+        return sum(self.instructions[index].matrix_flops for index in body)
+
+    def copies(self, body: frozenset[int]) -> int:
+        """Count the reads of global memory in a loop, of copies those of 16 bytes alone."""
+        loads = [self.instructions[index] for index in body if self.instructions[index].name in ("LDG", "LDGSTS")]
+        copies = [load for load in loads if load.name == "LDGSTS" and load.width == 16]
+        return len(copies or loads)
+
+    def way(self, rounds: Rounds) -> list[tuple[Instruction, float]]:
+        """Give the instructions of the longest way outside of the products, each with how often it is executed.
+
+        Args:
+            rounds: how often the body of a loop runs, each time that its program comes to it.
+        """
+        graph, between = self._usual
+        return self._longest(graph, frozenset(self.program.flow), rounds, between)
+
+    @cached_property
+    def _usual(self) -> tuple[networkx.DiGraph, frozenset[int]]:
+        """The ways to the end that are usual, and what is between products on them."""
+        graph = self._forward.subgraph(self._without_unaligned() - self.rare - self._exact_way).copy()
+        graph = graph.subgraph(networkx.ancestors(graph, self._end) | {self._end}).copy()
+        products = [index for index in graph if index != self._end and self.instructions[index].matrix_kind]
+        before, behind = _reached(graph.predecessors, products), _reached(graph.successors, products)
+        return graph, frozenset(before & behind).union(*self.product_loops)
+
+    def _longest(
+        self, nodes: Iterable[int], body: frozenset[int], rounds: Rounds, never: Collection[int] = ()
+    ) -> list[tuple[Instruction, float]]:
+        """Give the longest way through a loop or all of the kernel, where loops within run so many rounds."""
+        graph = self._forward.subgraph(nodes).copy()
+        times = {index: 0.0 if index in never else 1.0 for index in graph}
+        for loop in self.loops:
+            if loop < body and loop not in self.product_loops:
+                factor = rounds(loop)
+                for index in loop & times.keys():
+                    times[index] *= factor
+        for tail, head in graph.edges:
+            graph.edges[tail, head]["times"] = times[head]
+        longest = networkx.dag_longest_path(graph, weight="times")
+        return [(self.instructions[index], times[index]) for index in longest if index != self._end]
+
+
+def _reached(neighbours: Callable[[int], Iterable[int]], starts: Iterable[int]) -> set[int]:
+    """Give what can be reached from some instructions, these included."""
+    seen: set[int] = set()
+    pending = list(starts)
+    while pending:
+        index = pending.pop()
+        if index not in seen:
+            seen.add(index)
+            pending.extend(neighbours(index))
+    return seen

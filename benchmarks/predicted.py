@@ -1,0 +1,110 @@
+"""Puts what the audit saved last into docs/performance.md: ``python -m benchmarks.predicted``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+# What stands in the rows, for each table: title of its first columns, then title, size and case of each row.
+WINDOWS = (
+    ("Swin-T stage 1", "392", "swin_t_stage1"),
+    ("stage 1 shifted", "392", "swin_t_stage1_shifted"),
+    ("stage 2", "392", "swin_t_stage2"),
+    ("stage 2 shifted", "392", "swin_t_stage2_shifted"),
+    ("stage 3", "392", "swin_t_stage3"),
+    ("stage 3 shifted", "392", "swin_t_stage3_shifted"),
+    ("stage 4", "392", "swin_t_stage4"),
+    ("Swin-B stage 1, window (16, 7, 7)", "784", "swin_b_ssv2_stage1"),
+    ("Swin-T stage 1, 8 frames", "196", "swin_t_8frames_stage1"),
+    ("SwinUNETR, two volumes", "343", "swinunetr"),
+    ("2D Swin-B, window 12, 16 images", "144", "swin_2d_window12"),
+    ("2D Swin-T, window 7, 64 images", "49", "swin_2d_window7"),
+)
+DIVIDED = (
+    ("TimeSformer-B, time", "8", "timesformer_b_time"),
+    ("TimeSformer-B, space with cls", "197", "timesformer_b_space"),
+    ("TimeSformer-HR, time", "16", "timesformer_hr_time"),
+    ("TimeSformer-HR, space with cls", "785", "timesformer_hr_space"),
+    ("TimeSformer-L, time", "96", "timesformer_l_time"),
+    ("TimeSformer-L, space with cls", "197", "timesformer_l_space"),
+    ("ViViT-B model 3, time", "16", "vivit_b_model3_time"),
+    ("ViViT-B model 3, space", "196", "vivit_b_model3_space"),
+    ("ViViT-B model 4", "16 and 196", "vivit_b_model4"),
+)
+MIXING = (
+    ("an eighth or a quarter of k and v each way", "16", "xvit_b_16_frames_div8"),
+    ("the same", "8", "xvit_b_8_frames_div8"),
+    ("the shift alone", "16", "xvit_b_16_frames_div8_shift"),
+)
+
+
+def newest() -> Path:
+    """Give the predictions that were saved last."""
+    return max(RESULTS.glob("predicted-*.json"))
+
+
+def tables(predictions: dict[str, Any]) -> str:
+    """Give the tables in Markdown.
+
+    Args:
+        predictions: what ``benchmarks.gpu_audit --save`` writes.
+    """
+    found = {(case["backend"], case["case"], case["direction"]): case for case in predictions["cases"]}
+
+    def figure(key: str, *where: str) -> str:
+        return _shown(found[where][key]) if where in found else ""
+
+    def rows(cases: Sequence[tuple[str, str, str]], backends: Sequence[str]) -> list[str]:
+        lines = []
+        for title, size, case in cases:
+            cells = [title, size]
+            for direction in ("forward", "backward"):
+                cells += [figure("predicted_us", backend, case, direction) for backend in backends]
+                cells.append(figure("floor_us", "triton", case, direction))
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    both = "forward, us: Triton | CUDA | floor | backward, us: Triton | CUDA | floor"
+    triton = "forward, us: Triton | floor | backward, us: Triton | floor"
+    return "\n".join(
+        [
+            f"| attention in windows | tokens a window | {both} |",
+            "| --- " * 8 + "|",
+            *rows(WINDOWS, ("triton", "cuda")),
+            "",
+            f"| TimeSformer and ViViT attention, 12 x 64 | keys | {triton} |",
+            "| --- " * 6 + "|",
+            *rows(DIVIDED, ("triton",)),
+            "",
+            f"| X-ViT-B, 12 x 64, 197 tokens | frames | {triton} |",
+            "| --- " * 6 + "|",
+            *rows(MIXING, ("triton",)),
+        ]
+    )
+
+
+def _shown(microseconds: float) -> str:
+    return f"{microseconds:.0f}" if microseconds >= 30 else f"{microseconds:.1f}"
+
+
+def updated(page: str, path: Path) -> str:
+    """Give a page with its tables, and the name of the file that they are from, replaced.
+
+    Args:
+        page: text of docs/performance.md.
+        path: predictions.
+    """
+    new = tables(json.loads(path.read_text()))
+    first, last = new.splitlines()[0], new.splitlines()[-1].split(" | ")[0]
+    pattern = re.escape(first.partition(" | ")[0]) + ".*?^" + re.escape(last) + "[^\n]*"
+    page = re.sub(pattern, lambda _: new, page, count=1, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"predicted-[\w-]+\.json", path.name, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(), newest()))
