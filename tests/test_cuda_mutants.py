@@ -107,9 +107,9 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     ),
     "too little shared memory": ("out of bounds", "window3d.cu", r"(size_t\(a.plan.shared_bytes\))", r"\1 - 16"),
     "one block too few": ("unwritten", "window3d.cu", r"(shape.blocks \* a.plan.splits)", r"\1 - 1"),
-    "regions of the wrong border": ("off by", "window3d.cuh", r"== count - 1\) border_", "== 0) border_"),
+    "regions of the wrong border": ("off by", "window3d.cuh", r"== int\(.*?\) - 1\) border_", "== 0) border_"),
     "the row of the next token": ("out of bounds", "window3d.cuh", r"source\[2\] \*", "(source[2] + 1) *"),
-    "a pair of tiles too few": ("unwritten", "forward.cuh", r"(pair < pairs \* \(share \+ 1\) / shares)", r"\1 - 1"),
+    "a pair of tiles too few": ("unwritten", "forward.cuh", r"(quotient\(pairs \* \(share \+ 1\)\))", r"\1 - 1"),
     "a chunk too few": ("off by", "forward.cuh", r"kChunk \* end;", "kChunk * (end - 1);", "depth fastest"),
     "the last keys of a chunk with the first values": (
         "off by",
@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "v[0], out",
         "depth fastest",
     ),
-    "the next step of the bias": ("off by|uninit", "window3d.cuh", "place - 1\\]", "place]", "depth fastest"),
+    "the next step of the bias": ("off by|uninit", "window3d.cuh", r"odd\[step - 1\]", "odd[step]", "depth fastest"),
     "keys are hidden without a proof": ("off by", "forward.cuh", r"hides &= .*?;", "", "depth fastest"),
     "the bias has no part in the proof": (
         "off by",
