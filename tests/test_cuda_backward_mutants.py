@@ -5,20 +5,14 @@ As in test_cuda_mutants.py, whoever changes a statement that a mistake spoils ch
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
 
 import pytest
 import torch
-from tolerance import GRADIENT_FACTOR, assert_close
+from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, spoil
 
 import tests.cuda_emulator as emulated
-import vidattn
-from tests.cuda_emulator import build
-
-Edits = dict[str, Callable[[str], str]]
 
 # How it shows, and what is spoiled: the file, a pattern in it, and what stands in place of the first match.
 MISTAKES = {
@@ -147,26 +141,16 @@ def edits(mistake: str | None) -> Edits:
     if mistake is None:
         return {"window3d_backward.cu": one_kernel}
     _, file, pattern, spoiled = MISTAKES[mistake]
-
-    def spoil(text: str) -> str:
-        changed, found = re.subn(pattern, spoiled, text, count=1)
-        if not found:
-            raise ValueError(f"{mistake}: {file} no longer has {pattern!r}")
-        return changed
-
+    edit = spoil(mistake, file, pattern, spoiled)
     if file == "window3d_backward.cu":
-        return {file: lambda text: one_kernel(spoil(text))}
-    return {"window3d_backward.cu": one_kernel, file: spoil}
+        return {file: lambda text: one_kernel(edit(text))}
+    return {"window3d_backward.cu": one_kernel, file: edit}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    chosen = [item.callspec.params["mistake"] for item in tests]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(build.backend_library, True, edits(mistake)) for mistake in (None, *chosen)]
-    wait(futures)  # what went wrong, the test of the mistake will say
+    compile_all(map(edits, (None, *chosen_mistakes(request))))
     yield
     emulated.uninstall()
 
@@ -181,16 +165,7 @@ def differentiate(mistake: str | None) -> None:
     given = [torch.randn(1, 5, 7, 10, 3, 2, 24).bfloat16(), torch.randn(7 * 9 * 9, 2), torch.randn(3, 2, 24).bfloat16()]
     dout = torch.randn(1, 5, 7, 10, 2 * 24).bfloat16()
     options = {"window_size": (4, 5, 5), "shift_size": (0, 2, 2)}
-
-    def gradients(backend: str, wide: bool) -> tuple[torch.Tensor, ...]:
-        qkv, table, pad = leaves = [(x.double() if wide else x).detach().requires_grad_() for x in given]
-        out = vidattn.window3d_attention(qkv, table, pad_qkv=pad, backend=backend, **options)
-        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
-
-    with emulated.edited(edits(mistake)), emulated.controls(shared_limit=52 * 1024):
-        found = gradients("cuda", False)
-    for actual, plain, exact in zip(found, gradients("reference", False), gradients("reference", True), strict=True):
-        assert_close("gradient", actual, plain, exact, torch.bfloat16, GRADIENT_FACTOR)
+    check_gradients(edits(mistake), given, dout, controls={"shared_limit": 52 * 1024}, **options)
 
 
 def test_the_kernel_without_a_mistake_passes() -> None:

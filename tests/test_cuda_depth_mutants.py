@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
-from test_cuda_backward_mutants import Edits
-from tolerance import GRADIENT_FACTOR, assert_close
+from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, spoil
 
 import tests.cuda_emulator as emulated
-import vidattn
-from tests.cuda_emulator import build
 
 FILE = "depth_fastest.cuh"
 # How it shows, a pattern in depth_fastest.cuh, and what stands in place of the first match.
@@ -66,25 +61,14 @@ def edits(mistake: str | None) -> Edits:
     if mistake is None:
         return {"window3d_backward.cu": two_shares}
     _, pattern, spoiled = MISTAKES[mistake]
-
-    def spoil(text: str) -> str:
-        changed, found = re.subn(pattern, spoiled, text, count=1)
-        if not found:
-            raise ValueError(f"{mistake}: {FILE} no longer has {pattern!r}")
-        return changed
-
-    return {"window3d_backward.cu": two_shares, FILE: spoil}
+    return {"window3d_backward.cu": two_shares, FILE: spoil(mistake, FILE, pattern, spoiled)}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    build.backend_library(True, edits(None))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chosen = [item.callspec.params["mistake"] for item in tests]
-        futures = [pool.submit(build.backend_library, True, edits(mistake)) for mistake in chosen]
-    wait(futures)  # what went wrong, the test of the mistake will say
+    compile_all([edits(None)])  # what the others share is compiled once
+    compile_all(map(edits, chosen_mistakes(request)))
     yield
     emulated.uninstall()
 
@@ -95,17 +79,7 @@ def differentiate(mistake: str | None) -> None:
     given = [torch.randn(1, 13, 5, 9, 3, 1, 24), torch.randn(15 * 5 * 13, 1), torch.randn(3, 1, 24)]
     given = [given[0].bfloat16(), given[1], given[2].bfloat16()]
     dout = torch.randn(1, 13, 5, 9, 24).bfloat16()
-    options = {"window_size": (8, 3, 7), "shift_size": (3, 1, 3)}
-
-    def gradients(backend: str, wide: bool) -> tuple[torch.Tensor, ...]:
-        qkv, table, pad = leaves = [(x.double() if wide else x).detach().requires_grad_() for x in given]
-        out = vidattn.window3d_attention(qkv, table, pad_qkv=pad, backend=backend, **options)
-        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
-
-    with emulated.edited(edits(mistake)):
-        found = gradients("cuda", False)
-    for actual, plain, exact in zip(found, gradients("reference", False), gradients("reference", True), strict=True):
-        assert_close("gradient", actual, plain, exact, torch.bfloat16, GRADIENT_FACTOR)
+    check_gradients(edits(mistake), given, dout, window_size=(8, 3, 7), shift_size=(3, 1, 3))
 
 
 def test_the_kernel_without_a_mistake_passes() -> None:

@@ -6,21 +6,17 @@ Whoever changes a statement that a mistake spoils chooses another one here.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from cuda_mistakes import Edits, chosen_mistakes, compile_all, spoil
 from tolerance import OUTPUT_FACTOR, assert_close
 
 import tests.cuda_emulator as emulated
 import vidattn
-from tests.cuda_emulator import build
-
-Edits = dict[str, Callable[[str], str]]
 
 KB = 1024
 
@@ -190,16 +186,10 @@ def edits(mistake: str | None, case: str) -> Edits:
     if mistake is None:
         return NO_BACKWARD | {"window3d.cu": kernel}
     _, file, pattern, spoiled = MISTAKES[mistake][:4]
-
-    def spoil(text: str) -> str:
-        changed, found = re.subn(pattern, spoiled, text, count=1)
-        if not found:
-            raise ValueError(f"{mistake}: {file} no longer has {pattern!r}")
-        return changed
-
+    edit = spoil(mistake, file, pattern, spoiled)
     if file == "window3d.cu":
-        return NO_BACKWARD | {file: lambda text: kernel(spoil(text))}
-    return NO_BACKWARD | {"window3d.cu": kernel, file: spoil}
+        return NO_BACKWARD | {file: lambda text: kernel(edit(text))}
+    return NO_BACKWARD | {"window3d.cu": kernel, file: edit}
 
 
 # The others take as long again.
@@ -226,12 +216,8 @@ CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow)
 @pytest.fixture(autouse=True, scope="module")
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    chosen = [item.callspec.params["mistake"] for item in tests if "mistake" in item.callspec.params]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        wanted = [edits(None, case) for case in CASES] + [edits(mistake, case_of(mistake)) for mistake in chosen]
-        futures = [pool.submit(build.backend_library, True, each) for each in wanted]
-    wait(futures)  # what went wrong, the test of the mistake will say
+    mistakes = [edits(mistake, case_of(mistake)) for mistake in chosen_mistakes(request)]
+    compile_all([*(edits(None, case) for case in CASES), *mistakes])
     yield
     emulated.uninstall()
 
