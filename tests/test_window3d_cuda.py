@@ -233,6 +233,12 @@ def test_every_size_of_shared_memory(limit: int) -> None:
         check((16, 7, 7), (16, 7, 7), heads=1, size=1e5)  # depth fastest with 227 KB, and not folded
 
 
+@pytest.mark.parametrize("limit", [0, KB])  # 0: the device does not tell
+def test_too_little_shared_memory_is_an_error(limit: int) -> None:
+    with emulated.controls(shared_limit=limit), pytest.raises(RuntimeError, match="too little shared memory"):
+        check(SMALL, WINDOW)
+
+
 def test_the_longest_windows() -> None:
     check((12, 10, 10), (12, 10, 10), heads=1, dtype=F16)
     with emulated.controls(shared_limit=99 * KB):

@@ -125,7 +125,7 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
   // blocks. It keeps 1 KB a block for itself.
   plan.tiles = static_cast<int>(ceil_div(tokens, 16));
   const int64_t pairs = ceil_div(tokens, 32), together = (limit + 1024) / (plan.shared_bytes + 1024);
-  const int64_t fill = most_warps(plan.dim) / together;
+  const int64_t fill = most_warps(plan.dim) / (together > 0 ? together : 1);
   const int64_t warps = even_warps(pairs, fill > 4 ? fill : 4);
   plan.threads = static_cast<int>(32 * warps);
   const int64_t wanted = ceil_div(kManyBlocks, s.blocks > 0 ? s.blocks : 1), most = pairs / warps;

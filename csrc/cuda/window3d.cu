@@ -44,7 +44,9 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
   shape.blocks = call.heads * call.groups;
   for (int axis = 0; axis < 3; ++axis) shape.table_window[axis] = call.bias_window[axis];
   for (int axis = 0; axis < 2; ++axis) shape.bias_extent[axis] = call.bias_extent[axis];
-  a.plan = plan_forward(shape, gpu::shared_memory_limit());
+  const int limit = gpu::shared_memory_limit();
+  a.plan = plan_forward(shape, limit);
+  if (a.plan.shared_bytes > limit || a.plan.block_keys <= 0) return "a block has too little shared memory";
   a.tables = a.plan.key_rows() * a.plan.dim * 4 + int(kBlockBytes), a.slots = int(round_up(call.tokens, 16));
   a.heads = Divisor(call.heads), a.splits = Divisor(a.plan.splits), a.warps = Divisor(a.plan.threads / 32);
   a.shares = Divisor(a.plan.splits * (a.plan.threads / 32)), a.height = Divisor(call.window[1]);

@@ -212,8 +212,6 @@ class WindowGradientGroup {
   }
 
  private:
-  __device__ __forceinline__ int bias_height() const { return int(a_.bias_extent[0]); }
-  __device__ __forceinline__ int bias_width() const { return int(a_.bias_extent[1]); }
   __device__ __forceinline__ int table_row(int x, int y, int z) const {
     return (x * (2 * int(a_.bias_window[1]) - 1) + y) * (2 * int(a_.bias_window[2]) - 1) + z;
   }
