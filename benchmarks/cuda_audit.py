@@ -60,12 +60,12 @@ def _numbers(case: WindowCase, arch: str, stride_sets: int) -> tuple[int, ...]:
 
 
 def plan_forward(case: WindowCase, arch: str) -> dict[str, int]:
-    """Plan the forward pass of a case as a launch on this architecture does."""
-    return cubins.planner("plan_forward", _FORWARD, _FORWARD_FIELDS)(*_numbers(case, arch, 1))
+    """Plan the forward pass of a case as a launch does; one stride leads from token to token."""
+    return cubins.planner("plan_forward", _FORWARD, _FORWARD_FIELDS)(*_numbers(case, arch, 0))
 
 
 def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
-    """Plan the backward pass of a case, with the gradient of the table; one stride leads from token to token."""
+    """The same of the backward pass, with the gradient of the table."""
     return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
 
 
@@ -82,18 +82,22 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     name = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward", ELEMENTS[dtype], plan["dim"]
     program, _ = _kernel(arch, *name)
 
+    def of_warp(work: float) -> float:
+        """Rounds of a warp, where a block's threads share some work."""
+        return math.ceil(work / LANES) / warps
+
     def rounds(body: frozenset[int]) -> float:
         """How often a loop runs: a block's threads share rows, pieces of 16 bytes of keys and values, or the table."""
-        kind, at_a_time = program.kind(body), plan["threads"] * max(1, program.copies(body))
+        kind = program.kind(body)
         if kind == "copy" and program.is_in("group", body) == bool(plan["resident"]):
             return 0
         return {
             "group": passes,
             "keys": math.ceil(slots / plan["block_keys"]),
-            "copy": math.ceil(2 * slots * plan["dim"] * 2 // 16 / at_a_time),
-            "table": math.ceil(table_rows / at_a_time),
-            "inner": 1,
-        }.get(kind, math.ceil(slots / plan["threads"]))
+            "copy": of_warp(2 * slots * plan["dim"] * 2 // 16 / max(1, program.copies(body))),
+            "table": of_warp(table_rows / max(1, program.copies(body))),
+            "inner": 0,  # other strides than one
+        }.get(kind, of_warp(slots))
 
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None

@@ -9,6 +9,7 @@ and those of rows that are not aligned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,18 +181,30 @@ class CudaProgram:
     def _products(self, body: Iterable[int]) -> int:
         return sum(self.instructions[index].matrix_kind is not None for index in body if index != self._end)
 
-    def _without_unaligned(self) -> set[int]:
-        """The instructions without those for rows that are no multiple of 16 bytes."""
-        left_out: set[int] = set()
-        for index in self._body:
-            left_out |= {index} if (self.instructions[index].width or 4) < 4 else set()
-        for body in self.loops:
+    @cached_property
+    def _unaligned(self) -> frozenset[int]:
+        """The ways of rows that are no multiple of 16 bytes: they have narrow accesses, and the way beside has none."""
+        found: set[int] = set()
+        for index in range(len(self.instructions)):
+            for way, other in itertools.permutations(self._ways_apart(index), 2):
+                if self._narrowest(way) < 4 <= self._narrowest(other) < 32:
+                    found |= way
+        for body in self.loops:  # of one that is for all rows, what moves 16 bytes
             for name in ("LDGSTS", "STG"):
-                moves = {index for index in body if self.instructions[index].name == name}
+                moves = {index for index in body - found if self.instructions[index].name == name}
                 if (name == "STG" and self._within(body)) or all(self.instructions[i].width != 16 for i in moves):
                     continue
-                left_out |= {index for index in moves if self.instructions[index].width != 16}
-        return {*self._body, self._end} - left_out
+                found |= {index for index in moves if self.instructions[index].width != 16}
+        return frozenset(found | {index for index in self._body if (self.instructions[index].width or 4) < 4})
+
+    def _narrowest(self, way: Iterable[int]) -> int:
+        """Give the fewest bytes that a way reads or writes in global memory at a time; 32 if it does not."""
+        accesses = (self.instructions[index] for index in way if index != self._end)
+        return min((i.width or 4 for i in accesses if i.name in ("LDG", "STG", "LDGSTS")), default=32)
+
+    def _without_unaligned(self) -> set[int]:
+        """The instructions without those for rows that are no multiple of 16 bytes."""
+        return {*self._body, self._end} - self._unaligned
 
     def kind(self, body: frozenset[int]) -> str:
         """Say what a loop is for.

@@ -21,49 +21,21 @@ WindowBackwardKernel kernel_for(const BackwardPlan& plan) {
   return plan.dim == 32 ? window_backward<T, 32> : window_backward<T, 64>;
 }
 
-// Finds the different strides among tensors. One through which one stride counts needs no set.
-void find_stride_sets(WindowGradientArguments& a, const Slot* slots, int count) {
-  a.stride_sets = 0;
-  for (int i = 0; i < count; ++i) {
-    a.set_of[slots[i]] = -1;
-    if (has_token_stride(a.call, a.call.tensor[slots[i]])) continue;
-    int set = 0;
-    while (set < a.stride_sets && !same_strides(a.call.tensor[slots[i]], a.call.tensor[a.slot_of[set]])) ++set;
-    if (set == a.stride_sets) a.slot_of[a.stride_sets++] = slots[i];
-    a.set_of[slots[i]] = set;
-  }
-}
-
 // All that shapes and pointers decide.
 WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradient, bool pad_gradient) {
   WindowGradientArguments a{};
-  a.call = call;
-  const Slot all[] = {kQ, kK, kV, kDout, kDq, kDk, kDv}, keys[] = {kK, kV}, queries[] = {kQ}, rows[] = {kDout, kOut},
-             gradients[] = {kDq, kDk, kDv};
-  find_stride_sets(a, all, 7);
-  a.unit = unit_of(call, keys, 2), a.query_unit = unit_of(call, queries, 1), a.dout_unit = unit_of(call, rows, 2);
-  a.gradient_unit = unit_of(call, gradients, 3);
-  BackwardShape shape{};
-  for (int i = 0; i < 3; ++i) shape.window[i] = call.window[i];
-  shape.head_dim = call.head_dim, shape.stride_sets = a.stride_sets;
-  shape.table_rows = call.bias_is_table ? call.bias_size : 0;
-  shape.plain_bias = has_plain_bias(call);
-  for (int i = 0; i < 3; ++i) shape.table_window[i] = call.bias_is_table ? call.bias_window[i] : 1;
-  for (int i = 0; i < 2; ++i) shape.bias_extent[i] = call.bias_is_table ? call.bias_extent[i] : 1;
+  describe_tokens(a, call, {kQ, kK, kV, kDout, kOut, kDq, kDk, kDv});
+  a.dout_unit = a.unit[kDout] < a.unit[kOut] ? a.unit[kDout] : a.unit[kOut];
+  a.gradient_unit = 16;
+  for (Slot slot : {kDq, kDk, kDv}) a.gradient_unit = a.unit[slot] < a.gradient_unit ? a.unit[slot] : a.gradient_unit;
+  BackwardShape shape{shape_of(a)};
   shape.table_gradient = table_gradient, shape.pad_gradient = a.pad_gradient = pad_gradient;
   a.backward = plan_backward(shape, gpu::shared_memory_limit());
-  a.tables = a.backward.tokens, a.slots = int(round_up(call.tokens, 32));
+  a.bases = kBasesPlace;
+  place_tokens(a, round_up(call.tokens, 32), a.backward.tokens, true);
   a.whole_rows = call.tokens <= kWholeRows;
   a.shares = backward_shares(call.groups, call.heads, a.backward, table_gradient ? call.bias_size : 0);
   a.share_groups = int(call.groups / a.shares), a.longer_shares = int(call.groups % a.shares);
-  a.heads = Divisor(call.heads), a.height = Divisor(call.window[1]), a.width = Divisor(call.window[2]);
-  for (int axis = 0; axis < 3; ++axis) a.count[axis] = Divisor(call.count[axis]);
-  if (call.bias_is_table) {
-    a.bias_height = Divisor(call.bias_extent[0]), a.bias_width = Divisor(call.bias_extent[1]);
-    a.table_heights = Divisor(2 * call.bias_window[1] - 1), a.table_widths = Divisor(2 * call.bias_window[2] - 1);
-  }
-  const float scale = float(call.scale);
-  a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
   a.folds = has_moderate_numbers(call) && a.backward.bias_floats > 0;
   return a;
 }
