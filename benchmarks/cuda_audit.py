@@ -14,7 +14,7 @@ from benchmarks import cubins
 from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
 from benchmarks.gpu_plans import FAMILIES
-from benchmarks.prediction import PARTITIONS, Cost, Grid, Rates
+from benchmarks.prediction import PARTITIONS, SMS, Cost, Grid, Rates
 from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
 from benchmarks.shapes import WindowCase
 from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
@@ -118,8 +118,8 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
     work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * table_rows
-    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts)
-    return (_audit(name, arch, rates, rounds, work, block, (loop, scores)),)
+    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
+    return (_audit(name, arch, rates, rounds, work, block, (loop, scores), border),)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -235,6 +235,7 @@ class _Block:
     shared_bytes: int
     copy_in: float
     tiles: list[int]  # of each warp, block by block
+    turns: bool = False  # whether other warps have them in each block
 
 
 def _audit(
@@ -245,10 +246,14 @@ def _audit(
     work: _Work,
     block: _Block,
     loop: tuple[MainLoop, float] | None,
+    border: float = 1.0,
 ) -> CudaLaunchAudit:
-    """Put together what is known of a launch; ``loop`` has the scores of a warp in one round beside it."""
+    """Put together what is known of a launch.
+
+    ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions.
+    """
     program, resources = _kernel(arch, *name)
-    way, lanes = program.way(rounds), block.blocks * block.warps * LANES
+    way, lanes = program.way(rounds, border), block.blocks * block.warps * LANES
     around = sum(times for _, times in way)
     cost = Cost(
         bytes=work.bytes,
@@ -261,7 +266,7 @@ def _audit(
     per_sm = resident_warps(arch, resources.registers, block.shared_bytes, block.warps) // block.warps
     grid = Grid(block.blocks, per_sm, block.copy_in)
     # What is around the products is shared by all warps alike.
-    unequal = share_of_busiest(block.tiles, grid.together * block.warps) - 1
+    unequal = share_of_busiest(block.tiles, block.warps, grid.together, turn=block.turns) - 1
     grid = replace(grid, share=1 + unequal * work.walked / cost.instructions)
     terms, executed = cost.microseconds(rates), program.program.executed()
     per_score = [LANES * count / loop[1] for count in (loop[0].hot, loop[0].all)] if loop else [None, None]
@@ -289,17 +294,26 @@ def _audit(
     )
 
 
-def share_of_busiest(tiles: list[int], warps: int) -> float:
+def share_of_busiest(tiles: list[int], warps: int, blocks: int = 1, *, turn: bool = False) -> float:
     """Give what the busiest partition of an SM has to do, in units of its share: warps go to the partitions in turn.
 
     Args:
         tiles: what each warp has to do, block by block; further blocks do the same.
-        warps: that an SM has at a time.
+        warps: of a block.
+        blocks: that an SM has at a time.
+        turn: whether the shares go to other warps in each block, as ``Share`` of csrc/cuda/forward.cuh says.
     """
-    done = [0] * PARTITIONS
-    for warp in range(warps):
-        done[warp % PARTITIONS] += tiles[warp % len(tiles)]
-    return PARTITIONS * max(done) / sum(done)
+    busiest = 0
+    for sm in range(SMS):
+        done = [0] * PARTITIONS
+        for number in range(blocks):
+            block = sm + number * SMS
+            first = block * warps % len(tiles)
+            for warp in range(warps):
+                share = (warp + (block ^ block >> 7)) % warps if turn else warp
+                done[(number * warps + warp) % PARTITIONS] += tiles[first + share]
+        busiest += max(done)
+    return PARTITIONS * busiest / (SMS * blocks * warps * sum(tiles) / len(tiles))
 
 
 def border_share(windows: WindowGeometry) -> float:

@@ -46,6 +46,7 @@ class CudaProgram:
         self.program = program
         self.instructions = program.instructions
         self.backward = backward
+        self._apart: dict[int, list[set[int]]] = {}
 
     @cached_property
     def _body(self) -> networkx.DiGraph:
@@ -138,6 +139,11 @@ class CudaProgram:
 
     def _ways_apart(self, index: int) -> list[set[int]]:
         """Give what only one of the two ways leads to that part at a branch; nothing if there is none."""
+        if index not in self._apart:
+            self._apart[index] = self._find_ways_apart(index)
+        return self._apart[index]
+
+    def _find_ways_apart(self, index: int) -> list[set[int]]:
         if self.instructions[index].name != "BRA" or index not in self._body:
             return []
         ways = [{way} | networkx.descendants(self._forward, way) for way in self._forward.successors(index)]
@@ -258,14 +264,35 @@ class CudaProgram:
         copies = [load for load in loads if load.name == "LDGSTS" and load.width == 16]
         return len(copies or loads)
 
-    def way(self, rounds: Rounds) -> list[tuple[Instruction, float]]:
+    def way(self, rounds: Rounds, border: float = 1.0) -> list[tuple[Instruction, float]]:
         """Give the instructions of the longest way outside of the products, each with how often it is executed.
 
         Args:
             rounds: how often the body of a loop runs, each time that its program comes to it.
+            border: share of the groups with two regions.
         """
         graph, between = self._usual
-        return self._longest(graph, frozenset(self.program.flow), rounds, between)
+        found: list[tuple[Instruction, float]] = []
+        for nodes, share in ((set(graph), border), (set(graph) - self._of_borders, 1 - border)):
+            if share > 0:
+                way = self._longest(nodes, frozenset(self.program.flow), rounds, between)
+                found += [(instruction, share * times) for instruction, times in way]
+        return found
+
+    @cached_property
+    def _of_borders(self) -> frozenset[int]:
+        """What a forward pass does for groups of two regions: it measures rows, for which alone it widens elements."""
+        found: set[int] = set()
+        for index in range(0 if self.backward else len(self.instructions)):
+            for way, other in itertools.permutations(self._ways_apart(index), 2):
+                if self._widens(way) and not self._widens(other) and not self._products(way):
+                    found |= way
+        return frozenset(found)
+
+    def _widens(self, way: Iterable[int]) -> bool:
+        """Tell whether elements of 16 bits become float32."""
+        instructions = (self.instructions[index] for index in way if index != self._end)
+        return any(i.opcode == "HADD2.F32" or (i.name == "LOP3" and "0xffff0000" in i.operands) for i in instructions)
 
     @cached_property
     def _usual(self) -> tuple[networkx.DiGraph, frozenset[int]]:
