@@ -51,6 +51,8 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   for (int i = 0; i < 3; ++i) shape.table_window[i] = call.bias_is_table ? call.bias_window[i] : 1;
   for (int i = 0; i < 2; ++i) shape.bias_extent[i] = call.bias_is_table ? call.bias_extent[i] : 1;
   shape.table_gradient = table_gradient, shape.pad_gradient = a.pad_gradient = pad_gradient;
+  shape.aligned_rows =
+      a.stride_sets == 0 && a.unit == 16 && a.query_unit == 16 && a.dout_unit == 16 && a.gradient_unit == 16;
   a.backward = plan_backward(shape, gpu::shared_memory_limit());
   a.tables = a.backward.tokens, a.slots = int(round_up(call.tokens, 32));
   a.whole_rows = call.tokens <= kWholeRows;
