@@ -30,7 +30,7 @@ _SHAPE = """
 _FORWARD = f"WindowShape shape{{}};{_SHAPE}\n  const auto p = plan_forward(shape, n[8]);"
 _FORWARD_FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "depth_fastest", "shared_bytes")
 _BACKWARD = f"""BackwardShape shape{{}};{_SHAPE}
-  shape.table_gradient = true;
+  shape.table_gradient = shape.aligned_rows = true;
   const auto plan = plan_backward(shape, n[8]);
   struct : BackwardPlan {{ int64_t shares; }} p{{plan, backward_shares(n[7] / n[14], n[14], plan, n[4])}};"""
 _BACKWARD_FIELDS = (
@@ -167,13 +167,14 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return math.ceil(floats[index] / threads) if index < len(floats) else 0
 
     def meet(body: frozenset[int]) -> float:
+        """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
+        if depth_fastest:
+            return 4 / 7 * block_keys / plan["warp_keys"]
         return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
 
     def steps(body: frozenset[int]) -> float:
-        """The keys of a block, for half of the elements of 16 queries or all of 8; 32 at a time, then the rest."""
+        """The keys of a block, for half of the elements of 16 queries."""
         at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
-        if depth_fastest:
-            return (block_keys % 32 if at_a_time < 32 else block_keys // 32 * 32) / at_a_time
         return math.ceil(block_keys / at_a_time)
 
     def rounds(body: frozenset[int]) -> float:
@@ -188,7 +189,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "keys": blocks,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "statistics": math.ceil(slots * 4 / threads),
-            "records": math.ceil(tokens / 2 / threads) if depth_fastest else tokens <= 64,
+            "records": tokens <= 64,
             "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) else 0,
         }[kind]
@@ -204,8 +205,12 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
     work = _Work(moved, walked, computed, loop.flops / scores, traffic)
-    copy_in = walk * 4 * slots * row_bytes  # keys, values; context and its gradient, for the sums of their products
-    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, [1] * warps)
+    copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
+    if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
+        copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
+        products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
+        tasks = [products + queries] * 4 + [products] * (warps - 4)
+    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
     whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
 
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
