@@ -419,7 +419,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
 #pragma unroll 1
     for (int n = threadIdx.x; n < group.keys(); n += 32 * kPlaces) {
       float log_sum = plus_infinity();
-      if (const int64_t token = group.output_row(n); token >= 0) {
+      if (const int token = group.token(n); token >= 0) {
         log_sum = *group.lse(token) * kLog2e;
         moderate &= fabsf(log_sum) <= kLargestLogSum;
       }

@@ -30,8 +30,7 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   for (Slot slot : {kDq, kDk, kDv}) a.gradient_unit = a.unit[slot] < a.gradient_unit ? a.unit[slot] : a.gradient_unit;
   BackwardShape shape{shape_of(a)};
   shape.table_gradient = table_gradient, shape.pad_gradient = a.pad_gradient = pad_gradient;
-  shape.aligned_rows =
-      a.stride_sets == 0 && a.unit == 16 && a.query_unit == 16 && a.dout_unit == 16 && a.gradient_unit == 16;
+  shape.aligned_rows = a.plain == (1u << kSlots) - 1;
   a.backward = plan_backward(shape, gpu::shared_memory_limit());
   a.bases = kBasesPlace;
   place_tokens(a, round_up(call.tokens, 32), a.backward.tokens, true);
