@@ -143,16 +143,15 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         in_main = program.is_in("main", body)
         of_queries = in_main or program.siblings(body).index(body) % 2 == 1
         at_a_time = threads * max(1, program.copies(body))
-        copied = math.ceil(2 * (tile if of_queries else slots) * row_bytes // 16 / at_a_time)
+        keys = tokens if depth_fastest else slots
+        copied = math.ceil(2 * (tile if of_queries else keys) * row_bytes // 16 / at_a_time)
         if in_main:  # of the next tile
             return copied * (tiles - 1) / tiles
         return copied * (blocks - 1) / blocks if program.is_in("keys", body) else copied
 
     def sums(body: frozenset[int]) -> float:
-        """The table's, at the end or once a block of keys, then those of padding; depth fastest, gradients of keys."""
+        """The table's, at the end or once a block of keys, then those of padding."""
         of_table, in_group = math.ceil(table_rows / threads), program.is_in("group", body)
-        if in_group and depth_fastest:
-            return plan["warp_keys"] * row_bytes // 16 / LANES
         return of_table if in_group == (blocks > 1) and program.siblings(body).index(body) == 0 else 0
 
     def rows(body: frozenset[int]) -> float:
@@ -188,7 +187,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "group": walk,
             "keys": blocks,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
-            "statistics": math.ceil(slots * 4 / threads),
+            "statistics": math.ceil((tokens if depth_fastest else slots * 4) / threads),  # by one or four threads
             "records": tokens <= 64,
             "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) else 0,

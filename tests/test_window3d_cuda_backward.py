@@ -36,14 +36,49 @@ MORE_CASES: dict[str, dict[str, Any]] = {
         "dtype": F16,
     },
     "343 tokens": {"grid": (7, 7, 7), "window_size": (7, 7, 7), "heads": 1},
-    "depth fastest, a mask that hides little": {
-        "grid": (13, 3, 9),
-        "window_size": (8, 2, 7),
-        "shift": (3, 1, 3),
+    "392 tokens, shifted in all axes, padded": {
+        "grid": (13, 9, 10),
+        "window_size": (8, 7, 7),
+        "shift": (3, 2, 3),
+        "heads": 1,
+        "head_dim": 24,
+        "pad": True,
+        "dtype": F16,
+    },
+    "392 tokens, a mask that hides little": {
+        "grid": (16, 9, 14),
+        "window_size": (8, 7, 7),
+        "shift": (4, 2, 3),
         "heads": 1,
         "mask_value": -1.5,
     },
-    "8 deep and 7 wide, rows of 12 bytes": {"grid": (8, 2, 7), "window_size": (8, 2, 7), "heads": 1, "head_dim": 6},
+    "392 tokens, -inf": {
+        "grid": (8, 14, 14),
+        "window_size": (8, 7, 7),
+        "shift": (0, 3, 3),
+        "heads": 1,
+        "mask_value": -INF,
+    },
+    "392 tokens, clipped to 8 of 16, no table": {
+        "grid": (8, 7, 7),
+        "window_size": (16, 7, 7),
+        "heads": 1,
+        "dtype": F16,
+        "table": False,
+    },
+    "392 tokens, a table of a larger window": {
+        "grid": (8, 7, 7),
+        "window_size": (9, 8, 9),
+        "heads": 1,
+        "bias_index": "geometric",
+    },
+    "392 tokens, huge logits": {
+        "grid": (8, 7, 7),
+        "window_size": (8, 7, 7),
+        "heads": 1,
+        "size": 1e6,
+    },
+    "392 tokens, rows of 12 bytes": {"grid": (8, 7, 7), "window_size": (8, 7, 7), "heads": 1, "head_dim": 6},
     "144 tokens": {"grid": (1, 12, 24), "window_size": (1, 12, 12), "shift": (0, 6, 6), "heads": 1},
     "8 frames of 16, the others padding": {
         "grid": (4, 7, 7),
@@ -200,6 +235,7 @@ def test_strides_of_the_gradient_that_comes_in(name: str) -> None:
 def test_gradients_that_nobody_wants() -> None:
     check((2, 8, 6), WINDOW, (0, 2, 1), needs_table=False)
     check((2, 7, 5), (2, 7, 5), needs_table=False)
+    check((8, 7, 7), (8, 7, 7), heads=1, needs_table=False)
 
 
 def test_several_windows_a_share() -> None:
@@ -220,6 +256,7 @@ def test_many_windows() -> None:
 def check_many(bits: list[Tensor] | None = None) -> None:
     check((4, 7, 10), (4, 5, 5), (0, 2, 2), pad=True, dtype=F16, bits=bits)
     check((2, 8, 6), WINDOW, (0, 2, 1), bits=bits)
+    check((8, 9, 7), (8, 7, 7), (0, 3, 0), heads=1, pad=True, bits=bits)
 
 
 @pytest.mark.parametrize("seed", [5, 7])
@@ -236,6 +273,7 @@ def test_any_order_gives_the_same_bits(seed: int) -> None:
 def test_the_worst_rounding_that_is_allowed(seed: int) -> None:
     with emulated.controls(seed=seed, truncate=True, approximate=True):
         check((8, 2, 14), (8, 2, 7), (0, 0, 3))
+        check((8, 7, 14), (8, 7, 7), (0, 0, 3), heads=1)
         check((5, 7, 6), WINDOW, (1, 2, 1), pad=True, dtype=F16)
 
 
@@ -282,10 +320,10 @@ def test_the_gradient_of_a_dense_bias_is_refused() -> None:
 # ---- What is not finite ----
 
 
-@pytest.mark.parametrize("window", [(8, 2, 7), (2, 2, 7)])
+@pytest.mark.parametrize("window", [(8, 7, 7), (2, 7, 7)])
 def test_a_value_that_is_not_finite_stays_in_its_window_and_head(window: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    qkv, dout = torch.randn(1, 8, 2, 14, 3, 2, 32).to(BF16), torch.randn(1, 8, 2, 14, 64).to(BF16)
+    qkv, dout = torch.randn(1, 8, 7, 14, 3, 2, 32).to(BF16), torch.randn(1, 8, 7, 14, 64).to(BF16)
     spoiled = qkv.clone()
     spoiled[0, 1, 1, 2, 1, 0, 5] = float("nan")
 
@@ -294,8 +332,8 @@ def test_a_value_that_is_not_finite_stays_in_its_window_and_head(window: tuple[i
         return torch.autograd.grad(vidattn.window3d_attention(x, window_size=window, backend="cuda"), x, dout)[0]
 
     clean, found = gradient(qkv), gradient(spoiled)
-    changed = (clean != found)[0].any(3).any(-1)  # (8, 2, 14, heads)
-    inside = torch.zeros(8, 2, 14, 2, dtype=torch.bool)
+    changed = (clean != found)[0].any(3).any(-1)  # (8, 7, 14, heads)
+    inside = torch.zeros(8, 7, 14, 2, dtype=torch.bool)
     inside[: window[0], :, :7, 0] = True
     assert torch.equal(changed, inside)
     assert bool(found[0, : window[0], :, :7, :, 0].isnan().all())
@@ -305,6 +343,7 @@ def test_matrices_meet_no_bank_twice() -> None:
     before = emulated.counts()["ldmatrix_conflicts"]
     check((4, 7, 7), (4, 7, 7), heads=1)
     check((1, 7, 7), (1, 7, 7), heads=1, head_dim=64)
+    check((8, 7, 7), (8, 7, 7), heads=1)
     assert emulated.counts()["ldmatrix_conflicts"] == before
 
 

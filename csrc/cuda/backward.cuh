@@ -388,7 +388,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 
   // ---- What a share leaves behind ----
 
-  __device__ __forceinline__ int share() const { return int(blockIdx.x) / int(arguments.call.heads); }
+  __device__ __forceinline__ int share() const { return gpu::shared_memory<Progress>()->share; }
 
   __device__ __forceinline__ void clear_sums() const {
     const int warps = plan.warps;

@@ -24,6 +24,7 @@ struct Progress {
   int head, group, end;
   bool first;  // no window of the share has been done
   bool folds;
+  int share;
 };
 static_assert(sizeof(Progress) <= kBasesPlace && kBasesPlace + kBaseBytes <= kKeysPlace);
 
@@ -31,8 +32,12 @@ template <class Arguments>
 __device__ __forceinline__ Progress first_progress(const Arguments& arguments) {
   const int share = arguments.heads.quotient(int(blockIdx.x));
   const int begin = share * arguments.share_groups + min(share, arguments.longer_shares);
-  return {arguments.heads.remainder(int(blockIdx.x)), begin,
-          begin + arguments.share_groups + (share < arguments.longer_shares), true, false};
+  return {arguments.heads.remainder(int(blockIdx.x)),
+          begin,
+          begin + arguments.share_groups + (share < arguments.longer_shares),
+          true,
+          false,
+          share};
 }
 
 // Anew each time it is asked for: what follows from it would otherwise stay in registers.

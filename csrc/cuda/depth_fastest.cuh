@@ -37,15 +37,26 @@ struct RowBias {
   }
 };
 
+// Whether the row of a window that starts at token `first` is the second one of two.
+__device__ __forceinline__ bool is_odd_row(int first) {
+  return first / 8 % 2;  // of 7 times the row
+}
+
+// What the block knows of two neighbouring queries.
+struct PairRecord {
+  float minus_delta[4];  // what the products with V start from: of the one, the other, the one, the other
+  float log_sum[2];      // log-sum-exp in powers of two
+  float unused[2];
+};
+static_assert(sizeof(PairRecord) * kRowTokens * kPlaces / 2 == DepthFastestPlaces::kPairBytes);
+
 // The scores of a row of queries with a row of keys.
 //   folded  the bias and the mask, divided by the scale, are the C operand of the product
 //   exact   step by step, as the reference does it
 template <bool kExact, bool kMasked, class Group>
 struct RowScores {
-  static constexpr bool kIsExact = kExact;
+  static constexpr bool kIsExact = kExact, kIsMasked = kMasked;
   const Group& group;
-  uint32_t bias;      // address: of this lane, for this difference in height
-  uint32_t log_sums;  // address: of this lane's first query of place 0
   // Exact:
   const QueryRecord* records;  // from this lane's first query of place 0 on
   int first_query, first_key;  // numbers of this lane's
@@ -60,7 +71,7 @@ struct RowScores {
   }
 
   // Of two queries of a place with a key of this place and one of the next one.
-  __device__ __forceinline__ void added(float (&a)[4], int query, int key, uint32_t others) const {
+  __device__ __forceinline__ void added(float (&a)[4], uint32_t bias, int query, int key, uint32_t others) const {
     if constexpr (kExact) {
       a[0] = a[1] = a[2] = a[3] = 0.0f;
     } else {
@@ -75,9 +86,9 @@ struct RowScores {
   }
 
   // Minus the log-sum-exp of the lane's two queries of a place, in powers of two.
-  __device__ __forceinline__ float2 minus_log_sums(int place) const {
+  __device__ __forceinline__ float2 minus_log_sums(uint32_t pairs, int place) const {
     if constexpr (kExact) return {};
-    float2 both = gpu::load_shared<float2>(log_sums + place * 8 * 4);
+    float2 both = gpu::load_shared<float2>(pairs + place * 4 * sizeof(PairRecord) + offsetof(PairRecord, log_sum));
     both.x = kMasked ? mask[0] - both.x : -both.x, both.y = kMasked ? mask[1] - both.y : -both.y;
     return both;
   }
@@ -94,14 +105,21 @@ struct RowScores {
   }
 };
 
-// Where a lane reads and writes for a row of queries and a row of keys: addresses of shared memory.
+// Where a lane reads and writes for a row of queries and the warp's row of keys: addresses of shared memory.
 struct RowAddresses {
   uint32_t keys[2];     // pieces lane / 16 of 16 rows, and the same of two pieces on; values lie a constant further
   uint32_t queries[2];  // the same of queries; the gradients of their context lie a constant further
   uint32_t across[2];   // pieces lane / 8 % 2 of 8 rows and 8 more
-  uint32_t last;        // pieces lane / 8 of 8 rows: of the last place of the queries
-  uint32_t scores, deltas;
-  uint32_t sums;  // of the bias; 0 if nobody wants them
+  uint32_t scores;
+  uint32_t pairs;       // PairRecord
+  uint32_t bias, sums;  // for this difference in height: of the bias and of its gradient
+
+  // Goes on to the next row of queries; `first` is the first query of this one.
+  __device__ __forceinline__ void advance(int first) {
+    const int rows = is_odd_row(first) ? -2 * kRowBytes : 2 * kRowBytes;
+    for (uint32_t* at : {&queries[0], &queries[1], &across[0], &across[1]}) *at += rows;
+    pairs += kRowTokens / 2 * sizeof(PairRecord), bias += kPairs * kPairBytes, sums += kWidths * kSumBytes;
+  }
 };
 
 // Sums of dS by difference in width, for places kFirst to kLast of the queries and all of the keys.
@@ -110,22 +128,19 @@ struct WidthSums {
   static constexpr int kCount = kLast - kFirst + kPlaces;
   float sum[kCount][2];
 
-  __device__ __forceinline__ WidthSums() {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i][0] = sum[i][1] = 0.0f;
-  }
-  __device__ __forceinline__ float (&of(int query, int key))[2] { return sum[query - key + kPlaces - 1 - kFirst]; }
-
-  // Adds them to sums of a lane, where there are such.
-  __device__ __forceinline__ void store(uint32_t sums) const {
-    if (!sums) return;
+  __device__ __forceinline__ void load(uint32_t sums) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint32_t at = sums + (kFirst + i) * kSumBytes;
-      const float2 before = gpu::load_shared<float2>(at);
-      gpu::store_shared(at, make_float2(before.x + sum[i][0], before.y + sum[i][1]));
+      const float2 pair = gpu::load_shared<float2>(sums + (kFirst + i) * kSumBytes);
+      sum[i][0] = pair.x, sum[i][1] = pair.y;
     }
   }
+  __device__ __forceinline__ void store(uint32_t sums) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      gpu::store_shared(sums + (kFirst + i) * kSumBytes, make_float2(sum[i][0], sum[i][1]));
+  }
+  __device__ __forceinline__ float (&of(int query, int key))[2] { return sum[query - key + kPlaces - 1 - kFirst]; }
 };
 
 // A row of keys: what a warp has of them. Three times 16 keys, and the last 8, whose gradients stand across: a column
@@ -155,92 +170,89 @@ struct DepthFastestKeys {
   }
   // The B operands of kCount places of queries: for products with keys, and with weights.
   template <int kCount>
-  static __device__ __forceinline__ void load_queries(uint32_t (&b)[2][4], uint32_t (&b_across)[2][4],
-                                                      const RowAddresses& at, int first) {
-    if (kCount == 1) {
-      gpu::ldmatrix(b[0], at.last + first);
-      gpu::ldmatrix_transposed(b_across[0], at.last + first);
-    } else {
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        gpu::ldmatrix(b[part], at.across[part] + first);
-        gpu::ldmatrix_transposed(b_across[part], at.queries[part] + first);
-      }
-    }
+  static __device__ __forceinline__ void load_queries(uint32_t (&b)[2][2 * kCount], const RowAddresses& at, int first) {
+    for (int part = 0; part < 2; ++part) gpu::ldmatrix(b[part], at.across[part] + first);
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void load_across(uint32_t (&b)[2][2 * kCount], const RowAddresses& at, int first) {
+    for (int part = 0; part < 2; ++part)
+      gpu::ldmatrix_transposed(b[part], (kCount == 2 ? at.queries[part] : at.across[part]) + first);
   }
   // c = added + keys times place i of the queries.
   template <int kCount>
   static __device__ __forceinline__ void multiply_keys(float (&c)[4], const uint32_t (&keys)[2][4],
-                                                       const uint32_t (&b)[2][4], int i, const float (&added)[4]) {
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const uint32_t (&pair)[4] = b[kCount == 1 ? 0 : part];
-      const int low = kCount == 1 ? 2 * part : 2 * i;
-      const float (&before)[4] = c;
-      gpu::mma_16x8x16<T>(c, keys[part], pair[low], pair[low + 1], part == 0 ? added : before);
-    }
+                                                       const uint32_t (&b)[2][2 * kCount], int i,
+                                                       const float (&added)[4]) {
+    gpu::mma_16x8x16<T>(c, keys[0], b[0][2 * i], b[0][2 * i + 1], added);
+    gpu::mma_16x8x16<T>(c, keys[1], b[1][2 * i], b[1][2 * i + 1], c);
   }
 
   // sum += weights of kCount places of queries, times their rows; for the last keys, across.
   template <int kCount>
   static __device__ __forceinline__ void multiply(float (&sum)[4][4], const uint32_t (&weights)[4],
-                                                  const uint32_t (&b)[2][4]) {
+                                                  const uint32_t (&b)[2][2 * kCount]) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
-      if (kCount == 2)
-        gpu::mma_16x8x16<T>(sum[n], weights, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], sum[n]);
+    for (int n = 0; n < 4; ++n) {
+      const uint32_t* rows = &b[n / 2][n % 2 * kCount];
+      if constexpr (kCount == 2)
+        gpu::mma_16x8x16<T>(sum[n], weights, rows[0], rows[1], sum[n]);
       else
-        gpu::mma_16x8x8<T>(sum[n], weights[0], weights[1], b[0][n], sum[n]);
+        gpu::mma_16x8x8<T>(sum[n], weights[0], weights[1], rows[0], sum[n]);
+    }
   }
   template <int kCount>
   static __device__ __forceinline__ void multiply_last(float (&sum)[2][4], const uint32_t (&weights)[4],
                                                        const RowAddresses& at, int first) {
-    uint32_t a[4];
-    if (kCount == 1) gpu::ldmatrix_transposed(a, at.last + first);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      if (kCount == 2) {
-        gpu::ldmatrix_transposed(a, at.across[part] + first);
+      uint32_t a[2 * kCount];
+      gpu::ldmatrix_transposed(a, at.across[part] + first);
+      if constexpr (kCount == 2)
         gpu::mma_16x8x16<T>(sum[part], a, weights[0], weights[2], sum[part]);
-      } else {
-        gpu::mma_16x8x8<T>(sum[part], a[2 * part], a[2 * part + 1], weights[0], sum[part]);
-      }
+      else
+        gpu::mma_16x8x8<T>(sum[part], a[0], a[1], weights[0], sum[part]);
     }
   }
 
-  template <int kCount, class Scores, class Widths>
-  __device__ __forceinline__ void add_places(const RowAddresses& at, const Scores& row, int first, Widths& width) {
-    const int start = kCount == 1 ? 0 : first * 8 * Layout::kBytes;
-    uint32_t q[2][4], o[2][4], q_across[2][4], o_across[2][4];
-    load_queries<kCount>(q, q_across, at, start);
-    load_queries<kCount>(o, o_across, at, start + kRowBytes);
+  template <int first, int kCount, class Scores>
+  __device__ __forceinline__ void add_places(const RowAddresses& at, const Scores& row) {
+    WidthSums<first, first + kCount - 1> width;
+    width.load(at.sums);
+    const int start = first * 8 * Layout::kBytes;
+    uint32_t q[2][2 * kCount], o[2][2 * kCount], q_across[2][2 * kCount], o_across[2][2 * kCount];
+    load_queries<kCount>(q, at, start);
+    load_queries<kCount>(o, at, start + kRowBytes);
+    if (!Scores::kIsMasked) {
+      load_across<kCount>(o_across, at, start + kRowBytes);
+      load_across<kCount>(q_across, at, start);
+    }
     float2 minus_log_sum[kCount];
+    float4 delta[kCount];
     uint32_t others[kCount];
-    float minus_delta[kCount][4];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      minus_log_sum[i] = row.minus_log_sums(first + i);
+      minus_log_sum[i] = row.minus_log_sums(at.pairs, first + i);
+      if (!Scores::kIsMasked) delta[i] = gpu::load_shared<float4>(at.pairs + (first + i) * 4 * sizeof(PairRecord));
       others[i] = row.others(first + i);
-      const float4 delta = gpu::load_shared<float4>(at.deltas + (first + i) * 8 * 8);
-      minus_delta[i][0] = delta.x, minus_delta[i][1] = delta.y;
-      minus_delta[i][2] = delta.z, minus_delta[i][3] = delta.w;
     }
 #pragma unroll
     for (int t = 0; t <= kTiles; ++t) {
       const int halves = t < kTiles ? 2 : 1;
       uint32_t a[2][4], p[4], ds[4];
       float s[2][4], dp[2][4];
+      __syncwarp();
       load_keys(a, at, t, 0);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         float added[4];
-        row.added(added, first + i, 2 * t, others[i]);
+        row.added(added, at.bias, first + i, 2 * t, others[i]);
         multiply_keys<kCount>(s[i], a, q, i, added);
       }
       load_keys(a, at, t, kValuesDistance);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float none[4] = {}, (&minus)[4] = minus_delta[i];
+        if (Scores::kIsMasked) delta[i] = gpu::load_shared<float4>(at.pairs + (first + i) * 4 * sizeof(PairRecord));
+        const float minus[4] = {delta[i].x, delta[i].y, delta[i].z, delta[i].w}, none[4] = {};
         multiply_keys<kCount>(dp[i], a, o, i, Scores::kIsExact ? none : minus);
         if (Scores::kIsExact)  // where one key has all the weight, the difference has to be 0
           for (int j = 0; j < 4; ++j) dp[i][j] += minus[j];
@@ -263,6 +275,10 @@ struct DepthFastestKeys {
           gpu::store_shared(at.scores + (2 * t + half) * 8 * kScoreBytes + (first + i) * 16, ds[2 * i + half]);
         }
       if (t < kTiles) {
+        if (Scores::kIsMasked) {  // for want of registers
+          load_across<kCount>(o_across, at, start + kRowBytes);
+          load_across<kCount>(q_across, at, start);
+        }
         multiply<kCount>(dv[t], p, o_across);
         multiply<kCount>(dk[t], ds, q_across);
       } else {
@@ -270,30 +286,23 @@ struct DepthFastestKeys {
         multiply_last<kCount>(dk_last, ds, at, start);
       }
     }
+    width.store(at.sums);
   }
 
   // Adds what a row of queries says about the keys, and leaves dS for the sum over the keys.
   template <class Scores>
   __device__ __forceinline__ void add(const RowAddresses& at, const Scores& row) {
-    {
-      WidthSums<0, 3> width;
-      add_places<2>(at, row, 0, width);
-      add_places<2>(at, row, 2, width);
-      width.store(at.sums);
-    }
-    {
-      WidthSums<4, 6> width;
-      add_places<2>(at, row, 4, width);
-      add_places<1>(at, row, 6, width);
-      width.store(at.sums);
-    }
+    add_places<0, 2>(at, row);
+    add_places<2, 2>(at, row);
+    add_places<4, 2>(at, row);
+    add_places<6, 1>(at, row);
   }
 };
 
-// dq of two places, 16 queries, without the scale: sums over `rows` rows of keys.
+// dq of two places, 16 queries, without the scale: sums over all keys.
 // k: the rows of the keys. scores: dS of the first place. second: bytes from there to the other one.
 template <class T>
-__device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uint32_t scores, int second, int rows) {
+__device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uint32_t scores, int second) {
   using Layout = Rows<32>;
   const int lane = int(gpu::keep(threadIdx.x) % 32);
 #pragma unroll
@@ -303,7 +312,7 @@ __device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uin
   uint32_t halves[2] = {k + first, k + (first ^ 32)};
   uint32_t last = k + 48 * Layout::kBytes + Layout::place(lane % 8, lane / 8);
 #pragma unroll 1
-  for (; rows > 0; --rows) {
+  for (int row = 0; row < kPlaces; ++row) {
     uint32_t a[4], b[4], two[2];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -323,8 +332,7 @@ __device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uin
   }
 }
 
-// All rows of tensors are multiples of 16 bytes, at one stride from token to token. Seven warps, whatever the window
-// has of heights: the first ones own keys, and all share copies and dq.
+// All rows of tensors are multiples of 16 bytes, at one stride from token to token; a window is 7 tokens high.
 template <class T>
 struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTokens, kRowTokens> {
   using Group = WindowGradientGroup<true>;
@@ -334,74 +342,62 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   using Layout = Rows<32>;
   static_assert(kRowTokens * Layout::kPieces == 32 * kPlaces, "a thread for each piece of a row");
 
+  // What follows from the thread's number is found anew for each of these, and not kept: the registers are needed.
   __device__ DepthFastestBackward(const WindowGradientArguments& given, const Group& of)
-      : Base(given, of, int(threadIdx.x)) {}
-  __device__ DepthFastestBackward(const WindowGradientArguments& given, const Group& of, int thread)
-      : Base(given, of, thread) {}
+      : Base(given, of, int(gpu::keep(threadIdx.x) & 255)) {}
+  __device__ __forceinline__ DepthFastestBackward again() const { return {arguments, group}; }
 
   __device__ __forceinline__ uint32_t address(int place) const { return gpu::shared_address(at(place)); }
-  __device__ __forceinline__ int rows() const { return int(arguments.call.window[1]); }
-  // A row of queries; the gradients of their context lie behind it.
-  static __device__ __forceinline__ int queries_of(int row) { return Place::kQueries + row % 2 * 2 * kRowBytes; }
-  // Of two neighbouring queries of a row: what the products with V start from, twice.
-  static __device__ __forceinline__ int minus_deltas(int row) { return Place::kDeltas + row % 2 * kRowTokens * 8; }
+  __device__ __forceinline__ PairRecord* pairs() const { return reinterpret_cast<PairRecord*>(at(Place::kPairs)); }
   __device__ __forceinline__ float* sums() const { return reinterpret_cast<float*>(at(Place::kTable)); }
+  // A row of queries; the gradients of their context lie behind it.
+  static __device__ __forceinline__ int queries_of(int first) {
+    return Place::kQueries + (is_odd_row(first) ? 2 * kRowBytes : 0);
+  }
+  // The row of queries that the addresses are for: the number of its first one. They count the rows, so that no other
+  // register does.
+  __device__ __forceinline__ int first_query(const RowAddresses& to) const {
+    return int((gpu::keep(to.pairs) - address(Place::kPairs)) / (sizeof(PairRecord) / 2) & ~7u);
+  }
 
   // ---- Rows of tokens ----
-
-  // Negative for padding.
-  __device__ __forceinline__ int token(int n) const { return reinterpret_cast<const int*>(at(Place::kTables))[n]; }
-  __device__ __forceinline__ char* row_of(Slot slot, int token) const {
-    const TokenTensor& x = arguments.call.tensor[slot];
-    const int64_t first = reinterpret_cast<const int64_t*>(at(kBasesPlace))[slot];
-    return x.data + (first + int64_t(uint64_t(uint32_t(token)) * uint32_t(x.stride[3])));
-  }
 
   // A thread copies one piece of a row of tokens.
   __device__ __forceinline__ int piece() const { return lane % Layout::kPieces; }
   __device__ __forceinline__ int row_token() const { return warp * 8 + lane / Layout::kPieces; }
   __device__ __forceinline__ uint32_t piece_place() const { return Layout::place(row_token(), piece()); }
-  __device__ __forceinline__ bool has_piece() const { return piece() * 8 < group.head_dim(); }
+  __device__ __forceinline__ int token(int n) const { return group.tokens()[n]; }
 
   __device__ __forceinline__ void copy_keys() const {
-    const char* pads[2] = {};
-    if (arguments.call.pad_qkv)
-      for (int i = 0; i < 2; ++i)
-        pads[i] = arguments.call.pad_qkv + ((kK + i) * arguments.call.heads + group.head()) * group.head_dim() * 2;
+    const PieceOfRows key = group.piece(kK, piece()), value = group.piece(kV, piece());
 #pragma unroll 1
-    for (int row = 0; row < rows(); ++row) {
+    for (int row = 0; row < kPlaces; ++row) {
       const int token = this->token(row * kRowTokens + row_token());
-      const uint32_t to = row * kRowBytes + piece_place();
-      const bool valid = has_piece() && (token >= 0 || pads[0]);
-      for (int i = 0; i < 2; ++i) {
-        const Slot slot = i == 0 ? kK : kV;
-        const char* from = valid && token < 0 ? pads[i] : row_of(slot, max(token, 0));
-        gpu::cp_async_16(address(i == 0 ? kKeysPlace : Place::kValues) + to, from + (valid ? 16 * piece() : 0), valid);
-      }
+      key.copy(at(kKeysPlace) + row * kRowBytes + piece_place(), token);
+      value.copy(at(Place::kValues) + row * kRowBytes + piece_place(), token);
     }
   }
 
-  // Of queries, with the gradients of their context and, to find delta, the context.
+  // Of the queries from `first` on, with the gradients of their context and, to find delta, the context.
   template <bool kExact>
-  __device__ __forceinline__ void copy_row(int row) const {
-    const int token = this->token(row * kRowTokens + row_token());
-    const bool valid = has_piece() && token >= 0;
-    const int from = max(token, 0), start = valid ? 16 * piece() : 0;
-    const uint32_t to = address(queries_of(row)) + piece_place();
-    gpu::cp_async_16(to, row_of(kQ, from) + start, valid);
-    gpu::cp_async_16(to + kRowBytes, row_of(kDout, from) + start, valid);
-    if (!kExact) gpu::cp_async_16(address(Place::kContext) + piece_place(), row_of(kOut, from) + start, valid);
+  __device__ __forceinline__ void copy_row(int first) const {
+    const int token = this->token(first + row_token());
+    unsigned char* to = at(queries_of(first)) + piece_place();
+    group.piece(kQ, piece()).copy(to, token);
+    group.piece(kDout, piece()).copy(to + kRowBytes, token);
+    if (!kExact) group.piece(kOut, piece()).copy(at(Place::kContext) + piece_place(), token);
     gpu::cp_async_commit();
   }
 
   // From what this thread has copied, which has arrived. Exact: of the record of the query.
   template <bool kExact>
-  __device__ __forceinline__ void find_deltas(int row) const {
+  __device__ __forceinline__ void find_deltas(int first) const {
+    const int n = first + row_token();
     float minus;
     if constexpr (kExact) {
-      minus = this->records()[row * kRowTokens + row_token()].minus_delta;
+      minus = this->records()[n].minus_delta;
     } else {
-      const uint4 words[2] = {gpu::load_shared<uint4>(address(queries_of(row) + kRowBytes) + piece_place()),
+      const uint4 words[2] = {gpu::load_shared<uint4>(address(queries_of(first) + kRowBytes) + piece_place()),
                               gpu::load_shared<uint4>(address(Place::kContext) + piece_place())};
       const T *x = reinterpret_cast<const T*>(&words[0]), *y = reinterpret_cast<const T*>(&words[1]);
       float sum = 0.0f;
@@ -409,32 +405,31 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       for (int i = 0; i < 8; ++i) sum = fmaf(to_float(x[i]), to_float(y[i]), sum);
       minus = -this->sum_of_quad(sum);
     }
-    if (piece() < 2)
-      reinterpret_cast<float*>(at(minus_deltas(row)))[row_token() / 2 * 4 + row_token() % 2 + piece() * 2] = minus;
+    if (piece() < 2) pairs()[n / 2].minus_delta[n % 2 + 2 * piece()] = minus;
   }
 
   // Returns whether this thread met moderate numbers only. A query that is none has no weights.
   __device__ __forceinline__ bool read_log_sums() const {
     bool moderate = true;
 #pragma unroll 1
-    for (int n = threadIdx.x; n < group.keys(); n += 32 * kPlaces) {
+    for (int n = 32 * warp + lane; n < Place::kTokens; n += 32 * kPlaces) {
       float log_sum = plus_infinity();
-      if (const int token = group.token(n); token >= 0) {
+      if (const int token = this->token(n); token >= 0) {
         log_sum = *group.lse(token) * kLog2e;
         moderate &= fabsf(log_sum) <= kLargestLogSum;
       }
-      reinterpret_cast<float*>(at(Place::kLogSums))[n] = log_sum;
+      pairs()[n / 2].log_sum[n % 2] = log_sum;
     }
     return moderate;
   }
 
   // Fills what is the same for all windows. Returns whether the block met moderate numbers only.
   __device__ __forceinline__ bool begin() const {
-    for (int i = threadIdx.x; i < plan.table_floats; i += blockDim.x) sums()[i] = 0.0f;
+    for (int i = threadIdx.x; i < Place::kTableFloats; i += blockDim.x) sums()[i] = 0.0f;
     if (arguments.pad_gradient)
       for (int i = threadIdx.x; i < plan.warps * 2 * Layout::kDim; i += blockDim.x) this->pad(0)[i] = 0.0f;
     if (threadIdx.x < 64)  // the last warp reads eight keys on, whose products nobody looks at
-      *reinterpret_cast<uint4*>(at(threadIdx.x < 32 ? kKeysPlace : Place::kValues) + group.keys() * Layout::kBytes +
+      *reinterpret_cast<uint4*>(at(threadIdx.x < 32 ? kKeysPlace : Place::kValues) + Place::kTokens * Layout::kBytes +
                                 lane * 16) = make_uint4(0, 0, 0, 0);
     for (int i = threadIdx.x; i < plan.bias_floats; i += blockDim.x)
       reinterpret_cast<float*>(at(Place::kBias))[i] = 0.0f;
@@ -445,66 +440,65 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     return __syncthreads_and(moderate && arguments.folds);
   }
 
-  // Where this lane reads and writes, for a row of queries with the keys of the warp.
-  __device__ __forceinline__ RowAddresses addresses(int row, int difference) const {
+  // For the first row of queries.
+  __device__ __forceinline__ RowAddresses addresses() const {
     RowAddresses to;
+    const int column = lane % 4 * 2, depth = lane / 4, difference = kPlaces - 1 - warp;
     const uint32_t sixteen = Layout::place(lane % 16, lane / 16);
     const uint32_t across = Layout::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const uint32_t keys = address(kKeysPlace) + warp * kRowBytes, queries = address(queries_of(row));
+    const uint32_t keys = address(kKeysPlace) + warp * kRowBytes, queries = address(queries_of(0));
     for (int part = 0; part < 2; ++part) {
       to.keys[part] = keys + (sixteen ^ 32 * part);
       to.queries[part] = queries + (sixteen ^ 32 * part);
       to.across[part] = queries + (across ^ 32 * part);
     }
-    to.last = queries + (kPlaces - 1) * 8 * Layout::kBytes + Layout::place(lane % 8, lane / 8);
-    to.scores = address(Place::kScores) + (warp * kRowTokens + lane / 4) * kScoreBytes + lane % 4 * 4;
-    to.deltas = address(minus_deltas(row)) + lane % 4 * 16;
-    to.sums = plan.table_floats ? address(Place::kTable) + difference * kWidths * kSumBytes + lane * 8 : 0;
+    to.scores = address(Place::kScores) + (warp * kRowTokens + depth) * kScoreBytes + column * 2;
+    to.pairs = address(Place::kPairs) + lane % 4 * sizeof(PairRecord);
+    to.bias = address(Place::kBias) + (difference * kPairs + 7 + column - depth) * kPairBytes;
+    to.sums = address(Place::kTable) + difference * kWidths * kSumBytes + lane * 8;
     return to;
   }
 
   template <bool kExact, bool kMasked>
-  __device__ __forceinline__ void meet(DepthFastestKeys<T>& keys, int row) const {
-    const int column = lane % 4 * 2, depth = lane / 4, difference = row - warp + kPlaces - 1;
+  __device__ __forceinline__ RowScores<kExact, kMasked, Group> scores_of(int first) const {
+    const int column = lane % 4 * 2, depth = lane / 4;
     RowScores<kExact, kMasked, Group> scores{group};
     if constexpr (kExact) {
-      scores.first_query = row * kRowTokens + column, scores.first_key = warp * kRowTokens + depth;
+      scores.first_query = first + column, scores.first_key = warp * kRowTokens + depth;
       scores.records = this->records() + scores.first_query;
-    } else {
-      const int pair = 7 + column - depth;
-      scores.bias = address(Place::kBias) + (difference * kPairs + pair) * kPairBytes;
-      scores.log_sums = address(Place::kLogSums) + (row * kRowTokens + column) * 4;
-      if constexpr (kMasked) {
-        const int height = (group.region(row * kRowTokens) ^ group.region(warp * kRowTokens)) & 2;
-        for (int i = 0; i < 2; ++i) {
-          const bool apart = height || (group.region(column + i) ^ group.region(depth)) & 1;
-          scores.mask[i] = apart ? group.mask_added() * group.factor() : 0.0f;
-          scores.more[i] = apart ? 0.0f : group.mask_added();
-        }
-        scores.wide = 0;
-        for (int place = 0; place < kPlaces; ++place)
-          scores.wide |= uint32_t(group.region(place * 8) >> 2 & 1) << place;
+    } else if constexpr (kMasked) {
+      const int height = (group.region(first) ^ group.region(warp * kRowTokens)) & 2;
+      for (int i = 0; i < 2; ++i) {
+        const bool apart = height || (group.region(column + i) ^ group.region(depth)) & 1;
+        scores.mask[i] = apart ? group.mask_added() * group.factor() : 0.0f;
+        scores.more[i] = apart ? 0.0f : group.mask_added();
       }
+      scores.wide = 0;
+      for (int place = 0; place < kPlaces; ++place) scores.wide |= uint32_t(group.region(place * 8) >> 2 & 1) << place;
     }
-    keys.add(addresses(row, difference), scores);
+    return scores;
   }
 
-  // dQ of a row of queries: the first four warps, one on each quarter of a multiprocessor, have two places each.
-  __device__ __forceinline__ void write_queries(int row) const {
+  // dQ of the queries from `first` on: the first four warps, one on each quarter of a multiprocessor, have two places
+  // each.
+  __device__ __forceinline__ void write_queries(int first) const {
     if (warp > kPlaces / 2) return;
     float dq[4][4];
-    sum_over_keys<T>(dq, address(kKeysPlace), address(Place::kScores) + warp * 32, warp < kPlaces / 2 ? 16 : 0, rows());
+    sum_over_keys<T>(dq, address(kKeysPlace), address(Place::kScores) + warp * 32, warp < kPlaces / 2 ? 16 : 0);
+    const float scale = group.scale();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (2 * warp + half == kPlaces) break;
-      const int token = this->token(row * kRowTokens + (2 * warp + half) * 8 + lane / 4);
+      const int token = this->token(first + (2 * warp + half) * 8 + lane / 4);
       if (token < 0) continue;
-      uint32_t* to = reinterpret_cast<uint32_t*>(row_of(kDq, token)) + lane % 4;
-      const float scale = group.scale();
+      uint32_t* to = gradient(kDq, token) + lane % 4;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
         if (n * 8 < group.head_dim()) to[4 * n] = gpu::pack<T>(dq[n][2 * half] * scale, dq[n][2 * half + 1] * scale);
     }
+  }
+  __device__ __forceinline__ uint32_t* gradient(Slot slot, int token) const {
+    return reinterpret_cast<uint32_t*>(const_cast<char*>(group.plain_row(slot, token)));
   }
 
   // Puts dK or dV of the warp's keys, times `scale`, into the shared memory where their rows were.
@@ -531,9 +525,9 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     for (int place = 0; place < kPlaces; ++place) {
       const int n = warp * kRowTokens + place * 8 + lane / Layout::kPieces, token = this->token(n);
       padded |= token < 0;
-      if (token >= 0 && has_piece())
+      if (token >= 0 && piece() * 8 < group.head_dim())
         for (int i = 0; i < 2; ++i)
-          reinterpret_cast<uint4*>(row_of(i == 0 ? kDk : kDv, token))[piece()] =
+          reinterpret_cast<uint4*>(gradient(i == 0 ? kDk : kDv, token))[piece()] =
               gpu::load_shared<uint4>(address(i == 0 ? kKeysPlace : Place::kValues) + Layout::place(n, piece()));
     }
     if (!arguments.pad_gradient || !__any_sync(~0u, padded)) return;
@@ -579,26 +573,23 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     __syncthreads();
     DepthFastestKeys<T> keys;
     keys.reset();
+    RowAddresses to = again().addresses();
 #pragma unroll 1
-    for (int row = 0; row < rows(); ++row) {
-      if (row + 1 < rows()) again().template copy_row<kExact>(row + 1);
-      if (warp < rows()) {
-        if (!kExact && group.masks())
-          meet<kExact, true>(keys, row);
-        else
-          meet<kExact, false>(keys, row);
-      }
+    while (first_query(to) < Place::kTokens) {
+      if (const int next = first_query(to) + kRowTokens; next < Place::kTokens) again().template copy_row<kExact>(next);
+      if (!kExact && gpu::load_shared<uint32_t>(address(Place::kMasks)))
+        keys.add(to, again().template scores_of<false, true>(first_query(to)));
+      else
+        keys.add(to, again().template scores_of<kExact, false>(first_query(to)));
       gpu::cp_async_wait<0>();
-      if (row + 1 < rows()) again().template find_deltas<kExact>(row + 1);
+      if (const int next = first_query(to) + kRowTokens; next < Place::kTokens)
+        again().template find_deltas<kExact>(next);
+      to.advance(first_query(to));
       __syncthreads();
-      again().write_queries(row);
+      again().write_queries(first_query(to) - kRowTokens);
       __syncthreads();
     }
-    if (warp < rows()) again().write_keys(keys);
-  }
-  // The same; what follows from the thread's number is found again and not kept, as the registers are needed.
-  __device__ __forceinline__ DepthFastestBackward again() const {
-    return DepthFastestBackward(arguments, group, int(gpu::keep(threadIdx.x) & 255));
+    again().write_keys(keys);
   }
 
   // The share's sums of the table's gradient. Lanes with one difference of depth are added in their order.
@@ -647,9 +638,10 @@ __device__ __forceinline__ void depth_fastest_backward(const WindowGradientArgum
     bool moderate;
     {
       Group group(arguments, now->head, now->group);
-      const B backward(arguments, group, gpu::keep(threadIdx.x));
+      const B backward(arguments, group);
       group.find_rows();
       __syncthreads();
+      if (threadIdx.x == 0) *reinterpret_cast<uint32_t*>(backward.at(DepthFastestPlaces::kMasks)) = group.masks();
       backward.copy_keys();
       backward.template copy_row<false>(0);
       moderate = __syncthreads_and(backward.read_log_sums());

@@ -223,9 +223,8 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
   return place_backward(s, plan, 1);
 }
 
-// Windows that are 8 deep and 7 wide: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is in
-// shared memory, or this is not the way. There is room for 7 heights, whatever the window has, so that the compiler
-// knows all distances.
+// Windows that are 8 deep, 7 high and 7 wide: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is
+// in shared memory, or this is not the way.
 struct DepthFastestPlaces {
   static constexpr int kTokens = 8 * 7 * 7, kSlots = 416, kRowBytes = 56 * 64;
   static constexpr int kKeyBytes = 7 * kRowBytes + 8 * 64;  // the last warp reads 8 keys on
@@ -233,19 +232,19 @@ struct DepthFastestPlaces {
   static constexpr int kQueries = kValues + kKeyBytes;  // two rows of them, each with the gradients of its context
   static constexpr int kScores = kQueries + 4 * kRowBytes;
   static constexpr int kContext = kScores + kTokens * 112;  // of a row of queries; exact: the records of all
-  static constexpr int kDeltas = kContext + 16 * kSlots;    // of two rows
-  static constexpr int kLogSums = kDeltas + 2 * 56 * 8;
-  static constexpr int kBias = kLogSums + 4 * kTokens, kBiasFloats = 2 * 13 * 14 * 28;
+  static constexpr int kPairs = kContext + 16 * kSlots, kPairBytes = 16 * kTokens;
+  static constexpr int kBias = kPairs + kPairBytes, kBiasFloats = 2 * 13 * 14 * 28;
   static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
   static constexpr int kPads = kTable + 4 * kTableFloats;
-  static constexpr int kTables = kPads + 7 * 2 * 32 * 4;  // of the tokens
+  static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;  // whether the window has several regions
+  static constexpr int kTables = kMasks + 16;            // of the tokens
   static constexpr int kBytes = kTables + kSlots * (4 + 4 + 2);
 };
 constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
   using Place = DepthFastestPlaces;
   BackwardPlan plan{};
   plan.dim = 32, plan.warps = 7, plan.threads = 32 * plan.warps, plan.warp_keys = plan.query_tile = 56;
-  plan.block_keys = static_cast<int>(56 * s.window[1]), plan.rows = Place::kKeyBytes / 64;
+  plan.block_keys = Place::kTokens, plan.rows = Place::kKeyBytes / 64;
   plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
   plan.bias_floats = Place::kBiasFloats, plan.table_floats = s.table_gradient ? Place::kTableFloats : 0;
   plan.values = Place::kValues, plan.queries = Place::kQueries, plan.scores = Place::kScores;
@@ -256,7 +255,7 @@ constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
 
 constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
   const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
-  if (s.window[0] == 8 && s.window[1] <= 7 && s.window[2] == 7 && s.head_dim <= 32 && s.plain_bias && s.aligned_rows) {
+  if (s.window[0] == 8 && s.window[1] == 7 && s.window[2] == 7 && s.head_dim <= 32 && s.plain_bias && s.aligned_rows) {
     const BackwardPlan plan = plan_depth_fastest(s);
     if (plan.shared_bytes <= limit) return plan;
   }
