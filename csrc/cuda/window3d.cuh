@@ -8,12 +8,13 @@ struct WindowArguments : WindowTokenArguments {
   // What numbers of blocks and warps are divided by, and differences of coordinates.
   Divisor splits, warps, shares, lines, columns;
   ForwardPlan plan;
-  int numbers;   // where the block's own numbers are in shared memory
-  int bias_row;  // of a token with itself, as it lies in shared memory
-  int first_site, eight_sites,
-      odd_steps;        // depth fastest: what describe() starts from; bytes to the odd steps of the bias, less 4
+  int numbers;          // where the block's own numbers are in shared memory
+  int bias_row;         // of a token with itself, as it lies in shared memory
   float hiding_room;    // the largest score, divided by the scale, with which keys of other regions have no weight
   uint32_t all_chunks;  // depth fastest: a bit for each
+  // Depth fastest, for describe(): where the first key's place is, how far eight depths are, both in places of the
+  // bias, and bytes to its odd steps, less those of one.
+  int first_site, eight_sites, odd_steps;
 };
 
 constexpr float kHiddenBias = -1e30f;

@@ -12,18 +12,20 @@ struct WindowTokenArguments {
   Window3dArgs call;
   // What numbers of blocks, tokens and rows of the table are divided by.
   Divisor heads, count[3], height, width, bias_height, bias_width, table_heights, table_widths;
-  int padded[3];  // tokens of each axis, up to a whole window
-  int borders;    // a bit for each axis with two regions in its last window
-  int slots;      // entries of the tables of the tokens; the last ones are no keys
-  int bases, offsets, tokens, regions, bias_rows, bias;       // where they are in shared memory, and the bias
-  int middle_row;                                             // of the table: for a token with itself; 0 without one
-  int64_t batch_stride[kSlots + 1], head_stride[kSlots + 1];  // of the tensors in bytes; of log-sum-exp in numbers
-  int stride_sets;                                            // different strides among the tensors
-  int set_of[kSlots];             // which of them a tensor has; negative: one stride counts through its grid
-  uint32_t token_stride[kSlots];  // that one, in bytes
-  Slot slot_of[kSlots];           // a tensor that has them
-  uint32_t plain;                 // a bit for each tensor of one stride whose rows are whole pieces of 16 bytes
+  int padded[3];   // tokens of each axis, up to a whole window
+  int borders;     // a bit for each axis with two regions in its last window
+  int middle_row;  // of the table: for a token with itself; 0 without one
+  int slots;       // entries of the tables of the tokens; the last ones are no keys
+  // Places in shared memory: of what tells where tensors start, of the tables of the tokens, and of the bias.
+  int bases, offsets, tokens, regions, bias_rows, bias;
+  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp in numbers.
+  int64_t batch_stride[kSlots + 1], head_stride[kSlots + 1];
   int unit[kSlots];               // bytes that all rows of a tensor are a multiple of: 16, 4 or 2
+  uint32_t token_stride[kSlots];  // the one stride that counts through its grid, in bytes, if there is one
+  uint32_t plain;                 // a bit for each tensor that has one, and whose rows are whole pieces of 16 bytes
+  int stride_sets;                // different strides among the tensors that have none
+  int set_of[kSlots];             // which of them a tensor has; negative if it has one
+  Slot slot_of[kSlots];           // a tensor that has them
   float scale, mask_value;
   float factor;                  // scale * log2 e
   float bias_scale, mask_added;  // 1 / scale, mask_value / scale
@@ -37,7 +39,7 @@ struct WindowTokenArguments {
 //     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
 //     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
 //     constant from place to place. 7 places make a chunk of keys.
-// kTurns: whether height and width may change places in it (see turned()).
+// kTurns: whether height and width may change places in it, see turned().
 template <bool kDepthFastest, bool kTurns>
 class WindowTokens {
  public:
@@ -195,7 +197,7 @@ class WindowTokens {
   }
   // A bias as it is added to a product; its size, in bits, goes into largest.
   __device__ __forceinline__ float bias_of(int row, int& largest) const {
-    return scaled_bias(table()[row * int(a_.bias_row_stride)], largest);
+    return scaled_bias(table()[row * a_.bias_row_stride], largest);
   }
   __device__ __forceinline__ float scaled_bias(float entry, int& largest) const {
     const float bias = entry * common_.bias_scale;
