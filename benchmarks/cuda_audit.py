@@ -79,7 +79,8 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     plan, windows = plan_forward(case, arch), case.geometry
     tokens, warps, splits = windows.num_tokens, plan["threads"] // LANES, max(1, plan["splits"])
     table_rows, slots = num_bias_rows(case.window), math.ceil(tokens / 16) * 16
-    name = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward", ELEMENTS[dtype], plan["dim"]
+    resident = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward"
+    name = resident if plan["resident"] else "streamed_window_forward", ELEMENTS[dtype], plan["dim"]
     program, _ = _kernel(arch, *name)
 
     def of_warp(work: float) -> float:
@@ -89,8 +90,6 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     def rounds(body: frozenset[int]) -> float:
         """How often a loop runs: a block's threads share rows, pieces of 16 bytes of keys and values, or the table."""
         kind = program.kind(body)
-        if kind == "copy" and program.is_in("group", body) == bool(plan["resident"]):
-            return 0
         return {
             "group": passes,
             "keys": math.ceil(slots / plan["block_keys"]),

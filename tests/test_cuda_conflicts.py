@@ -23,12 +23,12 @@ def emulated_gpu() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("grid", "window", "turns"),
     [
-        ((8, 7, 7), (8, 7, 7), 0.0),  # pairs of neighbours, at the same distance for all lanes
-        ((16, 7, 7), (16, 7, 7), 0.0),
-        ((1, 7, 7), (1, 7, 7), 0.1),
-        ((1, 12, 12), (1, 12, 12), 0.15),
-        ((4, 7, 7), (8, 7, 7), 0.3),
-        ((7, 7, 7), (7, 7, 7), 0.3),
+        ((8, 7, 7), (8, 7, 7), {}),  # pairs of neighbours, at the same distance for all lanes
+        ((16, 7, 7), (16, 7, 7), {64: 0.3}),  # too large for pairs, and for a table with gaps
+        ((1, 7, 7), (1, 7, 7), {32: 0.1, 64: 0.1}),
+        ((1, 12, 12), (1, 12, 12), {32: 0.15, 64: 0.15}),
+        ((4, 7, 7), (8, 7, 7), {32: 0.3, 64: 0.3}),
+        ((7, 7, 7), (7, 7, 7), {32: 0.3, 64: 0.3}),
     ],
 )
 def test_matrices_are_read_without_conflicts(grid, window, turns, head_dim, record_property):
@@ -49,4 +49,4 @@ def test_matrices_are_read_without_conflicts(grid, window, turns, head_dim, reco
     loads = geo.resolve_windows(grid, window).num_tokens ** 2 / 32  # of a warp, one for each score of a lane
     record_property("load_conflicts", found["load_conflicts"])
     print(f"{found['load_conflicts']} turns more in {loads:.0f} loads of the bias")
-    assert found["load_conflicts"] <= turns * loads
+    assert found["load_conflicts"] <= turns.get(head_dim, 0) * loads

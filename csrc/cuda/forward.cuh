@@ -262,40 +262,50 @@ struct Walk {
   }
 };
 
-// Divides by the sums and writes the rows that are queries, with their log-sum-exp.
+// Divides tiles by their sums and writes the rows that are queries, with their log-sum-exp.
 // top_unit: of tile.minus_top, in natural logarithms.
-template <class T, int kDim, class Group>
-__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim>& tile, int row, float top_unit,
-                                           int thread) {
+template <class T, int kDim, class Group, int kTiles>
+__device__ __forceinline__ void write_rows(const Group& group, const QueryTile<kDim> (&tiles)[kTiles], int count,
+                                           int row, float top_unit, int thread) {
   const int column = thread % 4 * 2;
+  const bool plain = group.is_plain(kOut);
+  const auto rows = group.plain_rows(kOut);
+  const auto log_sums = group.log_sums();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int token = group.token(row + 8 * half);
-    if (token < 0) continue;
-    const float sum = tile.sum[half], log_sum = gpu::log2_approx(sum);
-    const float inverse = sum == 0.0f ? 0.0f : gpu::exp2_approx(-log_sum);  // no key at all: zeros
-    uint32_t pairs[kDim / 8];
+  for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
-      pairs[n] = gpu::pack<T>(tile.out[n][2 * half] * inverse, tile.out[n][2 * half + 1] * inverse);
-    if (group.is_plain(kOut)) {
-      char* out = const_cast<char*>(group.plain_row(kOut, token)) + 2 * column;
+    for (int half = 0; half < 2; ++half) {
+      const QueryTile<kDim>& tile = tiles[t];
+      const int n = row + 16 * t + 8 * half, token = t < count ? group.token(n) : kNoToken;
+      if (token < 0) continue;
+      const float sum = tile.sum[half], log_sum = gpu::log2_approx(sum);
+      const float inverse = sum == 0.0f ? 0.0f : gpu::exp2_approx(-log_sum);  // no key at all: zeros
+      uint32_t pairs[kDim / 8];
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
-        if (n * 8 < group.head_dim()) *reinterpret_cast<uint32_t*>(out + 16 * n) = pairs[n];
-    } else {
-      char* out = const_cast<char*>(group.row(kOut, row + 8 * half));
+      for (int i = 0; i < kDim / 8; ++i)
+        pairs[i] = gpu::pack<T>(tile.out[i][2 * half] * inverse, tile.out[i][2 * half + 1] * inverse);
+      if (plain) {
+        char* out = const_cast<char*>(rows.at(token)) + 2 * column;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) write_pair(out, n * 8 + column, group.head_dim(), 2, pairs[n]);
+        for (int i = 0; i < kDim / 8; ++i)
+          if (i * 8 < group.head_dim()) *reinterpret_cast<uint32_t*>(out + 16 * i) = pairs[i];
+      } else {
+        char* out = const_cast<char*>(group.row(kOut, n));
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i) write_pair(out, i * 8 + column, group.head_dim(), 2, pairs[i]);
+      }
+      if (column == 0) *log_sums.at(token) = log_sum * kLn2 - tile.minus_top[half] * top_unit;
     }
-    if (column == 0) *group.lse(token) = log_sum * kLn2 - tile.minus_top[half] * top_unit;
-  }
 }
 
 // The keys and values of a group in the shared memory of its block: `block_keys` rows of keys, then of values.
-template <int kDim, class Group>
+// kResident: these are all of them; else they come block by block.
+template <int kElements, class G, bool kResident>
 struct SharedKeys {
-  using Layout = Rows<kDim>;
+  using Group = G;
+  using Layout = Rows<kElements>;
+  static constexpr int kDim = kElements;
+  static constexpr bool kAll = kResident;
   const typename Group::Arguments& arguments;
   Group group;
 
@@ -303,7 +313,6 @@ struct SharedKeys {
   __device__ SharedKeys(const typename Group::Arguments& given, typename Group::Kept kept)
       : arguments(given), group(given, kept) {}
   __device__ __forceinline__ int keys() const { return group.keys(); }
-  __device__ __forceinline__ bool resident() const { return arguments.plan.resident; }
   // Where a block of keys lies, and its values: there may be two blocks.
   __device__ __forceinline__ unsigned char* k(int stage) const {
     return gpu::shared_memory<unsigned char>() + 2 * stage * arguments.plan.block_keys * Layout::kBytes;
@@ -324,17 +333,15 @@ struct SharedKeys {
   // Shows all keys to visit(first key, number of keys, stage), block by block. All threads of the block come here.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    if constexpr (Group::kWholeChunks) {
-      visit(0, keys(), 0);  // resident by plan
+    if constexpr (kResident) {
+      visit(0, keys(), 0);
     } else {
       const int step = arguments.plan.block_keys;
 #pragma unroll 1
-      for (int key = resident() ? 0 : -step, stage = resident() ? 0 : 1; key < keys(); key += step, stage ^= 1) {
-        if (!resident()) {
-          gpu::cp_async_wait<0>();
-          __syncthreads();  // this block is there, and the one before it is done with
-          if (key + step < keys()) copy(key + step, stage ^ 1);
-        }
+      for (int key = -step, stage = 1; key < keys(); key += step, stage ^= 1) {
+        gpu::cp_async_wait<0>();
+        __syncthreads();  // this block is there, and the one before it is done with
+        if (key + step < keys()) copy(key + step, stage ^ 1);
         if (key >= 0) visit(key, min(keys() - key, step), stage);
       }
     }
@@ -342,10 +349,11 @@ struct SharedKeys {
 
   __device__ __forceinline__ void load(QueryTile<kDim>& tile, int row, bool folded, int thread) const {
     if (group.is_plain(kQ)) {
+      const auto rows = group.plain_rows(kQ);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = group.token(row + 8 * half);
-        const char* words = group.plain_row(kQ, max(token, 0)) + thread % 4 * 4;
+        const char* words = rows.at(max(token, 0)) + thread % 4 * 4;
 #pragma unroll
         for (int piece = 0; piece < kDim / 8; ++piece)
           tile.q[piece / 2][piece % 2 * 2 + half] =
@@ -443,11 +451,13 @@ struct Share {
 };
 
 // The folded way for a warp's share. Returns whether that is done, with right numbers.
-template <class T, int kDim, class Group, int kKeys>
-__device__ __forceinline__ bool attend_folded(const typename Group::Arguments& arguments, int pass) {
+template <class T, class Shared, int kKeys>
+__device__ __forceinline__ bool attend_folded(const typename Shared::Group::Arguments& arguments, int pass) {
+  using Group = typename Shared::Group;
+  constexpr int kDim = Shared::kDim;
   QueryTile<kDim> tiles[kTogether];
   {
-    const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+    const Shared shared(arguments, typename Group::Kept{});
     const Share share(shared.group, arguments.plan.tiles, pass);
     const int row = share.row();
 #pragma unroll
@@ -473,54 +483,55 @@ __device__ __forceinline__ bool attend_folded(const typename Group::Arguments& a
         attend(shared.template walk<Walk<T, kDim, Group, true, 1, kKeys>>(row, stage, share.thread));
     });
   }
-  const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+  const Shared shared(arguments, typename Group::Kept{});
   const Share share(shared.group, arguments.plan.tiles, pass);
   bool right = true;
 #pragma unroll
   for (int t = 0; t < kTogether; ++t)
     if (t < share.count) right &= tiles[t].add_up();
-#pragma unroll
-  for (int t = 0; t < kTogether; ++t)
-    if (right && t < share.count) write_rows<T, kDim>(shared.group, tiles[t], share.row() + 16 * t, kLn2, share.thread);
+  if (right) write_rows<T>(shared.group, tiles, share.count, share.row(), kLn2, share.thread);
   return right;
 }
 
 // The exact way for a warp's share, where it is not done.
-template <class T, int kDim, class Group>
-__device__ __forceinline__ void attend_exactly(const typename Group::Arguments& arguments, int pass, bool done) {
-  const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+template <class T, class Shared>
+__device__ __forceinline__ void attend_exactly(const typename Shared::Group::Arguments& arguments, int pass,
+                                               bool done) {
+  using Group = typename Shared::Group;
+  constexpr int kDim = Shared::kDim;
+  const Shared shared(arguments, typename Group::Kept{});
   const Share share(shared.group, arguments.plan.tiles, pass);
 #pragma unroll 1
   for (int t = 0; t < kTogether; ++t) {
     const int row = share.row() + 16 * t;
     const bool active = !done && t < share.count;
-    QueryTile<kDim> tile;
+    QueryTile<kDim> tiles[1], &tile = tiles[0];
     const typename Group::Query query[1][2] = {};  // what is folded in
     shared.load(tile, active ? row : shared.keys(), false, share.thread);
     shared.for_each([&](int key, int keys, int stage) {
       const auto walk =
           shared.template walk<Walk<T, kDim, Group, false, 1, Group::kWholeChunks ? 1 : 2>>(row, stage, share.thread);
-      if (active) walk.template block<true>(&tile, query, key, keys, shared.group.all_seen());
+      if (active) walk.template block<true>(tiles, query, key, keys, shared.group.all_seen());
     });
     if (active) {
       tile.add_up();
-      write_rows<T, kDim>(shared.group, tile, row, 1.0f, share.thread);
+      write_rows<T>(shared.group, tiles, 1, row, 1.0f, share.thread);
     }
   }
 }
 
 // A block of threads of one (group, head), or of a share of its queries. A warp does two tiles of queries at a time:
 // keys that are loaded serve both.
-template <class T, int kDim, class Group, int kKeys>
-__device__ __forceinline__ void attention_forward(const typename Group::Arguments& arguments) {
+template <class T, class Shared, int kKeys>
+__device__ __forceinline__ void attention_forward(const typename Shared::Group::Arguments& arguments) {
   bool folds;
   {
-    SharedKeys<kDim, Group> shared(arguments);
+    Shared shared(arguments);
     shared.group.keep();
     shared.group.find_rows();
     Share::find(shared.group, arguments);
     __syncthreads();
-    if (shared.resident()) shared.copy(0, 0);
+    if (Shared::kAll) shared.copy(0, 0);
     float largest_bias = 0.0f;
     folds = __syncthreads_and(shared.group.load_bias(largest_bias));
     gpu::cp_async_wait<0>();
@@ -533,9 +544,8 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
   const int together = arguments.plan.splits * int(blockDim.x / 32) * kTogether;
 #pragma unroll 1
   for (int pass = 0; pass * together < arguments.plan.tiles; ++pass) {
-    const bool done = folds && attend_folded<T, kDim, Group, kKeys>(arguments, pass);
-    if (arguments.plan.resident ? !done : !__syncthreads_and(done))
-      attend_exactly<T, kDim, Group>(arguments, pass, done);
+    const bool done = folds && attend_folded<T, Shared, kKeys>(arguments, pass);
+    if (Shared::kAll ? !done : !__syncthreads_and(done)) attend_exactly<T, Shared>(arguments, pass, done);
   }
 }
 

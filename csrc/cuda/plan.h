@@ -62,6 +62,17 @@ constexpr int64_t even_warps(int64_t pairs, int64_t most) {
   return ceil_div(pairs, ceil_div(pairs, most));
 }
 
+// The same where a block has a multiprocessor for itself: the most warps with which the busiest of its four quarters has
+// the least to do.
+constexpr int64_t quartered_warps(int64_t pairs, int64_t most) {
+  int64_t best = 1, least = pairs;
+  for (int64_t warps = 2; warps <= most && warps <= pairs; ++warps) {
+    const int64_t busiest = ceil_div(warps, 4) * (pairs / warps) + ceil_div(pairs % warps, 4);
+    if (busiest <= least) best = warps, least = busiest;
+  }
+  return best;
+}
+
 // As in the table itself.
 constexpr BiasPitch plain_pitch(const int64_t* table_window) {
   const int64_t row = 2 * table_window[2] - 1;
@@ -128,7 +139,7 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
   plan.tiles = static_cast<int>(ceil_div(tokens, 16));
   const int64_t pairs = ceil_div(tokens, 32), together = (limit + 1024) / (plan.shared_bytes + 1024);
   const int64_t fill = most_warps(plan.dim) / (together > 0 ? together : 1);
-  const int64_t warps = even_warps(pairs, fill > 4 ? fill : 4);
+  const int64_t warps = together > 1 ? even_warps(pairs, fill > 4 ? fill : 4) : quartered_warps(pairs, fill);
   plan.threads = static_cast<int>(32 * warps);
   const int64_t wanted = ceil_div(kManyBlocks, s.blocks > 0 ? s.blocks : 1), most = pairs / warps;
   plan.splits = static_cast<int>(wanted < most ? wanted : most > 1 ? most : 1);

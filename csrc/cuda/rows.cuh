@@ -54,6 +54,15 @@ __device__ __forceinline__ void copy_piece(unsigned char* shared, uint32_t place
   }
 }
 
+// What tokens have that lie one distance apart.
+template <class Entry>
+struct PlainRows {
+  Entry* first;  // of token 0
+  uint32_t stride;
+
+  __device__ __forceinline__ Entry* at(int token) const { return first + uint64_t(uint32_t(token)) * stride; }
+};
+
 // Rows of a tensor that lie one distance apart: the piece of each that a thread copies, 16 whole bytes.
 struct PieceOfRows {
   const char *first, *padding;  // of token 0; of a token below 0

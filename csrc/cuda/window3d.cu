@@ -12,19 +12,26 @@ namespace {
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * most_warps(kDim))
     window_forward(const __grid_constant__ WindowArguments arguments) {
-  attention_forward<T, kDim, WindowGroup<false>, 6>(arguments);
+  attention_forward<T, SharedKeys<kDim, WindowGroup<false>, true>, 6>(arguments);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * most_warps(kDim))
+    streamed_window_forward(const __grid_constant__ WindowArguments arguments) {
+  attention_forward<T, SharedKeys<kDim, WindowGroup<false>, false>, 6>(arguments);
 }
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * most_warps(kDim))
     depth_fastest_window_forward(const __grid_constant__ WindowArguments arguments) {
-  attention_forward<T, kDim, WindowGroup<true>, 7>(arguments);
+  attention_forward<T, SharedKeys<kDim, WindowGroup<true>, true>, 7>(arguments);
 }
 
 template <class T>
 auto kernel_for(const ForwardPlan& plan) {
   if (plan.depth_fastest)
     return plan.dim == 32 ? depth_fastest_window_forward<T, 32> : depth_fastest_window_forward<T, 64>;
+  if (!plan.resident) return plan.dim == 32 ? streamed_window_forward<T, 32> : streamed_window_forward<T, 64>;
   return plan.dim == 32 ? window_forward<T, 32> : window_forward<T, 64>;
 }
 
@@ -40,6 +47,7 @@ const char* window3d_forward(const Window3dArgs& call, void* stream) {
   a.numbers = a.plan.key_rows() * a.plan.dim * 4, a.bases = a.numbers + 16 + kShareBytes;
   place_tokens(a, round_up(call.tokens, 16), a.numbers + kBlockBytes, !a.plan.depth_fastest);
   const int64_t height = call.window[1], planes = call.window[0] / 8 - 1;
+  a.eight_sites = int((2 * height - 1) * 13 + 13 * height);
   a.odd_steps = a.plan.bias_floats / 2 * 4 - 4;
   a.first_site = int((planes * (2 * height - 1) + height - 1) * 13 + 6);
   a.splits = Divisor(a.plan.splits), a.warps = Divisor(a.plan.threads / 32);

@@ -8,11 +8,13 @@ struct WindowArguments : WindowTokenArguments {
   // What numbers of blocks and warps are divided by, and differences of coordinates.
   Divisor splits, warps, shares, lines, columns;
   ForwardPlan plan;
-  int numbers;                // where the block's own numbers are in shared memory
-  int bias_row;               // of a token with itself, as it lies in shared memory
-  int first_site, odd_steps;  // depth fastest: what describe() starts from; bytes to the odd steps of the bias, less 4
+  int numbers;          // where the block's own numbers are in shared memory
+  int bias_row;         // of a token with itself, as it lies in shared memory
   float hiding_room;    // the largest score, divided by the scale, with which keys of other regions have no weight
   uint32_t all_chunks;  // depth fastest: a bit for each
+  // Depth fastest, for describe(): where the first key's place is, how far eight depths are, both in places of the
+  // bias, and bytes to its odd steps, less those of one.
+  int first_site, eight_sites, odd_steps;
 };
 
 constexpr float kHiddenBias = -1e30f;
@@ -165,14 +167,15 @@ class WindowGroup : public WindowTokens<kDepthFastest, kDepthFastest> {
     if constexpr (kDepthFastest) {
       // The place of a query: its differences to the first key in the table, which has 2 * 7 - 1 for each line, then
       // what is the same for all places.
-      const int last = keys() / 8 - 1, height = int(a_.window[1]);
-      const int step = 7 - n % 8 + thread % 4 * 2, bytes = seen.step == 0 ? 0 : kStepBytes;
+      const uint32_t query_site = uint32_t(n) / 8, last = uint32_t(keys()) / 8 - 1;
+      const int step = 7 - thread / 4 % 8 + thread % 4 * 2, bytes = seen.step == 0 ? 0 : kStepBytes;
       uint32_t lane = gpu::shared_address(bias()) + (step % 2 == 0 ? step * 4 : arguments_.odd_steps + step * 4);
       if (seen.step == 0) lane = gpu::shared_address(hidden_bias()) + 6 * kStepBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int site = min(n / 8 + half, last), lines = site / 7, eight = plane_of(lines);
-        query[half].bias = lane + bytes * (arguments_.first_site + site + 6 * lines - eight * (places() + 13 * height));
+        const int site = min(query_site + half, last), lines = uint32_t(site) / 7;
+        query[half].bias =
+            lane + bytes * (arguments_.first_site + site + 6 * lines - plane_of(lines) * arguments_.eight_sites);
       }
     } else {
 #pragma unroll

@@ -64,6 +64,9 @@ inline void describe_tokens(WindowTokenArguments& a, const Window3dArgs& call, s
     if (set == a.stride_sets) a.slot_of[a.stride_sets++] = slot;
     a.set_of[slot] = set;
   }
+  for (int slot = 0; slot < kSlots; ++slot)
+    a.batch_stride[slot] = call.tensor[slot].stride[0], a.head_stride[slot] = call.tensor[slot].stride[4];
+  a.batch_stride[kSlots] = call.grid[0] * call.grid[1] * call.grid[2] * call.heads, a.head_stride[kSlots] = 1;
   a.heads = Divisor(call.heads), a.height = Divisor(call.window[1]), a.width = Divisor(call.window[2]);
   for (int axis = 0; axis < 3; ++axis) {
     a.count[axis] = Divisor(call.count[axis]), a.padded[axis] = int(call.count[axis] * call.window[axis]);

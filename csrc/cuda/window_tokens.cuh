@@ -12,17 +12,20 @@ struct WindowTokenArguments {
   Window3dArgs call;
   // What numbers of blocks, tokens and rows of the table are divided by.
   Divisor heads, count[3], height, width, bias_height, bias_width, table_heights, table_widths;
-  int padded[3];  // tokens of each axis, up to a whole window
-  int borders;    // a bit for each axis with two regions in its last window
-  int slots;      // entries of the tables of the tokens; the last ones are no keys
-  int bases, offsets, tokens, regions, bias_rows, bias;  // where they are in shared memory, and the bias
-  int middle_row;                                        // of the table: for a token with itself; 0 without one
-  int stride_sets;                                       // different strides among the tensors
-  int set_of[kSlots];             // which of them a tensor has; negative: one stride counts through its grid
-  uint32_t token_stride[kSlots];  // that one, in bytes
-  Slot slot_of[kSlots];           // a tensor that has them
-  uint32_t plain;                 // a bit for each tensor of one stride whose rows are whole pieces of 16 bytes
+  int padded[3];   // tokens of each axis, up to a whole window
+  int borders;     // a bit for each axis with two regions in its last window
+  int middle_row;  // of the table: for a token with itself; 0 without one
+  int slots;       // entries of the tables of the tokens; the last ones are no keys
+  // Places in shared memory: of what tells where tensors start, of the tables of the tokens, and of the bias.
+  int bases, offsets, tokens, regions, bias_rows, bias;
+  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp in numbers.
+  int64_t batch_stride[kSlots + 1], head_stride[kSlots + 1];
   int unit[kSlots];               // bytes that all rows of a tensor are a multiple of: 16, 4 or 2
+  uint32_t token_stride[kSlots];  // the one stride that counts through its grid, in bytes, if there is one
+  uint32_t plain;                 // a bit for each tensor that has one, and whose rows are whole pieces of 16 bytes
+  int stride_sets;                // different strides among the tensors that have none
+  int set_of[kSlots];             // which of them a tensor has; negative if it has one
+  Slot slot_of[kSlots];           // a tensor that has them
   float scale, mask_value;
   float factor;                  // scale * log2 e
   float bias_scale, mask_added;  // 1 / scale, mask_value / scale
@@ -36,7 +39,7 @@ struct WindowTokenArguments {
 //     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
 //     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
 //     constant from place to place. 7 places make a chunk of keys.
-// kTurns: whether height and width may change places in it (see turned()).
+// kTurns: whether height and width may change places in it, see turned().
 template <bool kDepthFastest, bool kTurns>
 class WindowTokens {
  public:
@@ -67,8 +70,8 @@ class WindowTokens {
   __device__ __forceinline__ const char* row(Slot slot, int n) const {
     const int token = this->token(n), set = common_.set_of[slot];
     if (token < 0) return token == kPadding ? pad_row(slot) : nullptr;
-    if (set < 0) return first_row(slot) + uint64_t(uint32_t(token)) * common_.token_stride[slot];
-    return a_.tensor[slot].data + offsets()[set * slots() + n];
+    return first_row(slot) +
+           (set < 0 ? uint64_t(uint32_t(token)) * common_.token_stride[slot] : offsets()[set * slots() + n]);
   }
   // Whether piece() is for this tensor.
   __device__ __forceinline__ bool is_plain(Slot slot) const { return common_.plain >> slot & 1; }
@@ -78,15 +81,14 @@ class WindowTokens {
     return {gpu::keep(first_row(slot) + 16 * piece), padding ? padding + 16 * piece : readable,
             common_.token_stride[slot], least};
   }
-  // The row of a real token of such a tensor, by the token's number in the grid.
-  __device__ __forceinline__ const char* plain_row(Slot slot, int token) const {
-    return first_row(slot) + uint64_t(uint32_t(token)) * common_.token_stride[slot];
+  // The rows of such a tensor, and the log-sum-exp, by the numbers of real tokens in the grid.
+  __device__ __forceinline__ PlainRows<const char> plain_rows(Slot slot) const {
+    return {first_row(slot), common_.token_stride[slot]};
   }
-
-  // A real token's log-sum-exp, by its number in the grid.
-  __device__ __forceinline__ float* lse(int token) const {
-    return static_cast<float*>(a_.lse) + bases()[kSlots] + uint64_t(uint32_t(token)) * uint32_t(a_.heads);
+  __device__ __forceinline__ PlainRows<float> log_sums() const {
+    return {static_cast<float*>(a_.lse) + bases()[kSlots], uint32_t(a_.heads)};
   }
+  __device__ __forceinline__ float* lse(int token) const { return log_sums().at(token); }
 
   // The score of a query and key n, step by step as the reference takes it: for numbers of any size.
   __device__ __forceinline__ float exact(float product, int query, int n) const {
@@ -130,15 +132,13 @@ class WindowTokens {
   // Fills the tables of the tokens, and calls visit(n, place) for each of their entries; to be followed by a barrier.
   template <class Visit>
   __device__ __forceinline__ void find_tokens(Visit visit) const {
-    if (const int slot = threadIdx.x; slot < kSlots)
-      bases()[slot] = batch_ * a_.tensor[slot].stride[0] + head_ * a_.tensor[slot].stride[4];
-    if (threadIdx.x == kSlots)
-      bases()[kSlots] = int64_t(batch_) * (a_.grid[0] * a_.grid[1] * a_.grid[2] * a_.heads) + head_;
+    if (const int slot = threadIdx.x; slot <= kSlots)
+      bases()[slot] = batch_ * common_.batch_stride[slot] + head_ * common_.head_stride[slot];
     int start[3], rest = group_;
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis)
       start[axis] = common_.count[axis].split(rest) * int(a_.window[axis]) + int(a_.shift[axis]);
-    for (int n = int(threadIdx.x & 1023); n < slots(); n += int(blockDim.x)) {
+    for (int n = threadIdx.x; n < slots(); n += blockDim.x) {
       const Place place = place_of(n);
       bool real = true;
       int region = 0, token = 0, source[3];
@@ -156,8 +156,7 @@ class WindowTokens {
 #pragma unroll 1
       for (int set = 0; set < common_.stride_sets; ++set) {
         const int64_t* stride = a_.tensor[common_.slot_of[set]].stride;
-        offsets()[set * slots() + n] = batch_ * stride[0] + source[0] * stride[1] + source[1] * stride[2] +
-                                       source[2] * stride[3] + head_ * stride[4];
+        offsets()[set * slots() + n] = source[0] * stride[1] + source[1] * stride[2] + source[2] * stride[3];
       }
       visit(n, place);
     }
@@ -167,11 +166,12 @@ class WindowTokens {
   // Which plane of a window, or which eight of them, a line is in.
   __device__ __forceinline__ int plane_of(int line) const { return common_.height.quotient(line); }
   __device__ __forceinline__ Place place_of(int n) const {
-    const int height = int(a_.window[1]), width = this->width(), site = kDepthFastest ? n / 8 : n;
-    const int lines = kDepthFastest ? site / width : common_.width.quotient(site), column = site - lines * width;
+    const uint32_t site = kDepthFastest ? uint32_t(n) / 8 : n;
+    const int height = int(a_.window[1]), width = this->width();
+    const int lines = kDepthFastest ? site / 7 : common_.width.quotient(site), column = site - lines * width;
     const int planes = plane_of(lines);
     const int line = lines - planes * height;
-    const int depth = kDepthFastest ? planes * 8 + n % 8 : planes;
+    const int depth = kDepthFastest ? planes * 8 + int(uint32_t(n) % 8) : planes;
     return turned() ? Place{{depth, column, line}} : Place{{depth, line, column}};
   }
   // Whether height and width change places in the order of the tokens. So it is in windows of two regions by width and
@@ -197,7 +197,7 @@ class WindowTokens {
   }
   // A bias as it is added to a product; its size, in bits, goes into largest.
   __device__ __forceinline__ float bias_of(int row, int& largest) const {
-    return scaled_bias(table()[row * int(a_.bias_row_stride)], largest);
+    return scaled_bias(table()[row * a_.bias_row_stride], largest);
   }
   __device__ __forceinline__ float scaled_bias(float entry, int& largest) const {
     const float bias = entry * common_.bias_scale;
@@ -216,11 +216,11 @@ class WindowTokens {
   // Distances from the start of a tensor, the last one in numbers of log-sum-exp: an address that comes from shared
   // memory might be of any memory, to the compiler.
   __device__ __forceinline__ int64_t* bases() const { return at<int64_t>(common_.bases); }
-  // Of the tokens, for each set of strides.
+  // Of the tokens from there, for each set of strides.
   __device__ __forceinline__ int64_t* offsets() const { return at<int64_t>(common_.offsets); }
   // Null for zeros.
   __device__ __forceinline__ const char* pad_row(Slot slot) const {
-    return a_.pad_qkv && (slot == kK || slot == kV) ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2
+    return a_.pad_qkv && (slot == kK || slot == kV) ? a_.pad_qkv + (slot * int(a_.heads) + head_) * int(a_.head_dim) * 2
                                                     : nullptr;
   }
 
