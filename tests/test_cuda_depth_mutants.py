@@ -10,9 +10,10 @@ import torch
 from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, spoil
 
 import tests.cuda_emulator as emulated
+from tests.cuda_emulator import build
 
-FILE = "depth_fastest.cuh"
-# How it shows, a pattern in depth_fastest.cuh, and what stands in place of the first match.
+FILES = ("depth_fastest.cuh", "depth_fastest_rows.cuh")
+# How it shows, a pattern in one of these, and what stands in place of the first match.
 MISTAKES = {
     "no barrier before dQ": (
         "race|uninitialised",
@@ -70,7 +71,8 @@ def edits(mistake: str | None) -> Edits:
     if mistake is None:
         return {"window3d_backward.cu": two_shares}
     _, pattern, spoiled = MISTAKES[mistake]
-    return {"window3d_backward.cu": two_shares, FILE: spoil(mistake, FILE, pattern, spoiled)}
+    file = next((name for name in FILES if re.search(pattern, (build.CSRC / "cuda" / name).read_text())), FILES[0])
+    return {"window3d_backward.cu": two_shares, file: spoil(mistake, file, pattern, spoiled)}
 
 
 @pytest.fixture(autouse=True, scope="module")

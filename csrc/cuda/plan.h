@@ -62,8 +62,8 @@ constexpr int64_t even_warps(int64_t pairs, int64_t most) {
   return ceil_div(pairs, ceil_div(pairs, most));
 }
 
-// The same where a block has a multiprocessor for itself: the most warps with which the busiest of its four quarters has
-// the least to do.
+// The same where a block has a multiprocessor for itself: the most warps with which the busiest of its four quarters
+// has the least to do.
 constexpr int64_t quartered_warps(int64_t pairs, int64_t most) {
   int64_t best = 1, least = pairs;
   for (int64_t warps = 2; warps <= most && warps <= pairs; ++warps) {
@@ -234,7 +234,7 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
   return place_backward(s, plan, 1);
 }
 
-// Windows that are 8 deep, 7 high and 7 wide: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is
+// Windows of 8 x 7 x 7 tokens: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is
 // in shared memory, or this is not the way.
 struct DepthFastestPlaces {
   static constexpr int kTokens = 8 * 7 * 7, kSlots = 416, kRowBytes = 56 * 64;
@@ -243,8 +243,8 @@ struct DepthFastestPlaces {
   static constexpr int kQueries = kValues + kKeyBytes;  // two rows of them, each with the gradients of its context
   static constexpr int kScores = kQueries + 4 * kRowBytes;
   static constexpr int kContext = kScores + kTokens * 112;  // of a row of queries; exact: the records of all
-  static constexpr int kPairs = kContext + 16 * kSlots, kPairBytes = 16 * kTokens;
-  static constexpr int kBias = kPairs + kPairBytes, kBiasFloats = 2 * 13 * 14 * 28;
+  static constexpr int kPairs = kContext + 16 * kSlots, kRecordBytes = 16 * kTokens;
+  static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = 2 * 13 * 14 * 28;
   static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
   static constexpr int kPads = kTable + 4 * kTableFloats;
   static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;  // whether the window has several regions

@@ -1,4 +1,4 @@
-// The backward pass of windows that are 8 deep and 7 wide: their tokens lie depth fastest.
+// The backward pass of windows of 8 x 7 x 7 tokens: they lie depth fastest.
 #include "depth_fastest.cuh"
 #include "window3d_cuda.h"
 
