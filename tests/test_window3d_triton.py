@@ -424,6 +424,7 @@ def test_what_the_kernels_do_not_run(
     monkeypatch: pytest.MonkeyPatch, interpreted: bool, dtype: torch.dtype, head_dim: int, reason: str | None
 ) -> None:
     monkeypatch.setattr(_library, "TRITON_INTERPRETED", interpreted)
+    monkeypatch.setattr(_library, "MISINTERPRETED", [torch.bfloat16])
     found = _library._check_triton(backends.AttentionCall("window3d_attention", "cuda", dtype, head_dim))
     assert (reason is None) == (not found)
     assert reason is None or (len(found) == 1 and re.search(reason, found[0]))
