@@ -160,7 +160,7 @@ def _specialise(
         return "constexpr"
     if isinstance(value, Tensor):
         kind = _POINTERS[value.dtype]
-        aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
+        aligned = value.data_ptr() % 16 == 0  # without memory the address is the offset in it
     elif isinstance(value, float):
         kind, aligned = "fp32", False
     else:
