@@ -270,6 +270,26 @@ def test_a_planner_that_computes_is_asked_each_time(launched: list[Launched], re
     assert len(plan.workspaces) == 1
 
 
+@on_mocked_gpu
+def test_what_is_prepared_is_compiled_but_not_launched(
+    gpu: MockedGpu, launched: list[Launched], requests: list[Any]
+) -> None:
+    call = CALLS["shifted"]
+    call.run(call.tensors())
+    planner, *arguments = requests[0]
+    for function in gpu.functions:
+        function.device_caches.pop(gpu.device)
+    gpu.compiled.clear()
+    launched.clear()
+    launches = planner(*arguments)
+    for launch in launches:
+        launch.prepare()
+    assert gpu.compiled == [launch.name for launch in launches] and not launched
+    for launch in launches:
+        launch.run()
+    assert len(gpu.compiled) == len(launched) == len(launches)
+
+
 # ---- The store ----
 
 

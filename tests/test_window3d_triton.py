@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
+import triton
 from attention_cases import device_of, evaluate, to
 from torch import Tensor
 from triton.compiler import make_backend
@@ -43,6 +44,7 @@ from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
 needs_triton = pytest.mark.needs_triton
+SECONDS = configs._seconds
 CPU = torch.device("cpu")
 GEOMETRIES = [
     geo.resolve_windows((4, 6, 9), (2, 3, 4), (1, 1, 2)),
@@ -362,6 +364,31 @@ def test_autotuning_takes_the_fastest_and_remembers_it(autotune: Path) -> None:
     file.write_text("{ cut short")
     configs._known.clear()
     assert _tune(launch) == Config(16, 16) and len(tried) == 12
+
+
+def test_a_configuration_that_does_not_compile_is_not_taken(autotune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler may fail in any way; only if it always does, the first failure is raised."""
+    failures: dict[int, Exception] = {
+        64: RuntimeError("PassManager::run failed"),
+        32: triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+        128: AssertionError("layout"),
+    }
+
+    def compile_or_fail(launch: Launch) -> None:
+        if launch.options["rows"] in failures:
+            raise failures[launch.options["rows"]]
+
+    monkeypatch.setattr(configs, "_seconds", SECONDS)
+    monkeypatch.setattr(Launch, "prepare", compile_or_fail)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: 1.0)
+
+    def launch(config: Config) -> Launch:
+        return Launch(window3d.window3d_forward, 1, {}, {"rows": config.block_m})
+
+    assert _tune(launch) == Config(16, 16)
+    failures[16] = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="PassManager"):
+        _tune(launch, ("sm_90", 784))
 
 
 def test_autotuning_is_opt_in(autotune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
