@@ -59,11 +59,11 @@ _TABLE: Table[Config] = {
         full=(Config(64, 64), Config(64, 64), Config(64, 32)),
     ),
     ("sm_90", "half", "window3d_backward_queries"): Cuts(
-        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64)),
+        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64, num_warps=8)),
         full=(Config(64, 32), Config(64, 32), Config(64, 32)),
     ),
     ("sm_90", "half", "window3d_backward_keys"): Cuts(
-        lean=(Config(64, 64), Config(64, 64), Config(32, 64, num_warps=8)),
+        lean=(Config(64, 64), Config(64, 64, num_warps=8), Config(32, 64, num_warps=8)),
         full=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 64, num_warps=8)),
     ),
     ("sm_90", "half", "window3d_backward_bias"): Cuts(
