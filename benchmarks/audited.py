@@ -20,6 +20,7 @@ class LaunchAudit:
     work: Mapping[str, float]  # steps can be a mean over the programs
     spill_instructions: int
     local_bytes: int
+    serialised_products: int | None  # see triton_kernels.py
     narrow_tile_loads: int | None
     matrix_instructions: str | None
     instructions_per_score: float | None

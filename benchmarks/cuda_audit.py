@@ -279,6 +279,7 @@ def _audit(
         work={"scores": work.scores},
         spill_instructions=spills(executed),
         local_bytes=resources.stack + resources.local,
+        serialised_products=None,
         narrow_tile_loads=None,
         matrix_instructions="mma.sync" if loop else None,
         instructions_per_score=per_score[1],

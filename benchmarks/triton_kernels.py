@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import re
 from collections import Counter
@@ -23,6 +25,8 @@ from benchmarks.sass import (
 if TYPE_CHECKING:
     from vidattn.kernels.launch import Launch
 
+# What ptxas says where it makes warps wait for each product of theirs (wgmma) before the next instruction.
+_SERIALISED = re.compile(r"\(C75\d\d\)")
 # A load of a tile in Triton's GPU dialect: at least two dimensions, and what the pointers point to.
 _TILE_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*: tensor<((?:\d+x){2,})!tt\.ptr<(b?f\d+)>")
 _HALF = ("f16", "bf16")
@@ -107,6 +111,7 @@ class Kernel:
     registers: int
     local_bytes: int
     spill_instructions: int
+    serialised_products: int  # reasons of ptxas to serialise wgmma, of which one is enough for all of a kernel
     shared_bytes: int
     resident_warps: int
     traffic: Traffic
@@ -156,6 +161,25 @@ def missing_wide_loads(ttgir: str, threads: int, widths: Mapping[str, int], *, s
     return min(max(0, expected - widths.get("16", 0) - widths.get("32", 0)), narrow)
 
 
+def ptxas_log(compiled: Any) -> str:
+    """Give what ptxas says of a compiled kernel: Triton's own command runs again, for a cached kernel has no log."""
+    import triton
+    from triton.compiler import make_backend
+
+    target, log = compiled.metadata.target, io.StringIO()
+    backend = make_backend(target)
+    options = backend.parse_options(compiled.metadata._asdict())
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(compiled.asm["ptx"], {}, options, target.arch)
+    return log.getvalue()
+
+
+def serialised_products(log: str) -> int:
+    """Count the reasons in a log of ptxas why products wait for each other."""
+    return len(_SERIALISED.findall(log))
+
+
 def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
     """Compile a launch's kernel and read its machine code.
 
@@ -182,6 +206,7 @@ def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
         registers=resources.registers,
         local_bytes=resources.stack + resources.local,
         spill_instructions=spills(executed),
+        serialised_products=serialised_products(ptxas_log(compiled)),
         shared_bytes=compiled.metadata.shared,
         resident_warps=resident_warps(arch, resources.registers, compiled.metadata.shared, warps),
         traffic=Traffic.parse(compiled.asm["ttir"]),

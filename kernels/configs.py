@@ -162,6 +162,7 @@ def tuned(
 
     Raises:
         RuntimeError: a shape is new while a CUDA graph is being captured.
+        Exception: no configuration compiles; what the first one raised.
     """
     if os.environ.get("VIDATTN_AUTOTUNE", "0") != "1" or INTERPRETED or device.type != "cuda":
         return default
@@ -175,17 +176,28 @@ def tuned(
             f"{name}: autotuning cannot run while a CUDA graph is being captured; run the model once before"
             " (vidattn.warmup does)"
         )
-    times = {config: _seconds(launch(config)) for config in dict.fromkeys([default, *candidates()])}
+    found = {config: _seconds(launch(config)) for config in dict.fromkeys([default, *candidates()])}
+    times = {config: value for config, value in found.items() if not isinstance(value, Exception)}
+    if not times:
+        raise next(error for error in found.values() if isinstance(error, Exception))
     best = min(times, key=lambda config: times[config])
     _remember(file, key, best)
     return best
 
 
-def _seconds(launch: Launch) -> float:
+def _seconds(launch: Launch) -> float | Exception:
+    """Time a launch; gives the error instead if its kernel does not compile, or takes more than the device has.
+
+    What fails when it runs is no matter of the configuration, and raises.
+    """
+    try:
+        launch.prepare()
+    except Exception as error:
+        return error
     try:
         return triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="min")
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
+    except triton.runtime.errors.OutOfResources as error:  # found out when it is loaded
+        return error
 
 
 @lru_cache

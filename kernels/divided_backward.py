@@ -229,6 +229,7 @@ def divided_backward_queries(
     TAIL: tl.constexpr,
 ):
     """Gradient of a tile of queries of one head in one sequence, and delta = sum(dout * out) of each."""
+    FULL: tl.constexpr = (SHAPE.length - SHAPE.has_cls) // BLOCK_N
     sequence = locate(first_head, heads, places, place_step, slot_step, SHAPE, BLOCK_M)
     head, group, clip = sequence.head, sequence.group, sequence.clip
     first_query = first_slot(SHAPE, BLOCK_M)
@@ -262,13 +263,15 @@ def divided_backward_queries(
 
     BLOCK_D: tl.constexpr = SHAPE.block_d
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for step in tl.range(0, full_tiles):
-        total = _queries_tile(
-            total, step * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, BLOCK_N, False
-        )
+    if FULL > 0:
+        tl.assume(full_tiles > 0)
+        for step in tl.range(0, full_tiles):
+            total = _queries_tile(
+                total, step * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, BLOCK_N, False
+            )
     if TAIL:
         total = _queries_tile(
-            total, full_tiles * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, TAIL, True
+            total, FULL * BLOCK_N, queries, keys, values, sequence, dropout, unit, SHAPE, BLOCK_M, TAIL, True
         )
 
     total *= scale
@@ -402,6 +405,7 @@ def divided_backward_keys(
 ):
     """Gradients of a tile of keys and values of one head in one sequence; if it holds all keys, of the queries too."""
     tl.static_assert(SHAPE.length <= BLOCK_N or kept is not None)
+    FULL: tl.constexpr = (SHAPE.length - SHAPE.has_cls) // BLOCK_M
     sequence = locate(first_head, heads, places, place_step, slot_step, SHAPE, BLOCK_N)
     head, group, clip = sequence.head, sequence.group, sequence.clip
     first_key = first_slot(SHAPE, BLOCK_N)
@@ -443,14 +447,16 @@ def divided_backward_keys(
     BLOCK_D: tl.constexpr = SHAPE.block_d
     zeros = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = _KeyGrads(k=zeros, v=zeros)
-    for step in tl.range(0, full_tiles):
-        sums = _keys_tile(
-            sums, step * BLOCK_M, queries, keys, sequence, dropout, places, all_heads, num_rows, unit,
-            SHAPE, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
+    if FULL > 0:
+        tl.assume(full_tiles > 0)
+        for step in tl.range(0, full_tiles):
+            sums = _keys_tile(
+                sums, step * BLOCK_M, queries, keys, sequence, dropout, places, all_heads, num_rows, unit,
+                SHAPE, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
     if TAIL:
         sums = _keys_tile(
-            sums, full_tiles * BLOCK_M, queries, keys, sequence, dropout, places, all_heads, num_rows, unit,
+            sums, FULL * BLOCK_M, queries, keys, sequence, dropout, places, all_heads, num_rows, unit,
             SHAPE, TAIL, BLOCK_N, True,
         )  # fmt: skip
 

@@ -121,6 +121,10 @@ _MIXED: Table[Config] = {
         lean=(Config(64, 64), Config(32, 32), Config(64, 64, num_warps=8)),
         full=(Config(32, 32), Config(64, 32), Config(64, 64, num_warps=8)),
     ),
+    ("sm_90", "half", "divided_backward_keys"): Cuts(
+        lean=(Config(64, 64), Config(64, 64, num_stages=1), Config(32, 32)),
+        full=(Config(32, 64), Config(32, 64), Config(32, 32)),
+    ),
 }
 # Products of float32 at full precision are multiply-adds, unrolled: larger tiles take minutes to compile.
 _SMALL = Config(32, 32)

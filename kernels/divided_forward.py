@@ -188,6 +188,7 @@ def divided_forward_stream(
     TAIL: tl.constexpr,
 ):
     """Attend with a tile of queries of one head in one sequence; the keys come tile by tile."""
+    FULL: tl.constexpr = (SHAPE.length - SHAPE.has_cls) // BLOCK_N
     sequence = locate(first_head, heads, places, place_step, slot_step, SHAPE, BLOCK_M)
     head, group, clip = sequence.head, sequence.group, sequence.clip
     first_query = first_slot(SHAPE, BLOCK_M)
@@ -204,14 +205,16 @@ def divided_forward_stream(
     values = HeadRows(head_of(v, clip, head), v.token, v_columns)
 
     state = start_rows(BLOCK_M, SHAPE.block_d)
-    for step in tl.range(0, full_tiles):
-        state = _attend_tile(
-            state, step * BLOCK_N, q_rows, keys, values, sequence, dropout, first_query, unit,
-            SHAPE, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
+    if FULL > 0:
+        tl.assume(full_tiles > 0)
+        for step in tl.range(0, full_tiles):
+            state = _attend_tile(
+                state, step * BLOCK_N, q_rows, keys, values, sequence, dropout, first_query, unit,
+                SHAPE, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
     if TAIL:
         state = _attend_tile(
-            state, full_tiles * BLOCK_N, q_rows, keys, values, sequence, dropout, first_query, unit,
+            state, FULL * BLOCK_N, q_rows, keys, values, sequence, dropout, first_query, unit,
             SHAPE, BLOCK_M, TAIL, True,
         )  # fmt: skip
 

@@ -105,9 +105,17 @@ class Launch:
         """
         if self.grid == 0:
             return None
-        device = next(tensors_in(self.arguments)).device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             return self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+    def prepare(self) -> None:
+        """Compile for the tensors' device, unless it has been done, without launching."""
+        with self._on_device():
+            self.kernel.warmup(**self.arguments, **self.options, grid=(self.grid,))
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        device = next(tensors_in(self.arguments)).device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def compile(self, target: GPUTarget) -> Any:
         """Compile as a first launch on ``target`` would.
@@ -160,7 +168,7 @@ def _specialise(
         return "constexpr"
     if isinstance(value, Tensor):
         kind = _POINTERS[value.dtype]
-        aligned = value.storage_offset() * value.itemsize % 16 == 0  # storages start on 16 bytes
+        aligned = value.data_ptr() % 16 == 0  # without memory the address is the offset in it
     elif isinstance(value, float):
         kind, aligned = "fp32", False
     else:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from vidattn.calls import DividedCall, MixingCall
@@ -22,7 +23,7 @@ from vidattn.kernels.mixing_shift import temporal_shift as temporal_shift_kernel
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward", "plan_shift", "temporal_shift"]
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 _BLOCK = 1024  # words of a program
 
 
@@ -126,23 +127,23 @@ def plan_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: T
     shifts = _near(channel_shifts, num_frames)
     together = math.gcd(channels, *(cut for first, last, _ in shifts for cut in (first, last)))
     group_bytes = together * inner * x.itemsize
-    starts = [tensor.storage_offset() * tensor.itemsize for tensor in (x, out)]
-    width = math.gcd(16, group_bytes, *starts)  # bytes that are moved at a time
-    word = _WORDS[min(8, width)]
-    line = channels * inner * x.itemsize // word.itemsize
+    width = math.gcd(16, group_bytes, x.data_ptr(), out.data_ptr())  # bytes that are moved at a time
+    word = min(8, width)
+    line = channels * inner * x.itemsize // word
     arguments = {
-        "x": _words(x, word),
-        "out": _words(out, word),
+        "x": _bytes(x),  # a view as words would need an offset in the storage of whole words
+        "out": _bytes(out),
         "segment": num_frames,
         "frame_size": outer * line,
         "line": line,
-        "group": group_bytes // word.itemsize,
+        "group": group_bytes // word,
         "SHIFTS": tuple(
             value for first, last, offset in shifts for value in (first // together, last // together, offset)
         ),
-        "TOGETHER": width // word.itemsize,
+        "TOGETHER": width // word,
         "BLOCK": _BLOCK,
         "LONG": line > 2**31 - _BLOCK,
+        "WORD": _WORDS[word],
     }
     work = Work(bytes=2 * x.numel() * x.itemsize)
     return [Launch(temporal_shift_kernel, frames * -(-outer * line // _BLOCK), arguments, work=work)]
@@ -157,6 +158,5 @@ def _near(channel_shifts: Sequence[int], num_frames: int) -> tuple[tuple[int, in
     )
 
 
-def _words(x: Tensor, word: torch.dtype) -> Tensor:
-    """View the bytes of a contiguous tensor as integers."""
-    return x.view(-1).view(torch.uint8).view(word)
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)

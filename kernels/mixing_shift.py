@@ -20,12 +20,14 @@ def temporal_shift(
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
     LONG: tl.constexpr,
+    WORD: tl.constexpr,
 ):
     """Copy a block of a frame of ``out`` from where it lies in ``x``; ``SHIFTS`` counts groups of channels.
 
-    A line is what the channels of one place hold, ``group`` what a group of channels holds of it, in words of which
-    ``TOGETHER`` are moved at a time. ``LONG`` says that 32 bits do not count the line.
+    A line is what the channels of one place hold, ``group`` what a group of channels holds of it, in words (``WORD``)
+    of which ``TOGETHER`` are moved at a time. ``LONG`` says that 32 bits do not count the line.
     """
+    x, out = x.to(tl.pointer_type(WORD)), out.to(tl.pointer_type(WORD))
     blocks = tl.cdiv(frame_size, BLOCK)
     frame = tl.program_id(0) // blocks
     numbers = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -163,11 +163,13 @@ def window3d_backward_queries(
     given = _QueryRows(dout_rows, lses, deltas)
 
     tiles = visible_tiles(hiding, kind, place.tile, FULL, TILES)
-    for step in tl.range(tiles.first, tiles.last):
-        sums = _queries_tile(
-            sums, step * BLOCK_N, queries, given,
-            NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False, PRECISION,
-        )  # fmt: skip
+    if FULL > 0:
+        tl.assume(tiles.first < tiles.last)
+        for step in tl.range(tiles.first, tiles.last):
+            sums = _queries_tile(
+                sums, step * BLOCK_N, queries, given,
+                NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False, PRECISION,
+            )  # fmt: skip
     if TAIL:
         sums = _queries_tile(
             sums, FULL * BLOCK_N, queries, given,
@@ -370,11 +372,13 @@ def window3d_backward_keys(
     sums = _KeySums(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
 
     tiles = visible_tiles(hiding, kind, place.tile, FULL, TILES)
-    for step in tl.range(tiles.first, tiles.last):
-        sums = _keys_tile(
-            sums, step * BLOCK_M, keys,
-            NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, False, PRECISION,
-        )  # fmt: skip
+    if FULL > 0:
+        tl.assume(tiles.first < tiles.last)
+        for step in tl.range(tiles.first, tiles.last):
+            sums = _keys_tile(
+                sums, step * BLOCK_M, keys,
+                NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, False, PRECISION,
+            )  # fmt: skip
     if TAIL:
         sums = _keys_tile(
             sums, FULL * BLOCK_M, keys,

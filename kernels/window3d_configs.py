@@ -43,7 +43,7 @@ _TABLE: Table[Config] = {
         full=(Config(64, 32), Config(32, 64), Config(32, 16)),
     ),
     ("sm_80", "half", "window3d_backward_queries"): Cuts(
-        lean=(Config(64, 64, windows=2), Config(64, 32), Config(32, 32)),
+        lean=(Config(64, 32, windows=2), Config(64, 32), Config(32, 32)),
         full=(Config(64, 32), Config(32, 32), Config(32, 32, num_warps=8)),
     ),
     ("sm_80", "half", "window3d_backward_keys"): Cuts(
@@ -55,15 +55,15 @@ _TABLE: Table[Config] = {
         full=(Config(32, 64), Config(32, 64), Config(32, 32, num_warps=8)),
     ),
     ("sm_90", "half", "window3d_forward"): Cuts(
-        lean=(Config(64, 128, windows=2), Config(64, 64, windows=2), Config(64, 64)),
+        lean=(Config(64, 64, windows=2), Config(64, 64, windows=2), Config(64, 64)),
         full=(Config(64, 64), Config(64, 64), Config(64, 32)),
     ),
     ("sm_90", "half", "window3d_backward_queries"): Cuts(
-        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64)),
+        lean=(Config(64, 64, windows=2), Config(64, 64), Config(64, 64, num_warps=8)),
         full=(Config(64, 32), Config(64, 32), Config(64, 32)),
     ),
     ("sm_90", "half", "window3d_backward_keys"): Cuts(
-        lean=(Config(64, 64), Config(64, 64), Config(32, 64, num_warps=8)),
+        lean=(Config(64, 64), Config(64, 64, num_warps=8), Config(32, 64, num_warps=8)),
         full=(Config(64, 64, num_warps=8), Config(32, 64), Config(32, 64, num_warps=8)),
     ),
     ("sm_90", "half", "window3d_backward_bias"): Cuts(
@@ -147,21 +147,13 @@ def padded_length(num_tokens: int, step: int) -> tuple[int, int]:
 
 
 def _fit(kernel: str, config: Config, shape: ShapeClass) -> Config:
-    """Shrink tiles to short windows, and where wide ones would waste more than they save."""
-    num_tokens = shape.num_tokens
-    longest = max(16, triton.next_power_of_2(num_tokens))
+    """Shrink tiles to short windows."""
+    longest = max(16, triton.next_power_of_2(shape.num_tokens))
     if shape.whole and kernel in _OVER_ALL_KEYS:
         found = over_all_keys(longest, shape.block_d, shape.itemsize)
         if kernel == "window3d_backward_bias":  # which has no other gradients in its registers
             found = found._replace(block_m=min(longest, 4096 // longest), num_warps=longest // 16)
         return found
     block_m, block_n = min(config.block_m, longest), min(config.block_n, longest)
-    while block_n > 64:
-        wide, narrow = (
-            full * step + tail for step in (block_n, block_n // 2) for full, tail in [padded_length(num_tokens, step)]
-        )
-        if wide <= 1.05 * narrow:
-            break
-        block_n //= 2
     num_warps = min(config.num_warps, max(1, block_m * block_n // 512))
     return config._replace(block_m=block_m, block_n=block_n, num_warps=num_warps)

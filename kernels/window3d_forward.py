@@ -108,11 +108,13 @@ def window3d_forward(
 
     # The number of tiles is given at run time: with a loop of known length the compiler runs out of registers.
     tiles = visible_tiles(hiding, kind, place.tile, full_tiles, TILES)
-    for step in tl.range(tiles.first, tiles.last):
-        states = _attend_tile(
-            states, step * BLOCK_N, queries,
-            NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False, PRECISION,
-        )  # fmt: skip
+    if FULL > 0:
+        tl.assume(tiles.first < tiles.last)
+        for step in tl.range(tiles.first, tiles.last):
+            states = _attend_tile(
+                states, step * BLOCK_N, queries,
+                NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, WINDOWS, HAS_PADDING, False, PRECISION,
+            )  # fmt: skip
     if TAIL:
         states = _attend_tile(
             states, FULL * BLOCK_N, queries,

@@ -85,8 +85,8 @@ class WindowTables:
         """Give, for each tile of ``rows`` tokens, the full tiles of ``columns`` tokens that the mask does not hide.
 
         Returns:
-            int32 (kinds, row tiles, 2), first and one past the last, None if no tile is hidden as a whole; and how many
-            tiles are visible on average.
+            int32 (kinds, row tiles, 2), first and one past the last, at least one tile; None if no tile is hidden as a
+            whole. And how many tiles are visible on average.
         """
         if self.hidden is None or self.hidden.shape[-1] < columns:
             return None, self.num_tokens // columns
@@ -97,9 +97,9 @@ class WindowTables:
             padded[:, :count] = self.hidden[:, :, : full * columns]
             seen = ~padded.view(self.num_kinds, -1, rows, full, columns).all(4).all(2)  # (kinds, row tiles, full)
             numbers = torch.arange(full)
-            last = torch.where(seen, numbers + 1, 0).amax(-1)
-            # A tile of rows that sees no full tile, since its keys are in the tail, sees an empty range.
-            first = torch.minimum(torch.where(seen, numbers, full).amin(-1), last)
+            # A tile of rows whose keys are all in the tail is given the last full tile too: kernels count on one.
+            first = torch.where(seen, numbers, full - 1).amin(-1)
+            last = torch.maximum(torch.where(seen, numbers + 1, 0).amax(-1), first + 1)
             hides = bool((last - first < full).any())
             ranges = torch.stack([first, last], -1)
             counts = torch.tensor(self.starts).diff()

@@ -23,6 +23,7 @@ if CUDA_EMULATED:
 if TRITON_INTERPRETED:
     # At every call of a function from a kernel the interpreter looks for what to replace in Triton's language, which
     # takes a third of its time. In a process that compiles nothing, replacing it once is enough.
+    import interpreted_bfloat16
     from triton.language import standard
     from triton.runtime import interpreter
 
@@ -31,6 +32,7 @@ if TRITON_INTERPRETED:
     for function in (rows.load_rows, standard.zeros):  # one that sees triton.language, one that sees its core
         interpreter._patch_lang(function.fn)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()  # with nothing to undo
+    interpreted_bfloat16.mend()
 
 
 @pytest.fixture(autouse=True)

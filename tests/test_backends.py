@@ -226,7 +226,9 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], d
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     monkeypatch.setattr(torch.ops.vidattn, "_cuda_build", lambda: build)
-    monkeypatch.setattr(_library, "_why_not_gpus", _library._why_not_gpus.__wrapped__)
+    monkeypatch.setattr(_library, "TRITON_INTERPRETED", False)
+    for answer in ("_why_not_gpus", "_why_no_triton", "_why_no_triton_on_gpus"):
+        monkeypatch.setattr(_library, answer, getattr(_library, answer).__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -259,13 +261,37 @@ def test_each_gpu_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs an NVIDIA GPU" in str(_library._cuda_gpu_missing())
 
 
-def test_compiled_code_takes_the_answers_about_gpus_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "_why_not_gpus", lambda: tuple(reversed((None, f"no {sys.platform}"))))
+def test_triton_is_judged_by_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them is the current one does not matter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    for capabilities in ([(7, 5), (9, 0)], [(9, 0), (7, 5)]):
+        with monkeypatch.context() as patch:
+            _gpu(patch, capabilities, 13000, "13.0")
+            assert _library._triton_missing() is None
+            for op in ("window3d_attention", "temporal_shift"):
+                check, call = backends._kernel_check[op, "triton"], ON_CUDA._replace(op=op)
+                assert check(call._replace(device_index=capabilities.index((9, 0)))) == []
+                (reason,) = check(call._replace(device_index=capabilities.index((7, 5))))
+                assert "got 7.5" in reason
+    _gpu(monkeypatch, [(7, 5), (7, 0)], 13000, "13.0")
+    assert "got 7.5" in str(_library._triton_missing())
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _library._triton_missing() is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "check"), [("_why_not_gpus", "_check_cuda"), ("_why_no_triton_on_gpus", "_check_triton")]
+)
+def test_compiled_code_takes_the_answers_about_gpus_as_constants(
+    monkeypatch: pytest.MonkeyPatch, answer: str, check: str
+) -> None:
+    monkeypatch.setattr(_library, answer, lambda: tuple(reversed((None, f"no {sys.platform}"))))
     torch._dynamo.reset()
 
     def reasons(index: int) -> int:
         call = AttentionCall("window3d_attention", "cuda", torch.float16, 8, index)
-        count = torch.compile(lambda x: x + len(_library._check_cuda(call)), fullgraph=True, backend="eager")
+        found = getattr(_library, check)
+        count = torch.compile(lambda x: x + len(found(call)), fullgraph=True, backend="eager")
         return int(count(torch.zeros(())))
 
     assert reasons(1) == 0 and reasons(0) == 1

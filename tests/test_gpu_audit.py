@@ -138,6 +138,7 @@ KERNEL = Kernel(
     registers=128,
     local_bytes=0,
     spill_instructions=0,
+    serialised_products=0,
     shared_bytes=0,
     resident_warps=16,
     traffic=Traffic(own=5000, tail=1000, once=0, step=20_000, copy_in=24_000),
@@ -208,6 +209,7 @@ def audited_case(**changes) -> gpu_audit.CaseAudit:
     ("ceiling", "changes", "reported"),
     [
         (Ceiling("*", "spill_instructions", 0), {"spill_instructions": 1}, "spill_instructions 1, ceiling 0"),
+        (Ceiling("*", "serialised_products", 0), {"serialised_products": 1}, "serialised_products 1, ceiling 0"),
         (Ceiling("*/f/*", "instructions_per_score", 12.4), {}, "instructions_per_score 12.50, ceiling 12.4"),
         (
             Ceiling("triton/f/c/forward", "matrix_instructions", "tcgen05"),

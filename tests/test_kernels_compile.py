@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("triton", reason="triton, which compiles the kernels, is not installed")
 
 import torch
+import triton
+import triton.language as tl
 
 from benchmarks import sass
 from benchmarks.gpu_audit import specialisation
@@ -26,6 +28,7 @@ from benchmarks.shapes import (
     MixingCase,
     WindowCase,
 )
+from benchmarks.triton_kernels import ptxas_log, serialised_products
 from vidattn.calls import WindowCall
 from vidattn.kernels.launch import INTERPRETED, TARGETS, Launch
 from vidattn.ops import _tensors as tensors
@@ -148,6 +151,7 @@ class Compiled:
     attends: bool
     spills: int  # accesses to local memory and its bytes
     matrix: str  # kind of matrix instructions in the main loop
+    serialised: int = 0  # reasons why products wait for each other
 
 
 def compile_launch(call: Call | DividedCall | MixingCall, direction: str, index: int, arch: str) -> Compiled:
@@ -163,7 +167,8 @@ def compile_launch(call: Call | DividedCall | MixingCall, direction: str, index:
     matrix = sass.matrix_kind(program.in_loop())
     if matrix == "none":  # a short window has no main loop, only waits perhaps
         matrix = sass.matrix_kind(program.executed())
-    return Compiled(launch.name, attends, spills, matrix)
+    serialised = serialised_products(ptxas_log(compiled)) if arch == "sm_90" else 0
+    return Compiled(launch.name, attends, spills, matrix, serialised)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +206,35 @@ def test_window3d(processes, arch, dtype):
     kinds = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05 mma.sync", "gfx942": "mfma"}[arch].split()
     assert [(kernel.name, kernel.matrix) for kernel in attending if kernel.matrix not in kinds] == []
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+    assert [(kernel.name, kernel.serialised) for kernel in compiled if kernel.serialised] == []
+
+
+@triton.jit
+def multiply_often(x, y, times, ASSUME: tl.constexpr):
+    """Add up products over a number of steps that may be none, unless the compiler may count on one; then a last."""
+    rows = tl.arange(0, 64)
+    pointers = x + rows[:, None] * 64 + rows[None, :]
+    first, total = tl.load(pointers), tl.zeros([64, 64], tl.float32)
+    if ASSUME:
+        tl.assume(times > 0)
+    for step in tl.range(0, times):
+        tile = tl.load(pointers + step * 4096)
+        total = tl.dot(tl.exp2(tl.dot(first, tile)).to(tile.dtype), tile, total)
+    tile = tl.load(pointers + times * 4096)
+    tl.store(y + rows[:, None] * 64 + rows[None, :], tl.dot(tl.dot(first, tile).to(tile.dtype), tile, total))
+
+
+@pytest.mark.parametrize("assume", [False, True])
+def test_products_wait_where_the_loop_between_them_may_take_no_step(assume):
+    """A kernel that comes from Triton's cache tells too, for ptxas is asked anew."""
+    with torch.device("meta"):
+        x, y = torch.empty(4, 64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    options = {"num_warps": 4, "num_stages": 2}
+    launch = Launch(multiply_often, 1, {"x": x, "y": y, "times": 4, "ASSUME": assume}, options)
+    for _ in range(2):
+        log = ptxas_log(launch.compile(TARGETS["sm_90"]))
+        assert "Compiling entry function 'multiply_often'" in log
+        assert (serialised_products(log) > 0) is not assume
 
 
 TIME, SPACE = GPU_DIVIDED_CASES["timesformer_b_time"], GPU_DIVIDED_CASES["timesformer_b_space"]
@@ -221,6 +255,7 @@ def test_divided(processes, arch, dtype):
     }
     assert "none" not in {kernel.matrix for kernel in attending}
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+    assert [(kernel.name, kernel.serialised) for kernel in compiled if kernel.serialised] == []
 
 
 MIXING = GPU_MIXING_CASES["xvit_b_16_frames_div8"]
@@ -241,6 +276,7 @@ def test_mixing(processes, arch, dtype):
     }
     assert "none" not in {kernel.matrix for kernel in compiled}
     assert [(kernel.name, kernel.spills) for kernel in compiled if kernel.spills] == []
+    assert [(kernel.name, kernel.serialised) for kernel in compiled if kernel.serialised] == []
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -112,7 +112,7 @@ def test_shifts_are_those_of_groups_of_channels(
     """In words of at most eight bytes, two at a time where groups allow."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     (launch,) = mixing.plan_shift(x, 4, shifts, torch.empty_like(x))
-    word = launch.arguments["x"].itemsize
+    word = launch.arguments["WORD"].primitive_bitwidth // 8
     assert (launch.arguments["group"], launch.arguments["SHIFTS"]) == (group, shifts_of_groups)
     assert (
         launch.arguments["TOGETHER"] == together
@@ -120,6 +120,23 @@ def test_shifts_are_those_of_groups_of_channels(
     )
     assert launch.grid == 8 * -(-x[0].numel() * x.itemsize // (word * 1024))
     assert launch.work.bytes == 2 * x.numel() * x.itemsize
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("first", "offset", "width"), [(0, 0, 16), (0, 1, 4), (1, 0, 4), (2, 0, 8), (1, 1, 8), (1, 3, 16), (3, 2, 4)]
+)
+def test_words_are_those_that_the_address_allows(first: int, offset: int, width: int) -> None:
+    """Memory of others may begin anywhere, so the offset in a storage says nothing about the address."""
+    base = torch.randn(4 * 5 * 8 + 8, device=device_of("triton"))
+    x = torch.from_dlpack(base[first:])[offset : offset + 160].view(4, 5, 8, 1)
+    out = torch.empty_like(x)
+    assert base.data_ptr() % 16 == out.data_ptr() % 16 == 0 and x.storage_offset() == offset
+    (launch,) = mixing.plan_shift(x, 2, [0, 4, 1], out)
+    assert launch.arguments["TOGETHER"] * launch.arguments["WORD"].primitive_bitwidth == 8 * width
+    mixing.temporal_shift(x, 2, [0, 4, 1], out)
+    expected = reference.temporal_shift(x[..., 0].cpu(), 2, [(0, 4, 1)], dim=2)
+    assert torch.equal(out[..., 0].cpu(), expected)
 
 
 # ---- Memory: nothing beside the buffers is read or written, and everything in them is ----

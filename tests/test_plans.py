@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import weakref
@@ -22,8 +23,9 @@ from torch import Tensor
 import vidattn
 from benchmarks import overhead
 from benchmarks.mocked_gpu import Launched, MockedGpu, mocked_cuda, mocked_gpu
+from vidattn.kernels import launch as launch_module
 from vidattn.kernels import plans
-from vidattn.kernels.launch import INTERPRETED, is_table, new_workspace, tensors_in
+from vidattn.kernels.launch import INTERPRETED, Launch, is_table, new_workspace, tensors_in
 from vidattn.kernels.window3d_bias import window3d_dense_bias
 from vidattn.kernels.window3d_forward import window3d_forward
 
@@ -270,6 +272,26 @@ def test_a_planner_that_computes_is_asked_each_time(launched: list[Launched], re
     assert len(plan.workspaces) == 1
 
 
+@on_mocked_gpu
+def test_what_is_prepared_is_compiled_but_not_launched(
+    gpu: MockedGpu, launched: list[Launched], requests: list[Any]
+) -> None:
+    call = CALLS["shifted"]
+    call.run(call.tensors())
+    planner, *arguments = requests[0]
+    for function in gpu.functions:
+        function.device_caches.pop(gpu.device)
+    gpu.compiled.clear()
+    launched.clear()
+    launches = planner(*arguments)
+    for launch in launches:
+        launch.prepare()
+    assert gpu.compiled == [launch.name for launch in launches] and not launched
+    for launch in launches:
+        launch.run()
+    assert len(gpu.compiled) == len(launched) == len(launches)
+
+
 # ---- The store ----
 
 
@@ -344,6 +366,46 @@ def test_a_warm_call_takes_the_current_stream(gpu: MockedGpu, launched: list[Lau
         launched.clear()
         call.run(call.tensors())
         assert {launch.stream for launch in launched} == {stream}
+
+
+def test_calls_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    x = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
+    monkeypatch.setattr(plans, "_describe", lambda arguments: ([x], [], ["a call"]))
+    monkeypatch.setattr(plans, "tensors_in", lambda arguments: iter(()))
+    monkeypatch.setattr(plans, "_storage", id)
+    monkeypatch.setattr(launch_module, "tensors_in", lambda arguments: iter(arguments.values()))
+    ran: list[tuple[str, int]] = []
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **_: ran.append(("run", torch.cuda.current_device()))
+
+        def warmup(self, **_: Any) -> None:
+            ran.append(("prepare", torch.cuda.current_device()))
+
+    launch = Launch(Kernel(), 1, {"x": x}, {})
+    launch.run()
+    launch.prepare()
+
+    def planner(*_: Any) -> list[Launch]:
+        ran.append(("plan", torch.cuda.current_device()))
+        return [launch]
+
+    plans.run(planner, x)
+    assert ran == [("run", 1), ("prepare", 1), ("plan", 1), ("run", 1)]
+    plans.forget()
 
 
 def test_the_memory_of_tables_waits_for_every_stream_and_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,14 @@ def test_tiles_that_the_mask_hides(
 
 
 @backends_and_dtypes
+@pytest.mark.parametrize("mask_value", [-100.0, -math.inf])
+def test_a_tile_whose_full_tiles_are_all_hidden(backend: str, dtype: torch.dtype, mask_value: float) -> None:
+    """The last six tokens of 70 see each other alone."""
+    case = Case((1, 1, 140), (1, 1, 70), (0, 0, 6), batch=1, heads=1, head_dim=16, mask_value=mask_value)
+    check(case, dtype, backend)
+
+
+@backends_and_dtypes
 @pytest.mark.parametrize("key", [5.0, 50.0, 150.0, math.nan])
 def test_hidden_tiles_count_when_they_can_win(backend: str, dtype: torch.dtype, key: float) -> None:
     """Leaving tiles out must depend on the scores: a masked key 150 above the rest takes all the weight."""

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
+import triton
 from attention_cases import device_of, evaluate, to
 from torch import Tensor
 from triton.compiler import make_backend
@@ -43,6 +44,7 @@ from vidattn.ops import _library
 
 RUNS = not vidattn.why_not("window3d_attention", backend="triton")
 needs_triton = pytest.mark.needs_triton
+SECONDS = configs._seconds
 CPU = torch.device("cpu")
 GEOMETRIES = [
     geo.resolve_windows((4, 6, 9), (2, 3, 4), (1, 1, 2)),
@@ -50,6 +52,7 @@ GEOMETRIES = [
     geo.resolve_windows((3, 5, 7), (2, 3, 3), (1, 1, 1), (True, False, False)),
     geo.resolve_windows((2, 9, 4), (2, 7, 7), (0, 3, 3)),
     geo.resolve_windows((5, 5, 5), (5, 5, 5)),
+    geo.resolve_windows((1, 1, 140), (1, 1, 70), (0, 0, 6)),  # the last six tokens see no full tile
 ]
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda geometry: "x".join(map(str, geometry.grid)))
 
@@ -145,7 +148,7 @@ def test_hidden_tiles_are_hidden_as_a_whole(geometry: geo.WindowGeometry, rows: 
     for kind in range(tables.num_kinds):
         for tile in range(-(-count // rows)):
             first, last = visible[kind, tile].tolist()
-            assert 0 <= first <= last <= full
+            assert 0 <= first < last <= full  # kernels count on one
             for column in [*range(first), *range(last, full)]:
                 block = tables.hidden[kind, tile * rows : (tile + 1) * rows, column * columns : (column + 1) * columns]
                 assert block.all()
@@ -324,14 +327,6 @@ def test_tiles_fit_the_window(kernel: str, tokens: int) -> None:
                             assert tokens <= full * block + tail <= -(-tokens // 64) * 64
 
 
-def test_a_wide_tile_is_not_taken_where_it_wastes() -> None:
-    def block_n(tokens: int) -> int:
-        return default_config("window3d_forward", ShapeClass("sm_90", 2, True, 32, tokens, True)).block_n
-
-    assert block_n(392) == block_n(784) == 128  # 400 and 784 keys
-    assert block_n(196) == block_n(343) == 64  # 208 and 352 rather than 256 and 384
-
-
 @pytest.fixture
 def autotune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Autotuning as on a GPU, with times that grow with the tile; gives the folder of its cache."""
@@ -369,6 +364,31 @@ def test_autotuning_takes_the_fastest_and_remembers_it(autotune: Path) -> None:
     file.write_text("{ cut short")
     configs._known.clear()
     assert _tune(launch) == Config(16, 16) and len(tried) == 12
+
+
+def test_a_configuration_that_does_not_compile_is_not_taken(autotune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler may fail in any way; only if it always does, the first failure is raised."""
+    failures: dict[int, Exception] = {
+        64: RuntimeError("PassManager::run failed"),
+        32: triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+        128: AssertionError("layout"),
+    }
+
+    def compile_or_fail(launch: Launch) -> None:
+        if launch.options["rows"] in failures:
+            raise failures[launch.options["rows"]]
+
+    monkeypatch.setattr(configs, "_seconds", SECONDS)
+    monkeypatch.setattr(Launch, "prepare", compile_or_fail)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: 1.0)
+
+    def launch(config: Config) -> Launch:
+        return Launch(window3d.window3d_forward, 1, {}, {"rows": config.block_m})
+
+    assert _tune(launch) == Config(16, 16)
+    failures[16] = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="PassManager"):
+        _tune(launch, ("sm_90", 784))
 
 
 def test_autotuning_is_opt_in(autotune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,6 +451,7 @@ def test_what_the_kernels_do_not_run(
     monkeypatch: pytest.MonkeyPatch, interpreted: bool, dtype: torch.dtype, head_dim: int, reason: str | None
 ) -> None:
     monkeypatch.setattr(_library, "TRITON_INTERPRETED", interpreted)
+    monkeypatch.setattr(_library, "MISINTERPRETED", [torch.bfloat16])
     found = _library._check_triton(backends.AttentionCall("window3d_attention", "cuda", dtype, head_dim))
     assert (reason is None) == (not found)
     assert reason is None or (len(found) == 1 and re.search(reason, found[0]))

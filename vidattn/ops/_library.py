@@ -30,6 +30,9 @@ _MAX_HEAD_DIM = 128
 # What csrc/cuda/plan.h allows.
 _CUDA_HEAD_DIM, _CUDA_TOKENS = 64, 1200
 
+# What Triton's interpreter computes with wrongly, without an error. Tests that mend it take it out.
+MISINTERPRETED = [torch.bfloat16]
+
 # Of the mode that make_fx and export record with.
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -149,7 +152,7 @@ def register_function(
     name, missing = function.__name__, native_kernel_missing(native, "CPU")
     register_op(function)
     register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
-    register_kernel(name, "triton", _triton_missing, _check_triton if attends else None)
+    register_kernel(name, "triton", _triton_missing, _check_triton if attends else _check_triton_gpu)
     if has_cuda:
         cuda_missing = native_kernel_missing(native, "CUDA")
         register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), _check_cuda)
@@ -316,17 +319,48 @@ def _why_no_triton() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "there is no GPU (with TRITON_INTERPRET=1 the kernels run on the CPU, for tests)"
-    major, minor = torch.cuda.get_device_capability()
-    if torch.version.hip is None and major < 8:
-        return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return _of_all(_triton_gpus())
+
+
+def _triton_gpus() -> tuple[str | None, ...]:
+    return _why_no_triton_on_gpus()
+
+
+# As above; what such a function is given must be constant for Dynamo too, so it is given nothing.
+_triton_gpus._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _why_no_triton_on_gpus() -> tuple[str | None, ...]:
+    """Say for each GPU why the Triton kernels cannot run on it, None if they can."""
+    any_runs = TRITON_INTERPRETED or torch.version.hip is not None
+    return tuple(None if any_runs else _too_old(index) for index in range(torch.cuda.device_count()))
+
+
+def _too_old(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
     return None
+
+
+def _of_all(reasons: tuple[str | None, ...]) -> str | None:
+    """Give the reason why kernels run on none of the GPUs; None if they run on one."""
+    return None if None in reasons else reasons[0]
+
+
+def _of_device(call: AttentionCall, reasons: tuple[str | None, ...]) -> list[str]:
+    """Give the reason why kernels that run on some GPU do not on that of the call's tensors, if there is one."""
+    if call.device_type != "cuda" or call.device_index is None or None not in reasons:
+        return []
+    reason = reasons[call.device_index]
+    return [] if reason is None else [reason]
 
 
 def _cuda_gpus() -> tuple[str | None, ...]:
     return _why_not_gpus()
 
 
-# As above; what such a function is given must be constant for Dynamo too, so it is given nothing.
 _cuda_gpus._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -346,9 +380,9 @@ def _why_not_gpu(index: int) -> str | None:
     Machine code for 8.0 and 9.0 is in it, which the others of the same major version run too, with every driver of the
     toolkit's major version or later. For GPUs after those the driver compiles the PTX, which an older one cannot read.
     """
+    if too_old := _too_old(index):
+        return too_old
     capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
     major, minor = map(int, torch.ops.vidattn._cuda_build().split("."))
     needed = major, minor if capability >= (10, 0) else 0
     version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13020 for 13.2
@@ -359,16 +393,11 @@ def _why_not_gpu(index: int) -> str | None:
 
 
 def _cuda_gpu_missing() -> str | None:
-    reasons = _cuda_gpus()
-    return None if None in reasons else reasons[0]
+    return _of_all(_cuda_gpus())
 
 
 def _check_cuda(call: AttentionCall) -> list[str]:
-    reasons = []
-    if call.device_type == "cuda" and call.device_index is not None and _cuda_gpu_missing() is None:
-        unfit = _cuda_gpus()[call.device_index]
-        if unfit is not None:
-            reasons.append(unfit)
+    reasons = _of_device(call, _cuda_gpus())
     if call.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
     if call.head_dim > _CUDA_HEAD_DIM:
@@ -383,12 +412,16 @@ def _check_cuda(call: AttentionCall) -> list[str]:
 
 
 def _check_triton(call: AttentionCall) -> list[str]:
-    reasons = _check_head_dim(call)
+    reasons = _check_head_dim(call) + _check_triton_gpu(call)
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"runs float32, bfloat16 and float16, got {call.dtype}")
-    elif TRITON_INTERPRETED and call.dtype == torch.bfloat16:
+    elif TRITON_INTERPRETED and call.dtype in MISINTERPRETED:
         reasons.append("Triton's interpreter computes bfloat16 products wrongly; it runs float32 and float16")
     return reasons
+
+
+def _check_triton_gpu(call: AttentionCall) -> list[str]:
+    return _of_device(call, _triton_gpus())
 
 
 def _check_head_dim(call: AttentionCall) -> list[str]:
