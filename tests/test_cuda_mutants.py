@@ -197,17 +197,10 @@ DEFAULT = (
     "no barrier behind the table of tokens",
     "no wait for the copies",
     "one row too few is copied",
-    "one key too many has weight",
     "the wrong rows of V",
-    "weights in the wrong order",
     "a shuffle of half a warp",
-    "two rows of a lane are one",
-    "too little shared memory",
     "the row of the next token",
-    "the last keys of a chunk with the first values",
     "keys are hidden without a proof",
-    "the chunks of the other region",
-    "all depths are seen",
     "a block of keys is copied to where the last one is",
 )
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
