@@ -213,14 +213,16 @@ def instructions(kernels: Kernels, sms: int) -> dict[str, float]:
 
 
 def shared_memory(kernels: Kernels, sms: int) -> dict[str, float]:
-    """Wavefronts of an 8-byte load whose lanes share addresses, in units of a 4-byte load, which takes one."""
-    clocks = {}
+    """Bytes of loads, and wavefronts of one of 8 bytes whose lanes share addresses, in units of one of 4 bytes."""
+    clocks, found = {}, {}
     for name in ("lds32", "lds64", "lds64_broadcast"):
-        per_clock = _per_clock(kernels.measure(name, 8 * sms), sms)
+        measured = kernels.measure(name, 8 * sms)
+        per_clock = _per_clock(measured, sms)
         if not per_clock:
             raise CalibrationError("the clock of the SM is not known")
-        clocks[name] = 1 / per_clock
-    found = {f"{name}_clocks": value for name, value in clocks.items()}
+        clocks[name] = found[f"{name}_clocks"] = 1 / per_clock
+        if name == "lds64":
+            found["shared_bytes_per_s"] = 32 * 8 * measured.amount / measured.fastest
     return found | {"lds64_broadcast_wavefronts": clocks["lds64_broadcast"] / clocks["lds32"]}
 
 

@@ -115,7 +115,8 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     # A maximum is raised once for each tile of queries.
     walked = LANES * (computed * hot / scores + groups * tiles * granule / rows * (loop.all - loop.hot))
     moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
-    work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0)
+    shared = LANES * computed / scores * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
+    work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * table_rows
     block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
     return (_audit(name, arch, rates, rounds, work, block, (loop, scores), border),)
@@ -202,7 +203,8 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     walked = rounds_of_main * LANES * ((1 - border) * loop.hot + border * masked.hot)
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
-    work = _Work(moved, walked, computed, loop.flops / scores, traffic)
+    shared = rounds_of_main * LANES * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
+    work = _Work(moved, walked, computed, loop.flops / scores, traffic, shared)
     copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
     if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
         copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
@@ -214,7 +216,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
     parts = 4.0 * (shares + 1) * columns
     block = _Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
-    total = _audit(name, arch, rates, lambda _: math.ceil(shares / 8), _Work(parts, 0, 0, 0, parts), block, None)
+    total = _audit(name, arch, rates, lambda _: math.ceil(shares / 8), _Work(parts, 0, 0, 0, parts, 0), block, None)
     return whole, total
 
 
@@ -227,6 +229,7 @@ class _Work:
     scores: float  # those that only fill up a tile included
     flops_per_score: float
     traffic: float  # bytes that the main loops read and write
+    shared: float  # and those in shared memory
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,7 @@ def _audit(
         flops=work.scores * work.flops_per_score,
         matrix_instructions="mma.sync",
         l2_bytes=lanes * sum(times * (instruction.width or 0) for instruction, times in way) + work.traffic,
+        shared_bytes=lanes * sum(times * instruction.shared_bytes for instruction, times in way) + work.shared,
     )
     per_sm = resident_warps(arch, resources.registers, block.shared_bytes, block.warps) // block.warps
     grid = Grid(block.blocks, per_sm, block.copy_in)

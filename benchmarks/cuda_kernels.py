@@ -32,6 +32,7 @@ class MainLoop:
     flops: float  # of a warp
     tiles: int  # reads of matrices that are not transposed: in a forward pass, one for 8 keys of 32 elements
     bytes: float  # of global memory, of a lane
+    shared_bytes: float
 
 
 class CudaProgram:
@@ -126,6 +127,7 @@ class CudaProgram:
             sum(times * instruction.matrix_flops for instruction, times in way),
             sum(i.name == "LDSM" and "MT88" not in i.opcode for i in (self.instructions[index] for index in own)),
             sum(times * (instruction.width or 0) for instruction, times in way),
+            sum(times * instruction.shared_bytes for instruction, times in way),
         )
 
     def _other_way(self, body: frozenset[int], masked: bool) -> frozenset[int]:

@@ -63,6 +63,7 @@ def audit_launch(launch: Launch, kernel: Kernel, rates: Rates) -> LaunchAudit:
         matrix_instructions=kernel.loop_matrix_instructions,
         # Helpers go over parts that are each read once.
         l2_bytes=max(work.bytes, kernel.traffic.of(launch)),
+        shared_bytes=lanes * (kernel.outside_shared_bytes + rounds * kernel.loop_shared_bytes),
     )
     grid = Grid(launch.grid, kernel.resident_programs, kernel.traffic.copy_in)
     terms = cost.microseconds(rates)

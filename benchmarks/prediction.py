@@ -1,11 +1,12 @@
 """How long a launch takes by its machine code: what its units do at the same time, and what nothing hides.
 
-A launch keeps five things busy at a time, so the longest of these terms counts:
+A launch keeps six things busy at a time, so the longest of these terms counts:
 
     bytes          each tensor crosses memory once
     l2             what all blocks read and write crosses the L2 cache: each tile of queries has its keys anew
     instructions   all lanes of all warps, waste of tiles and ways that a block does not take included
     exponentials
+    shared         what all lanes read from shared memory and write there, 128 bytes a clock an SM; without conflicts
     matrix         products, by the tensor cores' instruction that the kernel uses
 
 Three things are added, because nothing runs beside them:
@@ -38,6 +39,7 @@ class Rates:
     l2_read_bytes_per_s: float = 5.5e12
     instructions_per_s: float = 2.96e13  # counted for each lane
     exponentials_per_s: float = 3.71e12
+    shared_bytes_per_s: float = 2.96e13
     wgmma_flops_per_s: float = 790e12
     mma_sync_flops_per_s: float = 500e12
 
@@ -62,6 +64,7 @@ class Cost:
     flops: float
     matrix_instructions: str = "wgmma"
     l2_bytes: float = 0
+    shared_bytes: float = 0
 
     def microseconds(self, rates: Rates) -> dict[str, float]:
         """Time of each term on its own."""
@@ -71,6 +74,7 @@ class Cost:
             "l2": 1e6 * self.l2_bytes / rates.l2_read_bytes_per_s,
             "instructions": 1e6 * self.instructions / rates.instructions_per_s,
             "exponentials": 1e6 * self.exponentials / rates.exponentials_per_s,
+            "shared": 1e6 * self.shared_bytes / rates.shared_bytes_per_s,
             "matrix": 1e6 * self.flops / (rates.mma_sync_flops_per_s if slow else rates.wgmma_flops_per_s),
         }
 
@@ -105,6 +109,7 @@ class Grid:
         """
         longest = max(terms.values())
         computing = self.share * max(terms[name] for name in ("instructions", "exponentials", "matrix"))
+        computing = max(computing, terms["shared"])  # of which an SM has one
         waves = self.blocks / (SMS * self.together)
         copy_in = 0.0
         if self.together < 2:

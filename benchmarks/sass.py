@@ -65,8 +65,17 @@ class Instruction:
     @property
     def width(self) -> int | None:
         """Bytes a lane that a global load or store moves; none for other instructions."""
-        if self.name not in _LOADS + _STORES:
-            return None
+        return self._bytes if self.name in _LOADS + _STORES else None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes a lane that an access to shared memory moves."""
+        if self.name == "LDSM":  # a matrix is a word of each lane
+            return 4 * int(self.opcode[-1]) if self.opcode[-2:] in (".2", ".4") else 4
+        return self._bytes if self.name in ("LDS", "STS", "LDGSTS", "ATOMS") else 0
+
+    @property
+    def _bytes(self) -> int:
         modifiers = self.opcode.split(".")
         for modifier, width in (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
             if modifier in modifiers:
@@ -238,6 +247,11 @@ def matrix_kind(instructions: Iterable[Instruction]) -> str:
 def exponentials(instructions: Iterable[Instruction]) -> int:
     """Count what the unit for exponentials does, reciprocals and logarithms included: they take the same turn."""
     return sum(instruction.name == "MUFU" for instruction in instructions)
+
+
+def shared_bytes(instructions: Iterable[Instruction]) -> int:
+    """Count bytes of a lane in shared memory, without what wgmma reads: that is made to keep up with the products."""
+    return sum(instruction.shared_bytes for instruction in instructions)
 
 
 def load_widths(instructions: Iterable[Instruction]) -> Counter[str]:

@@ -18,6 +18,7 @@ from benchmarks.sass import (
     matrix_kind,
     read,
     resident_warps,
+    shared_bytes,
     spills,
     store_widths,
 )
@@ -124,6 +125,8 @@ class Kernel:
     outside_exponentials: int
     loop_instructions: int
     loop_exponentials: int
+    outside_shared_bytes: int  # of a lane
+    loop_shared_bytes: int
     loop_opcodes: Mapping[str, int]
     loop_matrix_instructions: str  # of the whole program if there is no loop
     loop_flops: float  # of the matrix instructions of the main loop in one program; 0 if their opcodes do not say
@@ -219,6 +222,8 @@ def inspect(launch: Launch, arch: str) -> tuple[Kernel, bytes]:
         outside_exponentials=exponentials(outside),
         loop_instructions=len(loop),
         loop_exponentials=exponentials(loop),
+        outside_shared_bytes=shared_bytes(outside),
+        loop_shared_bytes=shared_bytes(loop),
         loop_opcodes=dict(Counter(instruction.name for instruction in loop).most_common()),
         loop_matrix_instructions=matrix_kind(loop or executed),
         loop_flops=warps * sum(instruction.matrix_flops for instruction in loop),

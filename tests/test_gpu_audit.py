@@ -84,7 +84,7 @@ def test_mma_sync_has_a_rate_of_its_own():
 
 def test_units_work_at_the_same_time():
     """Whole waves, at least two blocks on an SM: nothing comes on top of the longest term."""
-    terms = {"bytes": 5.0, "l2": 20.0, "instructions": 10.0, "exponentials": 8.0, "matrix": 9.0}
+    terms = {"bytes": 5.0, "l2": 20.0, "instructions": 10.0, "exponentials": 8.0, "shared": 9.0, "matrix": 9.0}
     assert set(Grid(4 * 132, 2).added(terms, Rates()).values()) == {0.0}
 
 
@@ -95,12 +95,13 @@ def test_units_work_at_the_same_time():
         (Grid(66, 2), "last wave", 10 * (2 - 1)),  # half of the SMs have nothing to do
         (Grid(4 * 132, 2, share=4 * 7 / 24.5), "unequal share", 0.0),  # hidden by what crosses L2
         (Grid(4 * 132, 2, share=2.5), "unequal share", 5.0),
+        (Grid(3 * 132, 2, share=0.5), "last wave", 9 * (2 / 1.5 - 1)),  # all partitions wait for the shared memory
         (Grid(4 * 132, 1, copy_in=100_000), "copy-in", 10 + 4 * 100_000 / (4.3e6 / 132) - 20),
         (Grid(132, 2, copy_in=400_000), "copy-in", 10 + 400_000 / (4.3e6 / 132) - 20),  # alone, although two would fit
     ],
 )
 def test_what_nothing_hides_is_added(grid, name, microseconds):
-    terms = {"bytes": 5.0, "l2": 20.0, "instructions": 10.0, "exponentials": 8.0, "matrix": 9.0}
+    terms = {"bytes": 5.0, "l2": 20.0, "instructions": 10.0, "exponentials": 8.0, "shared": 9.0, "matrix": 9.0}
     assert grid.added(terms, Rates())[name] == pytest.approx(max(0.0, microseconds))
 
 
@@ -151,6 +152,8 @@ KERNEL = Kernel(
     outside_exponentials=18,
     loop_instructions=400,
     loop_exponentials=32,
+    outside_shared_bytes=40,
+    loop_shared_bytes=100,
     loop_opcodes={},
     loop_matrix_instructions="wgmma",
     loop_flops=64 * 64 * 128,
@@ -169,7 +172,14 @@ def test_launch_counts_its_loop_as_often_as_it_runs():
     audited = gpu_audit.audit_launch(FakeLaunch(work), KERNEL, Rates())
     assert audited.instructions_per_score == 400 * 128 / 64**2
     l2_bytes = 10 * (5000 + 1000 + 6 * 20_000)
-    assert audited.cost == Cost(1e6, 1280 * (600 + 6 * 400), 1280 * (18 + 6 * 32), work.flops, l2_bytes=l2_bytes)
+    assert audited.cost == Cost(
+        1e6,
+        1280 * (600 + 6 * 400),
+        1280 * (18 + 6 * 32),
+        work.flops,
+        l2_bytes=l2_bytes,
+        shared_bytes=1280 * (40 + 6 * 100),
+    )
     assert audited.microseconds == max(audited.terms.values()) + sum(audited.added.values())
 
 
@@ -186,7 +196,7 @@ def test_a_loop_that_takes_no_steps_is_not_counted():
     work = Work(scores=10 * 64 * 64, flops=10 * 64 * 64 * 128)
     audited = gpu_audit.audit_launch(FakeLaunch(work), KERNEL, Rates())
     assert audited.instructions_per_score == 600 * 128 / 64**2
-    assert audited.cost == Cost(0, 1280 * 600, 1280 * 18, work.flops, l2_bytes=10 * 6000)
+    assert audited.cost == Cost(0, 1280 * 600, 1280 * 18, work.flops, l2_bytes=10 * 6000, shared_bytes=1280 * 40)
 
 
 def test_helper_has_no_figures_about_scores():

@@ -322,6 +322,7 @@ def test_calibration_writes_what_it_can_measure(tmp_path, monkeypatch):
     assert saved["wgmma_flops_per_s"] == 2 * saved["wgmma_flops_per_s_sustained"]
     assert saved["lds64_clocks"] == pytest.approx(2 * saved["lds32_clocks"])
     assert saved["lds64_broadcast_wavefronts"] == pytest.approx(1)
+    assert saved["shared_bytes_per_s"] == 32 * 8 * 2e3 * saved["exponentials_per_s"] / 8e3
     measured_by_torch = {"copy_bytes_per_s"}
     assert {field.name for field in fields(Rates)} - measured_by_torch <= set(saved)
     assert Rates.load(tmp_path / "rates.json").exponentials_per_s == saved["exponentials_per_s"]

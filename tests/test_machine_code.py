@@ -169,6 +169,13 @@ def test_widths_of_accesses():
     assert sass.store_widths(accesses) == {"16": 1, "2": 1}
 
 
+def test_bytes_in_shared_memory():
+    names = (
+        "LDS LDS.64 STS.128 STS.U16 LDSM.16.M88.4 LDSM.16.MT88.2 LDSM.16.M88 LDGSTS.E.BYPASS.128 LDG.E.128 LDGDEPBAR"
+    )
+    assert [Instruction(name).shared_bytes for name in names.split()] == [4, 8, 16, 2, 16, 8, 4, 16, 0, 0]
+
+
 def test_spills_and_exponentials():
     accesses = [Instruction(name) for name in ("LDL.64", "STL", "LDS", "MUFU.EX2", "MUFU.RCP", "FMUL")]
     assert (sass.spills(accesses), sass.exponentials(accesses)) == (2, 2)
