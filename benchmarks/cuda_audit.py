@@ -44,6 +44,7 @@ _BACKWARD_FIELDS = (
     "table_floats",
 )
 _BACKWARD_FIELDS += ("pair_sums", "shared_bytes", "shares")
+_WHOLE_ROWS = 64  # keys of a row whose statistics come from all its scores
 
 
 @cache
@@ -128,9 +129,10 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         num_bias_rows(case.window),
     )
     warps, tile, blocks, row_bytes = threads // LANES, plan["query_tile"], plan["blocks"], plan["dim"] * 2
-    slots, tiles, block_keys = math.ceil(tokens / 32) * 32, math.ceil(tokens / tile), math.ceil(tokens / blocks)
+    depth_fastest, whole_rows = bool(plan["depth_fastest"]), tokens <= _WHOLE_ROWS
+    block_keys = warps * plan["warp_keys"] if depth_fastest else math.ceil(tokens / blocks)
+    slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block
-    depth_fastest = bool(plan["depth_fastest"])
     name = "depth_fastest_window_backward" if depth_fastest else "window_backward", ELEMENTS[dtype], plan["dim"]
     program, _ = _kernel(arch, *name)
 
@@ -162,6 +164,19 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             floats = (slots * plan["warp_keys"] * warps // 4 * bool(plan["pair_sums"]), tables * warps)
         return math.ceil(floats[index] / threads) if index < len(floats) else 0
 
+    def statistics(body: frozenset[int]) -> float:
+        """Four threads read a row of the output; of whole rows, a thread reads one number."""
+        if (program.copies(body) == 1) != whole_rows:
+            return 0
+        return math.ceil(slots * (1 if whole_rows else 4) / threads)
+
+    def scores_of_rows(body: frozenset[int]) -> float:
+        """A warp has 16 rows at a time and goes over the keys by 8; depth fastest, it has 8 rows and all keys."""
+        if depth_fastest:
+            return 7 * whole_rows
+        inner = program.is_in("scores", body)
+        return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
+
     def meet(body: frozenset[int]) -> float:
         return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
 
@@ -176,6 +191,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         """As in a forward pass; no padding, and each tensor has one stride from token to token."""
         kind = program.kind(body)
         of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
         differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; tables of the warps
@@ -183,8 +199,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "group": walk,
             "keys": blocks,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
-            "statistics": math.ceil(slots * 4 / threads),
-            "records": math.ceil(tokens / 2 / threads) if depth_fastest else tokens <= 64,
+            "records": math.ceil(block_keys / 2 / threads) * (not whole_rows) if depth_fastest else tokens <= 64,
             "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) else 0,
         }[kind]

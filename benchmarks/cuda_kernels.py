@@ -197,11 +197,11 @@ class CudaProgram:
         """Say what a loop is for.
 
         Returns:
-            Outside of the main loop "group" for the outermost of those around it, "keys" for those within; within it
-            "meet" for products of queries with keys, "jobs" whose products are written and, in these, "steps". For
-            those without products "copy" into shared memory; "table" of the bias; "statistics" if such a loop is within
-            "group"; "sums" that are written; "records" that others are made of; "rows" of tokens; "inner" for a loop
-            within one of these.
+            Outside of the main loop "group" for the outermost of those around it, "keys" for those within, and "scores"
+            for other products: of whole rows, for their statistics. Within it "meet" for products of queries with keys,
+            "jobs" whose products are written and, in these, "steps". For those without products "copy" into shared
+            memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
+            "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
         around = self._around(body)
         with_products = [other for other in around if self._products(other)]
@@ -209,6 +209,8 @@ class CudaProgram:
         if self._products(body):
             if any(body < main for main in self.main_loops):
                 return "steps" if with_products[0] not in self.main_loops else "jobs" if "STG" in names else "meet"
+            if not any(main <= body for main in self.main_loops):
+                return "scores"
             return "keys" if with_products else "group"
         if len(with_products) < len(around):
             return "inner"
@@ -261,7 +263,8 @@ class CudaProgram:
         graph = graph.subgraph(networkx.ancestors(graph, self._end) | {self._end}).copy()
         products = [index for index in graph if index != self._end and self.instructions[index].matrix_kind]
         before, behind = _reached(graph.predecessors, products), _reached(graph.successors, products)
-        return graph, frozenset(before & behind).union(*self.product_loops)
+        between = frozenset() if self.backward else frozenset(before & behind)
+        return graph, between.union(*self.product_loops)
 
     def _longest(
         self, nodes: Iterable[int], body: frozenset[int], rounds: Rounds, never: Collection[int] = ()

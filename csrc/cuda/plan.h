@@ -148,6 +148,7 @@ struct BackwardPlan {
   int block_keys, blocks;  // keys of a block of them, and such blocks, one after the other
   int rows;                // of keys in shared memory
   bool depth_fastest;      // order of the tokens: see WindowGroup
+  int axes[3];             // of the window that take the places of depth, height and width in that order
   int bias_floats;         // of the bias in shared memory; 0 if it does not fit
   int table_floats;        // of a warp's sums of the table's gradient (depth fastest: of the block's); 0 without one
   bool table_is_shared;    // whether they are in shared memory
@@ -220,17 +221,18 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
   return place_backward(s, plan, 1);
 }
 
-// Windows that are 8 deep and 7 wide: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is in
-// shared memory, or this is not the way.
-constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
-  const int64_t rows = s.window[1], keys = 56 * rows, slots = round_up(keys, 32), heights = 2 * rows - 1;
+// Windows that are 8 deep and 7 wide, or have two other axes of such a length: a warp owns the 56 keys of one height
+// (depth_fastest.cuh). Of 7 depths, one in eight is filled up. Everything is in shared memory, or this is not the way.
+constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&axes)[3]) {
+  const int64_t rows = s.window[axes[1]], keys = 56 * rows, slots = round_up(keys, 32), heights = 2 * rows - 1;
   const int64_t read = round_up(keys + 8, 16);  // the last warp reads 8 keys on
   BackwardPlan plan{};
   plan.dim = 32, plan.warps = static_cast<int>(rows), plan.threads = 32 * plan.warps,
   plan.warp_keys = plan.query_tile = 56;
   plan.block_keys = static_cast<int>(keys), plan.rows = static_cast<int>(read);
   plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
-  plan.bias_floats = static_cast<int>(2 * heights * 14 * 28);
+  for (int i = 0; i < 3; ++i) plan.axes[i] = axes[i];
+  plan.bias_floats = static_cast<int>(2 * (heights * 14 + 1) * 28);
   plan.table_floats = static_cast<int>(s.table_gradient ? heights * 13 * 64 : 0);
   int64_t at = kKeysPlace + 64 * read;
   const auto take = [&](int64_t bytes) {
@@ -250,13 +252,20 @@ constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
   return plan;
 }
 
+constexpr int kAxisOrders[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+
 constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
   const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
-  if (s.window[0] == 8 && s.window[1] <= 7 && s.window[2] == 7 && s.head_dim <= 32 && s.plain_bias) {
-    const BackwardPlan plan = plan_depth_fastest(s);
-    if (plan.shared_bytes <= limit) return plan;
-  }
   BackwardPlan plan{};
+  for (const auto& axes : kAxisOrders) {
+    const int64_t depth = s.window[axes[0]], rows = s.window[axes[1]], places = s.window[axes[2]];
+    if (depth < 7 || depth > 8 || rows > 7 || places != 7 || s.head_dim > 32 || !s.plain_bias) continue;
+    const BackwardPlan placed = plan_depth_fastest(s, axes);
+    if (placed.shared_bytes <= limit && (!plan.depth_fastest || placed.warps < plan.warps)) plan = placed;
+  }
+  if (plan.depth_fastest) return plan;
+  plan = {};
+  for (int i = 0; i < 3; ++i) plan.axes[i] = i;
   plan.dim = s.head_dim <= 32 ? 32 : 64;
   plan.warp_keys = plan.dim == 32 ? 32 : 16;
   plan.query_tile = 32;
@@ -282,11 +291,12 @@ constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
 }
 
 // Shares of the windows of one head, each walked over by one block of threads: about 512 blocks of up to 12 warps, at
-// most 64 windows a share so that long sums lose no digits, and at most 16 MB of tables. Depth fastest, a block has a
-// multiprocessor for itself, however few its warps are.
+// most 64 windows a share so that long sums lose no digits, and at most 16 MB of tables. Depth fastest, shared memory
+// says how many blocks a multiprocessor has at a time; small ones are done in two waves, as each begins with a table.
 constexpr int64_t backward_shares(int64_t groups, int64_t heads, const BackwardPlan& plan, int64_t table_rows) {
-  const int64_t warps = plan.depth_fastest ? kMaxBackwardWarps : plan.threads / 32;
-  const int64_t blocks = 512 * kMaxBackwardWarps / (warps > 0 ? warps : 1);
+  const int64_t warps = plan.threads > 32 ? plan.threads / 32 : 1;
+  const int64_t together = (228 << 10) / (plan.shared_bytes + 1024);
+  const int64_t blocks = !plan.depth_fastest ? 512 * kMaxBackwardWarps / warps : together < 2 ? 512 : 264 * together;
   int64_t shares = ceil_div(blocks, heads);
   if (shares < ceil_div(groups, 64)) shares = ceil_div(groups, 64);
   const int64_t most = table_rows > 0 ? (int64_t(16) << 20) / (4 * heads * table_rows) : shares;

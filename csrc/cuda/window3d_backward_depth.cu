@@ -1,4 +1,4 @@
-// The backward pass of windows that are 8 deep and 7 wide: their tokens lie depth fastest.
+// The backward pass of windows that are 8 deep and 7 wide, or have such axes: their tokens lie depth fastest.
 #include "depth_fastest.cuh"
 #include "window3d_cuda.h"
 

@@ -23,6 +23,10 @@ struct WindowGradientArguments {
   bool folds;                    // whether the numbers known to the host allow it
   bool whole_rows;               // whether statistics of rows come from all their scores, not from the forward pass
   bool pad_gradient;
+  // The axes of the call come as BackwardPlan::axes says. The numbers of tokens in the grid and of rows of the table do
+  // not change by that: steps along the axes, and the row of a token with itself.
+  int token_step[3], table_step[3], middle_row;
+  int token_stride[kSlots];         // bytes from token to token, for a tensor that has no set of strides
   int64_t shares;                   // of the windows of a head, a block each
   int share_groups, longer_shares;  // windows of a share; so many of the first ones have one more
   float* dq_sums;                   // for each block a window's dq; null if keys come in one block
@@ -69,7 +73,8 @@ class WindowGradientGroup {
       int place[3] = {kDepthFastest ? n / 8 : n, 0, 0};
       place[2] = arguments_.width.split(place[0]), place[1] = arguments_.height.split(place[0]);
       if (kDepthFastest) place[0] = place[0] * 8 + n % 8;
-      bool real = n < keys();
+      const bool is_key = this->is_key(n);
+      bool real = is_key;
       int source[3], region = 0, token = 0;
 #pragma unroll
       for (int axis = 0; axis < 3; ++axis) {
@@ -78,7 +83,7 @@ class WindowGradientGroup {
         source[axis] = start[axis] + shifted;
         if (source[axis] >= padded) source[axis] -= padded;
         real &= source[axis] < grid;
-        token = token * grid + source[axis];
+        token += source[axis] * arguments_.token_step[axis];
         region |= int(shifted >= int(a_.window[axis])) << axis;
       }
       tokens()[n] = real ? token : -1;
@@ -90,9 +95,11 @@ class WindowGradientGroup {
                                             : -1;
       }
       // The number that unravels to the coordinates of the bias; behind the last key, any that the table has.
-      int depth = n < keys() ? (place[0] * int(a_.window[1]) + place[1]) * int(a_.window[2]) + place[2] : 0;
-      const int width = arguments_.bias_width.split(depth), height = arguments_.bias_height.split(depth);
-      bias_rows()[n] = a_.bias_is_table ? 4 * table_row(depth, height, width) : 0;
+      if (!kDepthFastest) {
+        place[0] = (place[0] * int(a_.window[1]) + place[1]) * int(a_.window[2]) + place[2];
+        place[2] = arguments_.bias_width.split(place[0]), place[1] = arguments_.bias_height.split(place[0]);
+      }
+      bias_rows()[n] = a_.bias_is_table && is_key ? 4 * table_row(place[0], place[1], place[2]) : 0;
     }
   }
 
@@ -116,10 +123,10 @@ class WindowGradientGroup {
   // to one thread.
   template <class Visit>
   __device__ __forceinline__ void for_each_difference(Visit visit) const {
-    for (int row = threadIdx.x; row < table_rows(); row += blockDim.x) {
-      int depth = row;
+    for (int i = threadIdx.x; i < table_rows(); i += blockDim.x) {
+      int depth = i;
       const int width = arguments_.table_widths.split(depth), height = arguments_.table_heights.split(depth);
-      visit(row, depth - int(a_.bias_window[0]) + 1, height - int(a_.bias_window[1]) + 1,
+      visit(table_row(depth, height, width), depth - int(a_.bias_window[0]) + 1, height - int(a_.bias_window[1]) + 1,
             width - int(a_.bias_window[2]) + 1);
     }
   }
@@ -136,7 +143,13 @@ class WindowGradientGroup {
     return moderate;
   }
 
-  __device__ __forceinline__ int keys() const { return int(a_.tokens); }
+  // Those that only fill up an eight included.
+  __device__ __forceinline__ int keys() const {
+    return kDepthFastest ? arguments_.backward.block_keys : int(a_.tokens);
+  }
+  __device__ __forceinline__ bool is_key(int n) const {
+    return n < keys() && (!kDepthFastest || n % 8 < int(a_.window[0]));
+  }
   __device__ __forceinline__ int head_dim() const { return int(a_.head_dim); }
   __device__ __forceinline__ int unit() const { return arguments_.unit; }
   __device__ __forceinline__ int query_unit() const { return arguments_.query_unit; }
@@ -152,6 +165,7 @@ class WindowGradientGroup {
 
   // The score of a query and key n: all that is added, step by step.
   __device__ __forceinline__ float exact(float product, int row, int n) const {
+    if (kDepthFastest && !is_key(n)) return __int_as_float(0xff800000);  // -inf: it has no weight
     row = min(row, keys() - 1);
     float score = product * float(a_.scale);
     if (a_.bias_is_table)
@@ -213,14 +227,10 @@ class WindowGradientGroup {
 
  private:
   __device__ __forceinline__ int table_row(int x, int y, int z) const {
-    return (x * (2 * int(a_.bias_window[1]) - 1) + y) * (2 * int(a_.bias_window[2]) - 1) + z;
+    return x * arguments_.table_step[0] + y * arguments_.table_step[1] + z * arguments_.table_step[2];
   }
   // The row of a token with itself.
-  __device__ __forceinline__ int centre() const {
-    return a_.bias_is_table
-               ? table_row(int(a_.bias_window[0]) - 1, int(a_.bias_window[1]) - 1, int(a_.bias_window[2]) - 1)
-               : 0;
-  }
+  __device__ __forceinline__ int centre() const { return arguments_.middle_row; }
   __device__ __forceinline__ int bias_entries() const { return arguments_.backward.bias_floats; }
   __device__ __forceinline__ float bias_of(int row) const {
     return table()[row * a_.bias_row_stride] * arguments_.bias_scale;
@@ -235,12 +245,12 @@ class WindowGradientGroup {
     const int set = arguments_.set_of[slot];
     if (set < 0) {
       const int token = tokens()[n];
-      if (token >= 0) return a_.tensor[slot].data + (bases()[slot] + int64_t(token) * int(a_.tensor[slot].stride[3]));
+      if (token >= 0) return a_.tensor[slot].data + (bases()[slot] + int64_t(token) * arguments_.token_stride[slot]);
     } else {
       const int64_t offset = offsets()[set * slots() + n];
       if (offset >= 0) return a_.tensor[slot].data + offset;
     }
-    return a_.pad_qkv ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2 : nullptr;
+    return a_.pad_qkv && is_key(n) ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2 : nullptr;
   }
 
   // Where this head of each tensor starts in the batch element: bytes, as an address from shared memory might be any.
