@@ -43,7 +43,7 @@ _BACKWARD_FIELDS = (
     "bias_floats",
     "table_floats",
 )
-_BACKWARD_FIELDS += ("pair_sums", "shared_bytes", "shares")
+_BACKWARD_FIELDS += ("short_window", "shared_bytes", "shares")
 _WHOLE_ROWS = 64  # keys of a row whose statistics come from all its scores
 
 
@@ -133,7 +133,11 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     block_keys = warps * plan["warp_keys"] if depth_fastest else math.ceil(tokens / blocks)
     slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block
-    name = "depth_fastest_window_backward" if depth_fastest else "window_backward", ELEMENTS[dtype], plan["dim"]
+    name: tuple[Any, ...] = "window_backward", ELEMENTS[dtype], plan["dim"]
+    if depth_fastest:
+        name = "depth_fastest_window_backward", *name[1:]
+    elif plan["short_window"]:
+        name = "short_window_backward", ELEMENTS[dtype], tile
     program, _ = _kernel(arch, *name)
 
     def copies(body: frozenset[int]) -> float:
@@ -160,8 +164,8 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         index, tables = program.siblings(body).index(body), plan["table_floats"]
         if depth_fastest:
             floats = (tables, 0, plan["bias_floats"])
-        else:  # sums of the pairs come first, four floats of a lane at a time
-            floats = (slots * plan["warp_keys"] * warps // 4 * bool(plan["pair_sums"]), tables * warps)
+        else:
+            floats = (tables * warps,)
         return math.ceil(floats[index] / threads) if index < len(floats) else 0
 
     def statistics(body: frozenset[int]) -> float:
@@ -194,14 +198,14 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
-        differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; tables of the warps
+        differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; sums of the warps
         return {
             "group": walk,
             "keys": blocks,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "records": math.ceil(block_keys / 2 / threads) * (not whole_rows) if depth_fastest else tokens <= 64,
             "jobs": tile / 8 / warps,
-            "inner": differences if program.is_in("sums", body) else 0,
+            "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
 
     scores = tile * plan["warp_keys"]

@@ -101,6 +101,12 @@ class CudaProgram:
             graph.remove_edges_from([max(networkx.find_cycle(graph), key=lambda edge: edge[0] - edge[1])])
         return graph
 
+    @cached_property
+    def _of_windows(self) -> bool:
+        """Whether the main loop is the one over windows: then what is hot lies between the first and the last product."""
+        within = (body for main in self.main_loops for body in self.loops if body < main)
+        return self.backward and not any(map(self._products, within))
+
     def main_loop(self, rounds: Rounds, *, masked: bool = False) -> MainLoop | None:
         """Give the loop over scores; None for a kernel without.
 
@@ -114,6 +120,8 @@ class CudaProgram:
         body = loops[-1 if masked else 0]
         own = body - self._within(body)
         usual = body & self._without_unaligned()
+        if self._of_windows:
+            usual &= self._between(self._forward)
         way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds)
         hot = sum(times for _, times in way)
         return MainLoop(
@@ -207,6 +215,8 @@ class CudaProgram:
         with_products = [other for other in around if self._products(other)]
         names = {self.instructions[index].name for index in body}
         if self._products(body):
+            if self._of_windows:
+                return "group" if body in self.main_loops else "keys"
             if any(body < main for main in self.main_loops):
                 return "steps" if with_products[0] not in self.main_loops else "jobs" if "STG" in names else "meet"
             if not any(main <= body for main in self.main_loops):
@@ -229,7 +239,8 @@ class CudaProgram:
     def is_in(self, kind: str, body: frozenset[int]) -> bool:
         """Tell whether a loop is in one of this kind; "main" is the main loop."""
         return any(
-            other in self.main_loops if kind == "main" else self.kind(other) == kind for other in self._around(body)
+            other in self.main_loops and not self._of_windows if kind == "main" else self.kind(other) == kind
+            for other in self._around(body)
         )
 
     def siblings(self, body: frozenset[int]) -> list[frozenset[int]]:
@@ -261,10 +272,13 @@ class CudaProgram:
         """The ways to the end that are usual, and what is between products on them."""
         graph = self._forward.subgraph(self._without_unaligned() - self.rare - self._exact_way).copy()
         graph = graph.subgraph(networkx.ancestors(graph, self._end) | {self._end}).copy()
+        between = frozenset() if self.backward and not self._of_windows else self._between(graph)
+        return graph, between if self._of_windows else between.union(*self.product_loops)
+
+    def _between(self, graph: networkx.DiGraph) -> frozenset[int]:
+        """Give what is reached from a product and leads to one."""
         products = [index for index in graph if index != self._end and self.instructions[index].matrix_kind]
-        before, behind = _reached(graph.predecessors, products), _reached(graph.successors, products)
-        between = frozenset() if self.backward else frozenset(before & behind)
-        return graph, between.union(*self.product_loops)
+        return frozenset(_reached(graph.predecessors, products) & _reached(graph.successors, products))
 
     def _longest(
         self, nodes: Iterable[int], body: frozenset[int], rounds: Rounds, never: Collection[int] = ()
@@ -273,7 +287,7 @@ class CudaProgram:
         graph = self._forward.subgraph(nodes).copy()
         times = {index: 0.0 if index in never else 1.0 for index in graph}
         for loop in self.loops:
-            if loop < body and loop not in self.product_loops:
+            if loop < body and (self._of_windows or loop not in self.product_loops):
                 factor = rounds(loop)
                 for index in loop & times.keys():
                     times[index] *= factor

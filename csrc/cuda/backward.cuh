@@ -16,6 +16,8 @@
 
 namespace vidattn::cuda {
 
+constexpr float kNoWeight = -1e30f;  // added to a score
+
 // dK and dV of a warp's keys. A lane has the keys lane / 4 and 8 more of each tile of 16, like the C operand of mma.
 template <int kDim, int kTiles>
 struct KeySums {
@@ -131,14 +133,6 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     }
   }
 
-  // Short windows: dS of a lane's keys and queries, which are the same in all windows, is summed over those of a share
-  // before it goes to the rows of the table.
-  // This thread's sums, for each 8 queries and each tile of keys; the next one lies 32 further.
-  __device__ __forceinline__ float4* pairs() const {
-    const int thread = thread_of_block();
-    return reinterpret_cast<float4*>(at(plan.pair_sums)) + thread / 32 * (slots() / 8 * kTiles * 32) + thread % 32;
-  }
-
   // The queries from `first` on, a tile, meet the keys of this warp.
   template <bool kFolded, class Table>
   __device__ __forceinline__ void meet_queries(Sums& sums, const Table& table, const uint32_t (&biases)[kTiles][2],
@@ -152,7 +146,6 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         start + kKeysPlace + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const int column = lane % 4 * 2;
     const QueryRecord* const record = records() + first + column;
-    float4* const pair = pairs() + first / 8 * kTiles * 32;
     const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
     [[maybe_unused]] constexpr int kUnrolled = kFolded && kDim == 32 ? kSteps : 1;  // as far as registers go
 #pragma unroll kUnrolled
@@ -223,15 +216,9 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
             *reinterpret_cast<uint32_t*>(at((to ^ 32 * step ^ 16 * half) + (16 * t + 8 * i) * Scores::kBytes)) =
                 ds_packed[t][2 * half + i];
           }
-          if (plan.pair_sums) {
-            float4& sum = pair[((2 * step + half) * kTiles + t) * 32];
-            const float (&more)[4] = ds[half][t];
-            sum = make_float4(sum.x + more[0], sum.y + more[1], sum.z + more[2], sum.w + more[3]);
-          } else if (table.wanted()) {
-            table.put(t, ds[half][t]);
-          }
+          if (table.wanted()) table.put(t, ds[half][t]);
         }
-        if (!plan.pair_sums && table.wanted()) table.template add<kFolded>(first + 16 * step + 8 * half);
+        if (table.wanted()) table.template add<kFolded>(first + 16 * step + 8 * half);
       }
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part) {
@@ -392,27 +379,10 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 
   __device__ __forceinline__ void clear_sums() const {
     const int warps = plan.warps;
-    if (plan.pair_sums)
-      for (int i = 0; i < slots() / 8 * kTiles; ++i) pairs()[32 * i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (plan.table_floats)
       for (int i = thread_of_block(); i < warps * plan.table_floats; i += blockDim.x) table(0)[i] = 0.0f;
     if (arguments.pad_gradient)
       for (int i = thread_of_block(); i < warps * 2 * kDim; i += blockDim.x) pad(0)[i] = 0.0f;
-  }
-
-  __device__ __forceinline__ void fold_pairs() const {
-    const int count = warp_count(0, warp);
-    if (!plan.pair_sums || count == 0) return;
-    const RowSums<Group, kKeys> table = row_sums(warp * kKeys, count);
-    for (int eight = 0; eight < slots() / 8; ++eight) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const float4 sum = pairs()[(eight * kTiles + t) * 32];
-        const float ds[4] = {sum.x, sum.y, sum.z, sum.w};
-        table.put(t, ds);
-      }
-      table.template add<true>(8 * eight);
-    }
   }
 
   // Adds the warps' sums of the table, in the order of the warps, to the share's, and clears them.
@@ -527,7 +497,6 @@ __device__ __forceinline__ void attention_backward(const typename Group::Argumen
   }
   Group group(arguments, now->head, now->group - 1);
   const B backward(arguments, group);
-  backward.fold_pairs();
   if (plan.blocks == 1) backward.add_tables(0);
   backward.write_pads();
 }

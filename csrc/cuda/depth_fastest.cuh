@@ -15,7 +15,6 @@ namespace vidattn::cuda {
 constexpr int kPlaces = 7, kRowTokens = 8 * kPlaces, kWidths = 2 * kPlaces - 1;
 constexpr int kScoreBytes = 2 * kRowTokens;  // of dS of a key with a row of queries: eight lie in different banks
 constexpr int kSumBytes = 32 * 8;            // of the sums of the bias of a difference: a lane's two depths
-constexpr float kNoWeight = -1e30f;
 constexpr int kPairs = 14, kPairBytes = 8 * (kWidths + 1);  // see RowBias
 
 // The bias in shared memory. A lane meets two neighbouring depths of queries and one of keys, so there is a pair of
@@ -355,9 +354,8 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     }
   }
 
-  // Of a row of queries with the row of keys of this warp.
   template <bool kExact, bool kMasked>
-  __device__ __forceinline__ RowScores<kExact, kMasked, Group> scores_of(int row) const {
+  __device__ __forceinline__ void meet(DepthFastestKeys<T>& keys, int row) const {
     const int column = lane % 4 * 2, depth = lane / 4, difference = row - warp + rows() - 1;
     RowScores<kExact, kMasked, Group> scores{group};
     if constexpr (kExact) {
@@ -375,88 +373,13 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
           scores.wide |= uint32_t(group.region(place * 8) >> 2 & 1) << place;
       }
     }
-    return scores;
-  }
-  __device__ __forceinline__ QueryRow query_row(int row) const {
-    return {gpu::shared_address(this->queries(row % 2, 0)), gpu::shared_address(this->queries(row % 2, 1)),
-            address(log_sums()) + row * kRowTokens * 4, address(minus_deltas()) + row * kRowTokens * 8};
-  }
-
-  template <bool kExact, bool kMasked>
-  __device__ __forceinline__ void meet(DepthFastestKeys<T>& keys, int row) const {
-    const RowScores<kExact, kMasked, Group> scores = scores_of<kExact, kMasked>(row);
     const uint32_t start = warp * kRowTokens;
-    const int difference = row - warp + rows() - 1;
+    const QueryRow query{gpu::shared_address(this->queries(row % 2, 0)), gpu::shared_address(this->queries(row % 2, 1)),
+                         address(log_sums()) + row * kRowTokens * 4, address(minus_deltas()) + row * kRowTokens * 8};
     keys.add(address(kKeysPlace) + start * Layout::kBytes, address(plan.values) + start * Layout::kBytes,
              address(plan.scores) + start * kScoreBytes,
-             plan.table_floats ? address(plan.table_sums) + difference * kWidths * kSumBytes + lane * 8 : 0,
-             query_row(row), scores);
-  }
-
-  // Short windows, of one row: the log-sum-exp that the forward pass saved; then, when all tokens have arrived, anew
-  // and with delta from all scores. See BackwardRows.
-  __device__ __forceinline__ bool read_log_sums() const {
-    bool moderate = true;
-    for (int n = threadIdx.x; n < kRowTokens; n += blockDim.x) {
-      const int64_t token = group.output_row(n);
-      const float log_sum = token >= 0 ? *group.lse(token) * kLog2e : 0.0f;
-      moderate &= fabsf(log_sum) <= kLargestLogSum;
-      reinterpret_cast<float*>(at(log_sums()))[n] = token >= 0 ? log_sum : plus_infinity();
-    }
-    return moderate;
-  }
-  template <bool kMasked>
-  __device__ __forceinline__ bool refine_statistics() const {
-    using Keys = DepthFastestKeys<T>;
-    const auto scores = scores_of<false, kMasked>(0);
-    const QueryRow query = query_row(0);
-    const int column = lane % 4 * 2;
-    bool moderate = true;
-#pragma unroll 1
-    for (int place = 0; place < kPlaces; ++place) {
-      const uint32_t rows_at = Keys::four_pieces() + place * 8 * Layout::kBytes;
-      uint32_t q[4], o[4];
-      gpu::ldmatrix(q, query.q + rows_at);
-      gpu::ldmatrix(o, query.dout + rows_at);
-      const float2 top = gpu::load_shared<float2>(query.lse + (place * 8 + column) * 4);
-      float sum[2] = {0.0f, 0.0f}, product[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int t = 0; t <= Keys::kTiles; ++t) {
-        uint32_t k[2][4], v[2][4];
-        float s[4], dp[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        scores.added(s, place, 2 * t);
-        Keys::load_keys(k, address(kKeysPlace), t);
-        Keys::load_keys(v, address(plan.values), t);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          gpu::mma_16x8x16<T>(s, k[i], q[2 * i], q[2 * i + 1], s);
-          gpu::mma_16x8x16<T>(dp, v[i], o[2 * i], o[2 * i + 1], dp);
-        }
-#pragma unroll
-        for (int i = 0; i < (t < Keys::kTiles ? 4 : 2); ++i) {
-          const float weight = scores.weight(s[i], i % 2 ? top.y : top.x, place, i % 2, 2 * t + i / 2);
-          sum[i % 2] += weight, product[i % 2] = fmaf(weight, dp[i], product[i % 2]);
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int bits = 4; bits < 32; bits *= 2) {
-          sum[e] += __shfl_xor_sync(~0u, sum[e], bits);
-          product[e] += __shfl_xor_sync(~0u, product[e], bits);
-        }
-        const int n = place * 8 + column + e;
-        const bool real = group.is_real(n);
-        moderate &= !real || (sum[e] > 0.5f && sum[e] < 2.0f);
-        if (lane >= 4) continue;
-        const float minus_delta = real ? -product[e] / sum[e] : 0.0f;
-        if (real) reinterpret_cast<float*>(at(log_sums()))[n] = (e ? top.y : top.x) + log2f(sum[e]);
-        float* deltas = reinterpret_cast<float*>(at(minus_deltas())) + n / 2 * 4 + e;
-        deltas[0] = deltas[2] = minus_delta;
-      }
-    }
-    return moderate;
+             plan.table_floats ? address(plan.table_sums) + difference * kWidths * kSumBytes + lane * 8 : 0, query,
+             scores);
   }
 
   // dQ of a row of queries.
@@ -609,16 +532,8 @@ __device__ __forceinline__ void depth_fastest_backward(const WindowGradientArgum
       group.find_rows();
       __syncthreads();
       backward.copy_block(0);
-      if (arguments.whole_rows) {
-        gpu::cp_async_wait<0>();
-        moderate = __syncthreads_and(backward.read_log_sums()) && now->folds;
-        if (moderate)
-          moderate = __syncthreads_and(group.masks() ? backward.template refine_statistics<true>()
-                                                     : backward.template refine_statistics<false>());
-      } else {
-        moderate = __syncthreads_and(backward.read_statistics());
-        backward.pair_records();
-      }
+      moderate = __syncthreads_and(backward.read_statistics());
+      backward.pair_records();
     }
     if (moderate && now->folds) {
       const Group group(arguments, now->head, now->group);

@@ -148,20 +148,22 @@ struct BackwardPlan {
   int block_keys, blocks;  // keys of a block of them, and such blocks, one after the other
   int rows;                // of keys in shared memory
   bool depth_fastest;      // order of the tokens: see WindowGroup
+  bool short_window;       // all queries at once
   int axes[3];             // of the window that take the places of depth, height and width in that order
   int bias_floats;         // of the bias in shared memory; 0 if it does not fit
+  int hidden_bias;         // the first of them that are for keys that only fill up a tile
   int table_floats;        // of a warp's sums of the table's gradient (depth fastest: of the block's); 0 without one
   bool table_is_shared;    // whether they are in shared memory
   int score_tiles;         // gradients of scores of so many tiles of queries are there at a time: 1 or 2
   // Where it begins in shared memory; keys come first, at kKeysPlace, tokens and the bias last.
   int values, queries, scores, records, buffers, table_sums, pad_sums, tokens;
-  int pair_sums;         // as well; 0: dS goes to the rows of the table at once
   int64_t shared_bytes;  // of a block; more than the limit if there is no way
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
 constexpr int kMaxBackwardWarps = 12;              // 3 on each quarter of a multiprocessor, with 168 registers a thread
-constexpr int kShortWindow = 64;                   // tokens whose pairs have sums of their own
+constexpr int kWholeRowTokens = 64;                // statistics of so short rows come from all their scores
+constexpr int kShortWindow = 144;                  // tokens whose pairs have sums of their own (short_window.cuh)
 constexpr int kBufferBytes = 1024;                 // of a warp: 32 keys with 8 queries
 constexpr int kSpareRows = 32;                     // of a warp's table, for lanes without a key
 
@@ -203,7 +205,6 @@ constexpr BackwardPlan place_backward(const BackwardShape& s, BackwardPlan plan,
   plan.records = take(16 * slots);
   plan.buffers = take(plan.table_floats > 0 ? warps * kBufferBytes : 0);
   plan.table_sums = take(plan.table_is_shared ? warps * plan.table_floats * 4 : 0);
-  if (plan.pair_sums) plan.pair_sums = take(warps * plan.warp_keys * slots * 4);
   plan.pad_sums = take(s.pad_gradient ? warps * 2 * plan.dim * 4 : 0);
   plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
   take(4 * plan.bias_floats);
@@ -252,10 +253,45 @@ constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&ax
   return plan;
 }
 
+// Windows whose sums of pairs fit into registers.
+constexpr BackwardPlan plan_short_window(const BackwardShape& s) {
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2], slots = round_up(tokens, 32);
+  const int64_t warps = ceil_div(tokens, 16), keys = 16 * warps;
+  BackwardPlan plan{};
+  plan.dim = 32, plan.warps = static_cast<int>(warps), plan.threads = 32 * plan.warps, plan.warp_keys = 16;
+  plan.query_tile = tokens <= kWholeRowTokens ? kWholeRowTokens : kShortWindow;
+  plan.block_keys = plan.rows = static_cast<int>(keys), plan.blocks = plan.score_tiles = 1;
+  plan.short_window = true, plan.table_is_shared = s.table_gradient;
+  for (int i = 0; i < 3; ++i) plan.axes[i] = i;
+  plan.hidden_bias = static_cast<int>(s.table_rows > 0 ? s.table_rows : 1);
+  const int64_t last_row = s.table_rows > 0 ? bias_row(s, tokens - 1) : 0;
+  plan.bias_floats = plan.hidden_bias + static_cast<int>(tokens % 16 > 0 ? last_row + 1 : 0);
+  plan.table_floats = static_cast<int>(s.table_gradient ? bias_span(s, tokens, 16) : 0);
+  int64_t at = kKeysPlace + 64 * keys;
+  const auto take = [&](int64_t bytes) {
+    const int64_t place = at;
+    at += round_up(bytes, 16);
+    return static_cast<int>(place);
+  };
+  plan.values = take(64 * keys);
+  plan.queries = take(2 * 64 * plan.query_tile);
+  plan.scores = plan.buffers = take(keys * (2 * plan.query_tile + 16));
+  plan.records = take(16 * slots);
+  plan.table_sums = take(4 * warps * plan.table_floats);
+  plan.pad_sums = take(s.pad_gradient ? warps * 2 * 32 * 4 : 0);
+  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
+  take(4 * plan.bias_floats);
+  plan.shared_bytes = at;
+  return plan;
+}
+
 constexpr int kAxisOrders[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
 
 constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
   const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
+  const BackwardPlan short_plan = plan_short_window(s);
+  const bool fits_short = tokens <= kShortWindow && s.head_dim <= 32 && short_plan.shared_bytes <= limit;
+  if (fits_short && tokens <= kWholeRowTokens) return short_plan;
   BackwardPlan plan{};
   for (const auto& axes : kAxisOrders) {
     const int64_t depth = s.window[axes[0]], rows = s.window[axes[1]], places = s.window[axes[2]];
@@ -264,6 +300,7 @@ constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
     if (placed.shared_bytes <= limit && (!plan.depth_fastest || placed.warps < plan.warps)) plan = placed;
   }
   if (plan.depth_fastest) return plan;
+  if (fits_short) return short_plan;
   plan = {};
   for (int i = 0; i < 3; ++i) plan.axes[i] = i;
   plan.dim = s.head_dim <= 32 ? 32 : 64;
@@ -277,27 +314,25 @@ constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
     for (const bool shared_table : {true, false}) {
       if (shared_table && !s.table_gradient) continue;
       plan.bias_floats = with_bias ? bias_floats : 0, plan.table_is_shared = shared_table;
-      plan.pair_sums = shared_table && tokens <= kShortWindow;
       plan.score_tiles = 1;
       const BackwardPlan one = fit_backward(s, plan, limit);
       if (one.shared_bytes > limit || one.threads < 32 * few) continue;
-      if (plan.pair_sums) return one;  // a small one, so that many blocks share a multiprocessor
       plan.score_tiles = 2;
       const BackwardPlan two = fit_backward(s, plan, limit);
       return two.shared_bytes <= limit && two.blocks == one.blocks ? two : one;
     }
-  plan.score_tiles = 1, plan.pair_sums = 0;
+  plan.score_tiles = 1;
   return fit_backward(s, plan, limit);
 }
 
-// Shares of the windows of one head, each walked over by one block of threads: about 512 blocks of up to 12 warps, at
-// most 64 windows a share so that long sums lose no digits, and at most 16 MB of tables. Depth fastest, shared memory
-// says how many blocks a multiprocessor has at a time; small ones are done in two waves, as each begins with a table.
+// Shares of the windows of one head, each walked over by one block of threads. A large GPU takes the blocks in four
+// waves, or in two where several share a multiprocessor, as each begins with a table. At most 64 windows a share, so
+// that long sums lose no digits, and at most 16 MB of tables.
 constexpr int64_t backward_shares(int64_t groups, int64_t heads, const BackwardPlan& plan, int64_t table_rows) {
-  const int64_t warps = plan.threads > 32 ? plan.threads / 32 : 1;
-  const int64_t together = (228 << 10) / (plan.shared_bytes + 1024);
-  const int64_t blocks = !plan.depth_fastest ? 512 * kMaxBackwardWarps / warps : together < 2 ? 512 : 264 * together;
-  int64_t shares = ceil_div(blocks, heads);
+  const int64_t by_warps = 32 * kMaxBackwardWarps / (plan.threads > 32 ? plan.threads : 32);
+  const int64_t by_memory = (228 << 10) / (plan.shared_bytes + 1024);
+  const int64_t together = by_warps < by_memory ? by_warps : by_memory;
+  int64_t shares = (together < 2 ? 512 : 264 * together) / heads;
   if (shares < ceil_div(groups, 64)) shares = ceil_div(groups, 64);
   const int64_t most = table_rows > 0 ? (int64_t(16) << 20) / (4 * heads * table_rows) : shares;
   if (shares > most) shares = most;

@@ -8,8 +8,6 @@
 namespace vidattn::cuda {
 namespace {
 
-constexpr int64_t kWholeRows = 64;  // rows of up to so many keys are read twice: memory is slower than that anyway
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * kMaxBackwardWarps, 1)
     window_backward(const __grid_constant__ WindowGradientArguments arguments) {
@@ -73,7 +71,7 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   const BackwardPlan& plan = a.backward;
   order_axes(a, plan.axes);
   a.tables = plan.tokens, a.slots = int(round_up(plan.depth_fastest ? plan.block_keys : call.tokens, 32));
-  a.whole_rows = call.tokens <= kWholeRows;
+  a.whole_rows = call.tokens <= kWholeRowTokens;
   a.shares = backward_shares(call.groups, call.heads, plan, table_gradient ? call.bias_size : 0);
   a.share_groups = int(call.groups / a.shares), a.longer_shares = int(call.groups % a.shares);
   a.heads = Divisor(call.heads), a.height = Divisor(a.call.window[1]), a.width = Divisor(a.call.window[2]);
@@ -117,9 +115,10 @@ const char* window3d_backward(const Window3dArgs& call, const SharedGradients& t
   if (a.backward.shared_bytes > gpu::shared_memory_limit()) return "a block has too little shared memory";
   place_sums(a, workspace);
   const bool is_half = call.element == Element::float16;
-  const auto kernel = a.backward.depth_fastest ? depth_fastest_kernel(call.element)
-                      : is_half                ? kernel_for<__half>(a.backward)
-                                               : kernel_for<__nv_bfloat16>(a.backward);
+  const auto kernel = a.backward.depth_fastest  ? depth_fastest_kernel(call.element)
+                      : a.backward.short_window ? short_window_kernel(call.element, a.backward)
+                      : is_half                 ? kernel_for<__half>(a.backward)
+                                                : kernel_for<__nv_bfloat16>(a.backward);
   const char* error = gpu::launch(kernel, dim3(uint32_t(call.heads * a.shares)), dim3(uint32_t(a.backward.threads)),
                                   size_t(a.backward.shared_bytes), stream, a);
   if (!error && to.table)

@@ -40,7 +40,8 @@ struct WindowGradientArguments {
 };
 
 using WindowBackwardKernel = void (*)(const WindowGradientArguments);
-WindowBackwardKernel depth_fastest_kernel(Element element);  // window3d_backward_depth.cu
+WindowBackwardKernel depth_fastest_kernel(Element element);                           // window3d_backward_depth.cu
+WindowBackwardKernel short_window_kernel(Element element, const BackwardPlan& plan);  // window3d_backward_short.cu
 
 // The windows of a token grid as groups of the backward pass. The order of their tokens is that of WindowGroup, and
 // there are the same two (window3d.cuh); the bias lies in shared memory as its table does, or as RowBias says.
