@@ -14,7 +14,7 @@ from benchmarks import cubins
 from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
 from benchmarks.gpu_plans import FAMILIES
-from benchmarks.prediction import PARTITIONS, Cost, Grid, Rates
+from benchmarks.prediction import PARTITIONS, SMS, Cost, Grid, Rates
 from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
 from benchmarks.shapes import WindowCase
 from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
@@ -61,12 +61,12 @@ def _numbers(case: WindowCase, arch: str, stride_sets: int) -> tuple[int, ...]:
 
 
 def plan_forward(case: WindowCase, arch: str) -> dict[str, int]:
-    """Plan the forward pass of a case as a launch on this architecture does."""
-    return cubins.planner("plan_forward", _FORWARD, _FORWARD_FIELDS)(*_numbers(case, arch, 1))
+    """Plan the forward pass of a case as a launch does; one stride leads from token to token."""
+    return cubins.planner("plan_forward", _FORWARD, _FORWARD_FIELDS)(*_numbers(case, arch, 0))
 
 
 def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
-    """Plan the backward pass of a case, with the gradient of the table; one stride leads from token to token."""
+    """The same of the backward pass, with the gradient of the table."""
     return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
 
 
@@ -83,18 +83,22 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     name = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward", ELEMENTS[dtype], plan["dim"]
     program, _ = _kernel(arch, *name)
 
+    def of_warp(work: float) -> float:
+        """Rounds of a warp, where a block's threads share some work."""
+        return math.ceil(work / LANES) / warps
+
     def rounds(body: frozenset[int]) -> float:
         """How often a loop runs: a block's threads share rows, pieces of 16 bytes of keys and values, or the table."""
-        kind, at_a_time = program.kind(body), plan["threads"] * max(1, program.copies(body))
+        kind = program.kind(body)
         if kind == "copy" and program.is_in("group", body) == bool(plan["resident"]):
             return 0
         return {
             "group": passes,
             "keys": math.ceil(slots / plan["block_keys"]),
-            "copy": math.ceil(2 * slots * plan["dim"] * 2 // 16 / at_a_time),
-            "table": math.ceil(table_rows / at_a_time),
-            "inner": 1,
-        }.get(kind, math.ceil(slots / plan["threads"]))
+            "copy": of_warp(2 * slots * plan["dim"] * 2 // 16 / max(1, program.copies(body))),
+            "table": of_warp(table_rows / max(1, program.copies(body))),
+            "inner": 0,  # other strides than one
+        }.get(kind, of_warp(slots))
 
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None
@@ -115,8 +119,8 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
     work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * table_rows
-    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts)
-    return (_audit(name, arch, rates, rounds, work, block, (loop, scores)),)
+    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
+    return (_audit(name, arch, rates, rounds, work, block, (loop, scores), border),)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -250,6 +254,7 @@ class _Block:
     shared_bytes: int
     copy_in: float
     tiles: list[int]  # of each warp, block by block
+    turns: bool = False  # whether other warps have them in each block
 
 
 def _audit(
@@ -260,10 +265,14 @@ def _audit(
     work: _Work,
     block: _Block,
     loop: tuple[MainLoop, float] | None,
+    border: float = 1.0,
 ) -> CudaLaunchAudit:
-    """Put together what is known of a launch; ``loop`` has the scores of a warp in one round beside it."""
+    """Put together what is known of a launch.
+
+    ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions.
+    """
     program, resources = _kernel(arch, *name)
-    way, lanes = program.way(rounds), block.blocks * block.warps * LANES
+    way, lanes = program.way(rounds, border), block.blocks * block.warps * LANES
     around = sum(times for _, times in way)
     cost = Cost(
         bytes=work.bytes,
@@ -276,7 +285,7 @@ def _audit(
     per_sm = resident_warps(arch, resources.registers, block.shared_bytes, block.warps) // block.warps
     grid = Grid(block.blocks, per_sm, block.copy_in)
     # What is around the products is shared by all warps alike.
-    unequal = share_of_busiest(block.tiles, grid.together * block.warps) - 1
+    unequal = share_of_busiest(block.tiles, block.warps, grid.together, turn=block.turns) - 1
     grid = replace(grid, share=1 + unequal * work.walked / cost.instructions)
     terms, executed = cost.microseconds(rates), program.program.executed()
     per_score = [LANES * count / loop[1] for count in (loop[0].hot, loop[0].all)] if loop else [None, None]
@@ -304,17 +313,26 @@ def _audit(
     )
 
 
-def share_of_busiest(tiles: list[int], warps: int) -> float:
+def share_of_busiest(tiles: list[int], warps: int, blocks: int = 1, *, turn: bool = False) -> float:
     """Give what the busiest partition of an SM has to do, in units of its share: warps go to the partitions in turn.
 
     Args:
         tiles: what each warp has to do, block by block; further blocks do the same.
-        warps: that an SM has at a time.
+        warps: of a block.
+        blocks: that an SM has at a time.
+        turn: whether the shares go to other warps in each block, as ``Share`` of csrc/cuda/forward.cuh says.
     """
-    done = [0] * PARTITIONS
-    for warp in range(warps):
-        done[warp % PARTITIONS] += tiles[warp % len(tiles)]
-    return PARTITIONS * max(done) / sum(done)
+    busiest = 0
+    for sm in range(SMS):
+        done = [0] * PARTITIONS
+        for number in range(blocks):
+            block = sm + number * SMS
+            first = block * warps % len(tiles)
+            for warp in range(warps):
+                share = (warp + (block ^ block >> 7)) % warps if turn else warp
+                done[(number * warps + warp) % PARTITIONS] += tiles[first + share]
+        busiest += max(done)
+    return PARTITIONS * busiest / (SMS * blocks * warps * sum(tiles) / len(tiles))
 
 
 def border_share(windows: WindowGeometry) -> float:

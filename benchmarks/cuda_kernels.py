@@ -9,6 +9,7 @@ and those of rows that are not aligned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,7 @@ class CudaProgram:
         self.program = program
         self.instructions = program.instructions
         self.backward = backward
+        self._apart: dict[int, list[set[int]]] = {}
 
     @cached_property
     def _body(self) -> networkx.DiGraph:
@@ -103,7 +105,7 @@ class CudaProgram:
 
     @cached_property
     def _of_windows(self) -> bool:
-        """Whether the main loop is the one over windows: then what is hot lies between the first and the last product."""
+        """Whether the main loop is that over windows: then what is hot lies between the first and the last product."""
         within = (body for main in self.main_loops for body in self.loops if body < main)
         return self.backward and not any(map(self._products, within))
 
@@ -145,6 +147,11 @@ class CudaProgram:
 
     def _ways_apart(self, index: int) -> list[set[int]]:
         """Give what only one of the two ways leads to that part at a branch; nothing if there is none."""
+        if index not in self._apart:
+            self._apart[index] = self._find_ways_apart(index)
+        return self._apart[index]
+
+    def _find_ways_apart(self, index: int) -> list[set[int]]:
         if self.instructions[index].name != "BRA" or index not in self._body:
             return []
         ways = [{way} | networkx.descendants(self._forward, way) for way in self._forward.successors(index)]
@@ -188,18 +195,30 @@ class CudaProgram:
     def _products(self, body: Iterable[int]) -> int:
         return sum(self.instructions[index].matrix_kind is not None for index in body if index != self._end)
 
-    def _without_unaligned(self) -> set[int]:
-        """The instructions without those for rows that are no multiple of 16 bytes."""
-        left_out: set[int] = set()
-        for index in self._body:
-            left_out |= {index} if (self.instructions[index].width or 4) < 4 else set()
-        for body in self.loops:
+    @cached_property
+    def _unaligned(self) -> frozenset[int]:
+        """The ways of rows that are no multiple of 16 bytes: they have narrow accesses, and the way beside has none."""
+        found: set[int] = set()
+        for index in range(len(self.instructions)):
+            for way, other in itertools.permutations(self._ways_apart(index), 2):
+                if self._narrowest(way) < 4 <= self._narrowest(other) < 32:
+                    found |= way
+        for body in self.loops:  # of one that is for all rows, what moves 16 bytes
             for name in ("LDGSTS", "STG"):
-                moves = {index for index in body if self.instructions[index].name == name}
+                moves = {index for index in body - found if self.instructions[index].name == name}
                 if (name == "STG" and self._within(body)) or all(self.instructions[i].width != 16 for i in moves):
                     continue
-                left_out |= {index for index in moves if self.instructions[index].width != 16}
-        return {*self._body, self._end} - left_out
+                found |= {index for index in moves if self.instructions[index].width != 16}
+        return frozenset(found | {index for index in self._body if (self.instructions[index].width or 4) < 4})
+
+    def _narrowest(self, way: Iterable[int]) -> int:
+        """Give the fewest bytes that a way reads or writes in global memory at a time; 32 if it does not."""
+        accesses = (self.instructions[index] for index in way if index != self._end)
+        return min((i.width or 4 for i in accesses if i.name in ("LDG", "STG", "LDGSTS")), default=32)
+
+    def _without_unaligned(self) -> set[int]:
+        """The instructions without those for rows that are no multiple of 16 bytes."""
+        return {*self._body, self._end} - self._unaligned
 
     def kind(self, body: frozenset[int]) -> str:
         """Say what a loop is for.
@@ -258,14 +277,35 @@ class CudaProgram:
         copies = [load for load in loads if load.name == "LDGSTS" and load.width == 16]
         return len(copies or loads)
 
-    def way(self, rounds: Rounds) -> list[tuple[Instruction, float]]:
+    def way(self, rounds: Rounds, border: float = 1.0) -> list[tuple[Instruction, float]]:
         """Give the instructions of the longest way outside of the products, each with how often it is executed.
 
         Args:
             rounds: how often the body of a loop runs, each time that its program comes to it.
+            border: share of the groups with two regions.
         """
         graph, between = self._usual
-        return self._longest(graph, frozenset(self.program.flow), rounds, between)
+        found: list[tuple[Instruction, float]] = []
+        for nodes, share in ((set(graph), border), (set(graph) - self._of_borders, 1 - border)):
+            if share > 0:
+                way = self._longest(nodes, frozenset(self.program.flow), rounds, between)
+                found += [(instruction, share * times) for instruction, times in way]
+        return found
+
+    @cached_property
+    def _of_borders(self) -> frozenset[int]:
+        """What a forward pass does for groups of two regions: it measures rows, for which alone it widens elements."""
+        found: set[int] = set()
+        for index in range(0 if self.backward else len(self.instructions)):
+            for way, other in itertools.permutations(self._ways_apart(index), 2):
+                if self._widens(way) and not self._widens(other) and not self._products(way):
+                    found |= way
+        return frozenset(found)
+
+    def _widens(self, way: Iterable[int]) -> bool:
+        """Tell whether elements of 16 bits become float32."""
+        instructions = (self.instructions[index] for index in way if index != self._end)
+        return any(i.opcode == "HADD2.F32" or (i.name == "LOP3" and "0xffff0000" in i.operands) for i in instructions)
 
     @cached_property
     def _usual(self) -> tuple[networkx.DiGraph, frozenset[int]]:

@@ -236,6 +236,8 @@ def test_rounding_and_powers_of_two() -> None:
     powers = results[6].view(np.float32)
     np.testing.assert_allclose(powers[:, 0], np.exp2(f.astype(float)), rtol=2.0**-22)
     assert (powers[:, 3] == 0).all()
+    np.testing.assert_allclose(powers[:, 4], np.log2(f.astype(float) ** 2 + 2), rtol=2.0**-22)
+    assert (powers[:, 5] == -np.inf).all()
     assert not (np.abs(powers[powers != 0]) < np.float32(2.0**-126)).any()  # no denormals
 
 

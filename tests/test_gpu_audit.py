@@ -239,17 +239,18 @@ def test_within_ceilings_or_not_meant():
 
 
 @pytest.mark.parametrize(
-    ("tiles", "warps", "share"),
+    ("tiles", "blocks", "turn", "share"),
     [
-        ([7, 6, 6, 6], 4, 28 / 25),  # 24.5 tiles are 7 on one
-        ([7, 6, 6, 6], 8, 28 / 25),  # also where two blocks share an SM
-        ([3, 3, 3, 2, 2], 5, 4 * 5 / 13),  # the fifth warp is where the first one is
-        ([3, 3, 3, 2, 2], 10, 4 * 8 / 26),  # and the second block begins behind it
-        ([2, 2], 12, 1.0),
+        ([7, 6, 6, 6], 1, False, 28 / 25),  # 24.5 tiles are 7 on one
+        ([7, 6, 6, 6], 2, False, 28 / 25),  # also where two blocks share an SM
+        ([7, 6, 6, 6], 4, True, 276 / 275),  # but where they take turns; blocks 132 apart mostly do
+        ([3, 3, 3, 2, 2], 1, False, 4 * 5 / 13),  # the fifth warp is where the first one is
+        ([3, 3, 3, 2, 2], 2, False, 4 * 8 / 26),  # and the second block begins behind it
+        ([2, 2], 6, False, 1.0),
     ],
 )
-def test_share_of_the_busiest_partition(tiles, warps, share):
-    assert cuda_audit.share_of_busiest(tiles, warps) == pytest.approx(share)
+def test_share_of_the_busiest_partition(tiles, blocks, turn, share):
+    assert cuda_audit.share_of_busiest(tiles, len(tiles), blocks, turn=turn) == pytest.approx(share)
 
 
 def test_share_of_windows_at_a_border():

@@ -25,7 +25,7 @@ struct Progress {
   bool first;  // no window of the share has been done
   bool folds;
 };
-static_assert(sizeof(Progress) <= kBasesPlace && kBasesPlace + kSlots * 8 <= kKeysPlace);
+static_assert(sizeof(Progress) <= kBasesPlace && kBasesPlace + kBaseBytes <= kKeysPlace);
 
 template <class Arguments>
 __device__ __forceinline__ Progress first_progress(const Arguments& arguments) {
@@ -100,28 +100,15 @@ struct BackwardRows {
   // ---- Copies ----
 
   __device__ __forceinline__ void copy_queries(int first, int stage) const {
-    for (int i = thread_of_block(); i < kQueries * Layout::kPieces; i += blockDim.x) {
-      const int row = i / Layout::kPieces, piece = i % Layout::kPieces, n = first + row;
-      const uint32_t place = Layout::place(row, piece);
-      const char *q = group.query(n), *g = group.dout(n);
-      copy_piece(queries(stage, 0), place, q, piece, group.head_dim(), group.query_unit(), group.readable_query());
-      copy_piece(queries(stage, 1), place, g, piece, group.head_dim(), group.dout_unit(), group.readable_dout());
-    }
+    copy_rows<kDim>(group, kQ, kDout, first, group.keys() - first, kQueries, queries(stage, 0), queries(stage, 1),
+                    thread_of_block());
     gpu::cp_async_commit();
   }
 
   // A block of keys, zeros behind the last one, and the first queries.
   __device__ __forceinline__ void copy_block(int block) const {
     const int first = block * block_keys(), rows = min(plan.rows, (count(block) + kKeys % 16 + 31) / 32 * 32);
-    for (int i = thread_of_block(); i < rows * Layout::kPieces; i += blockDim.x) {
-      const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
-      const uint32_t place = Layout::place(row, piece);
-      const bool inside = row < count(block);
-      copy_piece(at(kKeysPlace), place, inside ? group.key(first + row) : nullptr, piece, group.head_dim(),
-                 group.unit(), group.readable());
-      copy_piece(at(plan.values), place, inside ? group.value(first + row) : nullptr, piece, group.head_dim(),
-                 group.unit(), group.readable());
-    }
+    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(kKeysPlace), at(plan.values), thread_of_block());
     copy_queries(0, 0);
   }
 
@@ -131,10 +118,10 @@ struct BackwardRows {
   __device__ __forceinline__ bool read_statistics() const {
     bool moderate = true;
     for (int n = thread_of_block() / 4; n < slots(); n += blockDim.x / 4) {
-      const int64_t token = group.output_row(n);
+      const int token = group.token(n);
       float sum = 0.0f;
       if (token >= 0) {
-        const char* out = reinterpret_cast<const char*>(group.output(token));
+        const char* out = group.row(kOut, n);
 #pragma unroll
         for (int piece = lane & 3; piece < Layout::kPieces; piece += 4) {
           if (piece * 8 >= group.head_dim()) break;
@@ -170,12 +157,12 @@ struct BackwardRows {
     for (int first = 16 * warp; first < slots(); first += 16 * plan.warps) {
       const int row = first + lane / 4;
       uint32_t q[kDim / 16][4], g[kDim / 16][4];
-      load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
-      load_queries<kDim>(g, group.dout(row), group.dout(row + 8), group.head_dim(), group.dout_unit());
+      load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.unit(kQ));
+      load_queries<kDim>(g, group.dout(row), group.dout(row + 8), group.head_dim(), group.unit(kDout));
       float top[2], sum[2] = {0.0f, 0.0f}, product[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t token = group.output_row(row + 8 * half);
+        const int token = group.token(row + 8 * half);
         top[half] = token >= 0 ? *group.lse(token) * kLog2e : plus_infinity();
       }
 #pragma unroll 1
@@ -230,8 +217,8 @@ struct BackwardRows {
       uint32_t q[kDim / 16][4], g[kDim / 16][4];
       float top[2] = {kLowest, kLowest}, sum[2] = {0.0f, 0.0f}, product[2] = {0.0f, 0.0f};
       if (first < group.keys()) {
-        load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit());
-        load_queries<kDim>(g, group.dout(row), group.dout(row + 8), group.head_dim(), group.dout_unit());
+        load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.unit(kQ));
+        load_queries<kDim>(g, group.dout(row), group.dout(row + 8), group.head_dim(), group.unit(kDout));
       }
 #pragma unroll 1
       for (int block = 0; block < plan.blocks; ++block) {

@@ -270,23 +270,25 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
   const int column = thread % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = tile.sum[half];
-    const int64_t token = group.output_row(row + 8 * half);
+    const int token = group.token(row + 8 * half);
     if (token < 0) continue;
-    const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);  // no key at all: zeros
-    uint16_t* out = group.output(token);
+    const float sum = tile.sum[half], log_sum = gpu::log2_approx(sum);
+    const float inverse = sum == 0.0f ? 0.0f : gpu::exp2_approx(-log_sum);  // no key at all: zeros
+    uint32_t pairs[kDim / 8];
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      const int at = n * 8 + column;
-      const uint32_t pair = gpu::pack<T>(tile.out[n][2 * half] * inverse, tile.out[n][2 * half + 1] * inverse);
-      if (group.head_dim() % 2 == 0) {
-        if (at < group.head_dim()) *reinterpret_cast<uint32_t*>(out + at) = pair;
-      } else {
-        if (at < group.head_dim()) out[at] = uint16_t(pair);
-        if (at + 1 < group.head_dim()) out[at + 1] = uint16_t(pair >> 16);
-      }
+    for (int n = 0; n < kDim / 8; ++n)
+      pairs[n] = gpu::pack<T>(tile.out[n][2 * half] * inverse, tile.out[n][2 * half + 1] * inverse);
+    if (group.is_plain(kOut)) {
+      char* out = const_cast<char*>(group.plain_row(kOut, token)) + 2 * column;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+        if (n * 8 < group.head_dim()) *reinterpret_cast<uint32_t*>(out + 16 * n) = pairs[n];
+    } else {
+      char* out = const_cast<char*>(group.row(kOut, row + 8 * half));
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) write_pair(out, n * 8 + column, group.head_dim(), 2, pairs[n]);
     }
-    if (column == 0) *group.lse(token) = sum == 0.0f ? minus_infinity() : logf(sum) - tile.minus_top[half] * top_unit;
+    if (column == 0) *group.lse(token) = log_sum * kLn2 - tile.minus_top[half] * top_unit;
   }
 }
 
@@ -315,12 +317,7 @@ struct SharedKeys {
   __device__ __forceinline__ void copy(int key, int stage) const {
     const int count = min(keys() - key, arguments.plan.block_keys);
     const int rows = Group::kWholeChunks ? count : (count + 15) / 16 * 16;
-    for (int i = threadIdx.x; i < rows * Layout::kPieces; i += blockDim.x) {
-      const int row = i / Layout::kPieces, piece = i % Layout::kPieces;
-      const uint32_t place = Layout::place(row, piece);
-      copy_piece(k(stage), place, group.key(key + row), piece, group.head_dim(), group.unit(), group.readable());
-      copy_piece(v(stage), place, group.value(key + row), piece, group.head_dim(), group.unit(), group.readable());
-    }
+    copy_rows<kDim>(group, kK, kV, key, count, rows, k(stage), v(stage));
     gpu::cp_async_commit();
   }
 
@@ -344,7 +341,19 @@ struct SharedKeys {
   }
 
   __device__ __forceinline__ void load(QueryTile<kDim>& tile, int row, bool folded, int thread) const {
-    load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), group.query_unit(), thread);
+    if (group.is_plain(kQ)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = group.token(row + 8 * half);
+        const char* words = group.plain_row(kQ, max(token, 0)) + thread % 4 * 4;
+#pragma unroll
+        for (int piece = 0; piece < kDim / 8; ++piece)
+          tile.q[piece / 2][piece % 2 * 2 + half] =
+              token >= 0 && piece * 8 < group.head_dim() ? *reinterpret_cast<const uint32_t*>(words + 16 * piece) : 0;
+      }
+    } else {
+      load_queries<kDim>(tile.q, group.query(row), group.query(row + 8), group.head_dim(), 2, thread);
+    }
     tile.reset(folded);
   }
 
@@ -365,20 +374,24 @@ struct SharedKeys {
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
       largest_bias = fmaxf(largest_bias, __shfl_xor_sync(~0u, largest_bias, lanes));
     }
-    if (threadIdx.x % 32 == 0) group.measures()[threadIdx.x / 32] = make_float2(largest, largest_bias);
+    float2* const measures = group.measures();
+    if (threadIdx.x % 32 == 0) measures[threadIdx.x / 32] = make_float2(largest, largest_bias);
+    __syncthreads();
+    if (threadIdx.x == 0)
+#pragma unroll 1
+      for (int warp = 1; warp < int(blockDim.x / 32); ++warp) {
+        const float2 most = measures[0], other = measures[warp];
+        measures[0] = make_float2(fmaxf(most.x, other.x), fmaxf(most.y, other.y));
+      }
   }
 
   // Whether keys of other regions certainly have no weight in these queries. A score is at most the product of the
   // lengths plus the largest bias, and at least minus that; each query sees one key of its own region, itself.
   template <class T, int kQueries>
   __device__ __forceinline__ bool may_hide(const QueryTile<kDim> (&tiles)[kQueries]) const {
-    float key = 0.0f, bias = 0.0f;
-    for (int warp = 0; warp < int(blockDim.x / 32); ++warp) {
-      const float2 found = group.measures()[warp];
-      key = fmaxf(key, found.x), bias = fmaxf(bias, found.y);
-    }
-    const float room = group.hiding_room() - bias;
-    bool hides = room > 0.0f && key < kHuge;
+    const float2 most = *group.measures();
+    const float room = group.hiding_room() - most.y;
+    bool hides = room > 0.0f && most.x < kHuge;
 #pragma unroll
     for (int t = 0; t < kQueries; ++t)
 #pragma unroll
@@ -389,7 +402,7 @@ struct SharedKeys {
           length += square_sum<T>(tiles[t].q[i][half]) + square_sum<T>(tiles[t].q[i][half + 2]);
         length += __shfl_xor_sync(~0u, length, 1);
         length += __shfl_xor_sync(~0u, length, 2);
-        hides &= length <= kHuge && 1.02f * sqrtf(length) * sqrtf(key) <= room;
+        hides &= length <= kHuge && 1.05f * length * most.x <= room * room;
       }
     return __all_sync(~0u, hides);
   }
@@ -407,16 +420,24 @@ struct Share {
 
   // Each warp has a range of all pairs, the same number give or take one. The longer ranges go to another warp in each
   // block, as the four schedulers of a multiprocessor have warps of their own; the blocks that share one are about 128
-  // apart. This is computed wherever it is needed: it would take registers in between.
-  template <class Arguments>
-  __device__ __forceinline__ Share(const Arguments& arguments, int pass) : thread(int(gpu::keep(threadIdx.x))) {
-    const uint32_t block = gpu::keep(blockIdx.x);
-    const int warps = blockDim.x / 32, tiles = arguments.plan.tiles, pairs = (tiles + kTogether - 1) / kTogether;
-    const int turn = arguments.warps.remainder(thread / 32 + int((block ^ block >> 7) & 0xffff));
-    const int share = arguments.splits.remainder(arguments.heads.quotient(int(block))) * warps + turn;
-    const int pair = arguments.shares.quotient(pairs * share) + pass;
-    tile = kTogether * pair;
-    count = pair < arguments.shares.quotient(pairs * (share + 1)) ? min(tiles - tile, kTogether) : 0;
+  // apart.
+  template <class Group>
+  static __device__ __forceinline__ void find(const Group& group, const typename Group::Arguments& arguments) {
+    const int block = int(blockIdx.x), warp = int(threadIdx.x / 32), warps = int(blockDim.x / 32);
+    const int pairs = (arguments.plan.tiles + kTogether - 1) / kTogether;
+    const int turn = arguments.warps.remainder(warp + ((block ^ block >> 7) & 0xffff));
+    const int share = arguments.splits.remainder(arguments.heads.quotient(block)) * warps + turn;
+    if (threadIdx.x % 32 == 0)
+      group.shares()[warp] =
+          make_int2(arguments.shares.quotient(pairs * share), arguments.shares.quotient(pairs * (share + 1)));
+  }
+  // From there. This is done wherever it is needed: it would take registers in between.
+  template <class Group>
+  __device__ __forceinline__ Share(const Group& group, int tiles, int pass)
+      : thread(int(gpu::keep(threadIdx.x) & 1023)) {
+    const int2 pairs = group.shares()[thread / 32];
+    tile = kTogether * (pairs.x + pass);
+    count = pairs.x + pass < pairs.y ? min(tiles - tile, kTogether) : 0;
   }
   __device__ __forceinline__ int row() const { return 16 * tile + thread % 32 / 4; }  // the first of this lane
 };
@@ -426,8 +447,8 @@ template <class T, int kDim, class Group, int kKeys>
 __device__ __forceinline__ bool attend_folded(const typename Group::Arguments& arguments, int pass) {
   QueryTile<kDim> tiles[kTogether];
   {
-    const Share share(arguments, pass);
     const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+    const Share share(shared.group, arguments.plan.tiles, pass);
     const int row = share.row();
 #pragma unroll
     for (int t = 0; t < kTogether; ++t)
@@ -438,9 +459,7 @@ __device__ __forceinline__ bool attend_folded(const typename Group::Arguments& a
       masks = !shared.group.hide(seen, 16 * share.tile, 16 * share.count);
     typename Group::Query query[kTogether][2];
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) query[t][half] = shared.group.describe(row + 16 * t + 8 * half, seen);
+    for (int t = 0; t < kTogether; ++t) shared.group.describe(query[t], row + 16 * t, share.thread, seen);
     shared.for_each([&](int key, int keys, int stage) {
       const auto attend = [&](const auto& walk) {
         if (masks)
@@ -454,8 +473,8 @@ __device__ __forceinline__ bool attend_folded(const typename Group::Arguments& a
         attend(shared.template walk<Walk<T, kDim, Group, true, 1, kKeys>>(row, stage, share.thread));
     });
   }
-  const Share share(arguments, pass);
   const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+  const Share share(shared.group, arguments.plan.tiles, pass);
   bool right = true;
 #pragma unroll
   for (int t = 0; t < kTogether; ++t)
@@ -469,8 +488,8 @@ __device__ __forceinline__ bool attend_folded(const typename Group::Arguments& a
 // The exact way for a warp's share, where it is not done.
 template <class T, int kDim, class Group>
 __device__ __forceinline__ void attend_exactly(const typename Group::Arguments& arguments, int pass, bool done) {
-  const Share share(arguments, pass);
   const SharedKeys<kDim, Group> shared(arguments, typename Group::Kept{});
+  const Share share(shared.group, arguments.plan.tiles, pass);
 #pragma unroll 1
   for (int t = 0; t < kTogether; ++t) {
     const int row = share.row() + 16 * t;
@@ -499,6 +518,7 @@ __device__ __forceinline__ void attention_forward(const typename Group::Argument
     SharedKeys<kDim, Group> shared(arguments);
     shared.group.keep();
     shared.group.find_rows();
+    Share::find(shared.group, arguments);
     __syncthreads();
     if (shared.resident()) shared.copy(0, 0);
     float largest_bias = 0.0f;

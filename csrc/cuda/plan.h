@@ -15,7 +15,7 @@ struct WindowShape {
   int64_t window[3], head_dim;
   int64_t table_rows;                       // of the bias; 0 without a table
   bool plain_bias;                          // none, or a table that is indexed by the coordinates of this window
-  int64_t stride_sets;                      // for how many sets of strides the rows of the tokens are looked up
+  int64_t stride_sets;                      // for how many sets of strides the tokens' rows are looked up
   int64_t blocks;                           // groups times heads
   int64_t table_window[3], bias_extent[2];  // what the table is for, and the height and width that tokens unravel over
 };
@@ -41,8 +41,10 @@ struct ForwardPlan {
 };
 
 // Bytes that describe the tokens of a group: where their rows start, for each set of strides; their number in the grid;
-// the part of a bias row that depends on them, which depth-fastest windows do not need; their region.
-constexpr int64_t kBlockBytes = 16;  // before them: numbers of the block
+// their region; the part of a bias row that depends on them, which depth-fastest windows do not need. Before them stand
+// four numbers of the block, the share of each of up to 12 warps, and where the tensors and the log-sum-exp start.
+constexpr int kShareBytes = 12 * 8, kBaseBytes = 8 * (kSlots + 1);
+constexpr int64_t kBlockBytes = round_up(16 + kShareBytes + kBaseBytes, 16);
 constexpr int64_t token_bytes(int64_t tokens, int64_t stride_sets, bool depth_fastest) {
   return kBlockBytes + round_up(tokens, 16) * (8 * stride_sets + 4 + (depth_fastest ? 0 : 4) + 2);
 }

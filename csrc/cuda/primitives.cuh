@@ -22,6 +22,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Gives x back, and keeps the compiler from taking apart the sum that it is: loads at constant distances from one
 // address then need no additions.
+__device__ __forceinline__ const char* keep(const char* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 __device__ __forceinline__ uint32_t keep(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -150,6 +154,12 @@ VIDATTN_MMA(__half, "f16")
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -5,7 +5,11 @@
 #pragma once
 #include <primitives.cuh>
 
+#include "call.h"
+
 namespace vidattn::cuda {
+
+constexpr int kPadding = -1, kNoToken = -2;  // numbers of what is no token: padding of a group, and nothing at all
 
 template <int kElements>
 struct Rows {
@@ -50,6 +54,51 @@ __device__ __forceinline__ void copy_piece(unsigned char* shared, uint32_t place
   }
 }
 
+// Rows of a tensor that lie one distance apart: the piece of each that a thread copies, 16 whole bytes.
+struct PieceOfRows {
+  const char *first, *padding;  // of token 0; of a token below 0
+  uint32_t stride;              // bytes
+  int least;                    // tokens below it have zeros
+
+  __device__ __forceinline__ void copy(unsigned char* shared, int token) const {
+    const char* from = first + uint64_t(uint32_t(token)) * stride;
+    if (token < 0) from = padding;
+    gpu::cp_async_16(gpu::shared_address(shared), from, token >= least);
+  }
+};
+
+// Starts to copy rows of two tensors into shared memory, those of `count` tokens from `first` on, and zeros up to
+// `rows` rows.
+template <int kDim, class Group>
+__device__ __forceinline__ void copy_rows(const Group& group, Slot x, Slot y, int first, int count, int rows,
+                                          unsigned char* to_x, unsigned char* to_y, int thread = threadIdx.x) {
+  using Layout = Rows<kDim>;
+  const int step = int(blockDim.x) / Layout::kPieces, piece = thread % Layout::kPieces;
+  int row = thread / Layout::kPieces;
+  if (group.is_plain(x) && group.is_plain(y)) {
+    const PieceOfRows from_x = group.piece(x, piece), from_y = group.piece(y, piece);
+    const int* const tokens = group.tokens() + first;
+    uint32_t place = Layout::place(row, piece);
+#pragma unroll 4
+    for (; row < rows; row += step) {
+      if constexpr (kDim != 32) place = Layout::place(row, piece);
+      const int token = row < count ? tokens[row] : kNoToken;
+      from_x.copy(to_x + place, token), from_y.copy(to_y + place, token);
+      if constexpr (kDim == 32) place += step * Layout::kBytes;  // a multiple of 8 rows
+    }
+  } else {
+#pragma unroll 1
+    for (; row < rows; row += step) {
+      const uint32_t place = Layout::place(row, piece);
+      const bool inside = row < count;
+      copy_piece(to_x, place, inside ? group.row(x, first + row) : nullptr, piece, group.head_dim(), group.unit(x),
+                 group.readable(x));
+      copy_piece(to_y, place, inside ? group.row(y, first + row) : nullptr, piece, group.head_dim(), group.unit(y),
+                 group.readable(y));
+    }
+  }
+}
+
 // Two neighbouring elements of a row of `dim`; the row's start is a multiple of `unit` bytes.
 __device__ __forceinline__ void write_pair(char* row, int at, int dim, int unit, uint32_t pair) {
   uint16_t* element = reinterpret_cast<uint16_t*>(row) + at;
@@ -78,23 +127,24 @@ template <int kDim>
 __device__ __forceinline__ void load_queries(uint32_t (&q)[kDim / 16][4], const char* low, const char* high, int dim,
                                              int unit, int thread = threadIdx.x) {
   const int column = thread % 4 * 2;
+  const auto load = [&](auto word_at) {
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i)
+    for (int i = 0; i < kDim / 16; ++i)
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const char* row = part % 2 ? high : low;
-      const int at = i * 16 + part / 2 * 8 + column;
-      uint32_t word = 0;
-      if (row && at < dim) {
-        if (unit >= 4) {
-          word = *reinterpret_cast<const uint32_t*>(row + 2 * at);
-        } else {
-          const uint16_t* element = reinterpret_cast<const uint16_t*>(row) + at;
-          word = element[0] | (at + 1 < dim ? uint32_t(element[1]) << 16 : 0);
-        }
+      for (int part = 0; part < 4; ++part) {
+        const char* row = part % 2 ? high : low;
+        const int at = i * 16 + part / 2 * 8 + column;
+        q[i][part] = row && at < dim ? word_at(row + 2 * at, at) : 0;
       }
-      q[i][part] = word;
-    }
+  };
+  if (unit >= 4) {
+    load([](const char* element, int) { return *reinterpret_cast<const uint32_t*>(element); });
+  } else {
+    load([&](const char* element, int at) {
+      const uint16_t* pair = reinterpret_cast<const uint16_t*>(element);
+      return pair[0] | (at + 1 < dim ? uint32_t(pair[1]) << 16 : 0);
+    });
+  }
 }
 
 // The sum of the squares of the two elements of a word.

@@ -52,7 +52,7 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
   __device__ __forceinline__ bool read_log_sums() const {
     bool moderate = true;
     for (int n = thread_of_block(); n < slots(); n += blockDim.x) {
-      const int64_t token = group.output_row(n);
+      const int token = group.token(n);
       const float log_sum = token >= 0 ? *group.lse(token) * kLog2e : 0.0f;
       moderate &= fabsf(log_sum) <= kLargestLogSum;
       this->write_record(n, token >= 0 ? log_sum : plus_infinity(), 0.0f);

@@ -32,38 +32,22 @@ auto kernel_for(const ForwardPlan& plan) {
 
 const char* window3d_forward(const Window3dArgs& call, void* stream) {
   WindowArguments a{};
-  a.call = call;
-  a.stride_sets =
-      same_strides(call.tensor[kQ], call.tensor[kK]) && same_strides(call.tensor[kQ], call.tensor[kV]) ? 1 : 3;
-  const Slot keys[] = {kK, kV}, queries[] = {kQ};
-  a.unit = unit_of(call, keys, 2), a.query_unit = unit_of(call, queries, 1);
-  WindowShape shape{{call.window[0], call.window[1], call.window[2]}, call.head_dim};
-  shape.table_rows = call.bias_is_table ? call.bias_size : 0;
-  shape.plain_bias = has_plain_bias(call);
-  shape.stride_sets = a.stride_sets;
-  shape.blocks = call.heads * call.groups;
-  for (int axis = 0; axis < 3; ++axis) shape.table_window[axis] = call.bias_window[axis];
-  for (int axis = 0; axis < 2; ++axis) shape.bias_extent[axis] = call.bias_extent[axis];
+  describe_tokens(a, call, {kQ, kK, kV, kOut});
+  const WindowShape shape = shape_of(a);
   const int limit = gpu::shared_memory_limit();
   a.plan = plan_forward(shape, limit);
   if (a.plan.shared_bytes > limit || a.plan.block_keys <= 0) return "a block has too little shared memory";
-  a.tables = a.plan.key_rows() * a.plan.dim * 4 + int(kBlockBytes), a.slots = int(round_up(call.tokens, 16));
-  a.heads = Divisor(call.heads), a.splits = Divisor(a.plan.splits), a.warps = Divisor(a.plan.threads / 32);
-  a.shares = Divisor(a.plan.splits * (a.plan.threads / 32)), a.height = Divisor(call.window[1]);
-  a.width = Divisor(call.window[2]);
+  a.numbers = a.plan.key_rows() * a.plan.dim * 4, a.bases = a.numbers + 16 + kShareBytes;
+  place_tokens(a, round_up(call.tokens, 16), a.numbers + kBlockBytes, !a.plan.depth_fastest);
+  const int64_t height = call.window[1], planes = call.window[0] / 8 - 1;
+  a.odd_steps = a.plan.bias_floats / 2 * 4 - 4;
+  a.first_site = int((planes * (2 * height - 1) + height - 1) * 13 + 6);
+  a.splits = Divisor(a.plan.splits), a.warps = Divisor(a.plan.threads / 32);
+  a.shares = Divisor(a.plan.splits * (a.plan.threads / 32));
   a.lines = Divisor(2 * call.window[1] - 1), a.columns = Divisor(2 * call.window[2] - 1);
-  for (int axis = 0; axis < 3; ++axis) a.count[axis] = Divisor(call.count[axis]);
-  if (call.bias_is_table) {
-    a.bias_height = Divisor(call.bias_extent[0]), a.bias_width = Divisor(call.bias_extent[1]);
-    a.table_heights = Divisor(2 * call.bias_window[1] - 1), a.table_widths = Divisor(2 * call.bias_window[2] - 1);
-  }
-  const float scale = float(call.scale);
-  a.factor = scale * kLog2e, a.bias_scale = 1 / scale, a.mask_added = float(call.mask_value / call.scale);
-  for (int axis = 0; axis < 3; ++axis) a.borders |= call.region_mask[axis] << axis;
   const int64_t* table = call.bias_window;
   if (call.bias_is_table)
     a.bias_row = int((table[0] - 1) * a.plan.pitch.plane + (table[1] - 1) * a.plan.pitch.row + table[2] - 1);
-  a.scale = scale, a.mask_value = float(call.mask_value);
   a.hiding_room = 0.5f * (-kNothing / a.factor - a.mask_added), a.all_chunks = (1u << call.tokens / 56 % 32) - 1;
   a.folds = has_moderate_numbers(call) && a.plan.bias_floats > 0;
   const auto kernel = call.element == Element::float16 ? kernel_for<__half>(a.plan) : kernel_for<__nv_bfloat16>(a.plan);

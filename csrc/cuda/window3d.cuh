@@ -1,27 +1,16 @@
-// The windows of a token grid as groups of the attention kernels: where a token's rows lie, what is added to a score.
+// The windows of a token grid as groups of the forward pass: what is added to a score, which keys are not seen.
 #pragma once
-#include "divisor.cuh"
-#include "plan.h"
-#include "rows.cuh"
-#include "window3d_args.h"
+#include "window_tokens.cuh"
 
 namespace vidattn::cuda {
 
-struct WindowArguments {
-  Window3dArgs call;
-  // What numbers of blocks, tokens and rows of the table are divided by.
-  Divisor heads, splits, warps, shares, count[3], height, width, bias_height, bias_width, table_heights, table_widths,
-      lines, columns;
+struct WindowArguments : WindowTokenArguments {
+  // What numbers of blocks and warps are divided by, and differences of coordinates.
+  Divisor splits, warps, shares, lines, columns;
   ForwardPlan plan;
-  int unit, query_unit;          // bytes that all rows of k and v, or of q, are a multiple of
-  int tables, slots;             // where the tables of the tokens start in shared memory, and how many each is for
-  int stride_sets;               // 1 if q, k and v have the same strides, else 3
-  float factor;                  // scale * log2 e
-  float bias_scale, mask_added;  // 1 / scale, mask_value / scale
-  bool folds;                    // whether the numbers known to the host allow it
-  float scale, mask_value;
-  int borders;          // a bit for each axis with two regions in its last window
-  int bias_row;         // of a token with itself, as it lies in shared memory
+  int numbers;                // where the block's own numbers are in shared memory
+  int bias_row;               // of a token with itself, as it lies in shared memory
+  int first_site, odd_steps;  // depth fastest: what describe() starts from; bytes to the odd steps of the bias, less 4
   float hiding_room;    // the largest score, divided by the scale, with which keys of other regions have no weight
   uint32_t all_chunks;  // depth fastest: a bit for each
 };
@@ -29,16 +18,16 @@ struct WindowArguments {
 constexpr float kHiddenBias = -1e30f;
 constexpr int kStepBytes = 4 * kDepthSteps;
 
-// The order of a window's tokens in shared memory. The kernels do not care, so there are two:
-//   kDepthFastest = false  as in the grid, width fastest.
-//   kDepthFastest = true   (depth / 8, height, width, depth % 8), for a depth that is a multiple of 8 and a width of 7.
-//     Eight keys then are one place and eight depths, and so are eight queries: in a product of the two the differences
-//     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
-//     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
-//     constant from place to place. 7 places make a chunk of keys.
+// A window and head of the forward pass.
 template <bool kDepthFastest>
-class WindowGroup {
+class WindowGroup : public WindowTokens<kDepthFastest, kDepthFastest> {
+  using Base = WindowTokens<kDepthFastest, kDepthFastest>;
+  using Base::a_, Base::head_, Base::group_, Base::batch_, Base::border_;
+  using Base::bias_rows, Base::regions, Base::slots, Base::width, Base::plane_of, Base::turned;
+  using typename Base::Place;
+
  public:
+  using Base::keys;
   using Arguments = WindowArguments;
   static constexpr bool kWholeChunks = kDepthFastest;
   // Addresses are of the shared memory.
@@ -67,7 +56,7 @@ class WindowGroup {
                     arguments.splits.quotient(arguments.heads.quotient(int(blockIdx.x)))) {}
   // The same again, from what keep() left in shared memory.
   struct Kept {};
-  __device__ WindowGroup(const Arguments& arguments, Kept) : a_(arguments.call), arguments_(arguments) {
+  __device__ WindowGroup(const Arguments& arguments, Kept) : Base(arguments), arguments_(arguments) {
     const int4 numbers = *this->numbers();
     head_ = numbers.x, group_ = numbers.y, batch_ = numbers.z, border_ = numbers.w;
   }
@@ -75,48 +64,17 @@ class WindowGroup {
     if (threadIdx.x == 0) *numbers() = make_int4(head_, group_, batch_, border_);
   }
   __device__ WindowGroup(const Arguments& arguments, int head, int group)
-      : a_(arguments.call), arguments_(arguments), head_(head), group_(group), border_(0) {
-    int rest = group_;
-#pragma unroll
-    for (int axis = 2; axis >= 0; --axis) {
-      if (arguments.count[axis].split(rest) == int(a_.count[axis]) - 1) border_ |= arguments.borders & 1 << axis;
-    }
-    batch_ = rest;
-  }
+      : Base(arguments, head, group), arguments_(arguments) {}
 
   // Fills the tables of the tokens; to be followed by a barrier.
-  __device__ void find_rows() {
-    int start[3], rest = group_;
-#pragma unroll
-    for (int axis = 2; axis >= 0; --axis) start[axis] = arguments_.count[axis].split(rest) * int(a_.window[axis]);
-    for (int n = threadIdx.x; n < slots(); n += blockDim.x) {
-      const Place place = place_of(n);
-      bool real = n < keys();
-      int source[3], region = 0, token = 0;
-#pragma unroll
-      for (int axis = 0; axis < 3; ++axis) {
-        const int padded = int(a_.count[axis]) * int(a_.window[axis]), grid = int(a_.grid[axis]);
-        const int shifted = place.at[axis] + int(a_.shift[axis]);
-        source[axis] = start[axis] + shifted;
-        if (source[axis] >= padded) source[axis] -= padded;
-        real &= source[axis] < grid;
-        token = token * grid + source[axis];
-        region |= int(shifted >= int(a_.window[axis])) << axis;
-      }
-      tokens()[n] = real ? token : -1;
-      regions()[n] = uint16_t(region & border_);
-      for (int set = 0; set < arguments_.stride_sets; ++set) {
-        const int64_t* stride = a_.tensor[set].stride;
-        offsets()[set * slots() + n] = real ? batch_ * stride[0] + source[0] * stride[1] + source[1] * stride[2] +
-                                                  source[2] * stride[3] + head_ * stride[4]
-                                            : -1;
-      }
-      if constexpr (!kDepthFastest) bias_rows()[n] = n < keys() ? 4 * bias_row(place) : 0;
-    }
+  __device__ void find_rows() const {
+    this->find_tokens([&](int n, const Place& place) {
+      if constexpr (!kDepthFastest) bias_rows()[n] = a_.bias_is_table && n < keys() ? padded_row(place) : 0;
+    });
   }
 
   // Brings the bias to shared memory, as it is to be added. Returns whether this thread met moderate numbers only, and
-  // raises `largest` to the largest of them.
+  // gives the largest of them.
   __device__ bool load_bias(float& largest) {
     if (!arguments_.folds) return false;
     if constexpr (kDepthFastest)
@@ -125,33 +83,27 @@ class WindowGroup {
       for (int i = threadIdx.x; i < bias_entries(); i += blockDim.x) bias()[i] = 0.0f;
       return true;
     }
-    bool moderate = true;
-    const auto at = [&](int row) {
-      const float value = table()[row * int(a_.bias_row_stride)] * arguments_.bias_scale;
-      moderate &= fabsf(value) <= 1048576.0f;  // 2^20
-      largest = fmaxf(largest, fabsf(value));
-      return value;
-    };
+    int most = 0;
     if constexpr (kDepthFastest) {
-      load_pairs(at);
+      load_pairs(most);
     } else {
       // By rows of the table, which lie side by side for one head.
       const BiasPitch& pitch = arguments_.plan.pitch;
       for (int row = threadIdx.x; row < int(a_.bias_size); row += blockDim.x) {
         int depth = row;
         const int width = arguments_.table_widths.split(depth), height = arguments_.table_heights.split(depth);
-        bias()[depth * int(pitch.plane) + height * int(pitch.row) + width] = at(row);
+        bias()[depth * int(pitch.plane) + height * int(pitch.row) + width] = this->bias_of(row, most);
       }
     }
-    return moderate;
+    largest = __int_as_float(most);
+    return Base::is_moderate(most);
   }
 
   // Depth fastest: the bias of a difference of coordinates, query minus key, has its place at [difference of depth / 8]
   // [of height and width][of depth % 8], keys minus queries within the last: 15 steps. Pairs of neighbours are read as
   // one, so there is a second copy without the first step, in which the odd steps stand at even places. A table may be
   // of a window larger than this one.
-  template <class At>
-  __device__ __forceinline__ void load_pairs(const At& at) const {
+  __device__ __forceinline__ void load_pairs(int& largest) const {
     const int depths = int(a_.window[0]), lines = int(a_.window[1]), columns = int(a_.window[2]);
     const int widths = 2 * int(a_.bias_window[2]) - 1, plane = widths * (2 * int(a_.bias_window[1]) - 1);
 #pragma unroll 1
@@ -161,31 +113,16 @@ class WindowGroup {
       const int line = arguments_.lines.split(eight) - lines + 1;
       const int height = turned() ? column : line, width = turned() ? line : column;
       const int first = 7 - 8 * (eight - depths / 8 + 1);  // difference of depth at step 0
-      const int row = (first + int(a_.bias_window[0]) - 1) * plane + (height + int(a_.bias_window[1]) - 1) * widths +
-                      width + int(a_.bias_window[2]) - 1;
+      const float* entry =
+          this->table() + int64_t(arguments_.middle_row + first * plane + height * widths + width) * a_.bias_row_stride;
       float *even = bias() + site * kDepthSteps, *odd = even + bias_entries() / 2;
 #pragma unroll
-      for (int step = 0; step <= kDepthSteps; ++step) {
-        if (abs(first - step) >= depths) continue;
-        const float value = at(row - step * plane);
+      for (int step = 0; step <= kDepthSteps; ++step, entry -= plane * a_.bias_row_stride) {
+        const float value = this->scaled_bias(*entry, largest);
         if (step < kDepthSteps) even[step] = value;
         if (step > 0) odd[step - 1] = value;
       }
     }
-  }
-
-  __device__ __forceinline__ int keys() const { return int(a_.tokens); }
-  __device__ __forceinline__ int head_dim() const { return int(a_.head_dim); }
-  __device__ __forceinline__ int unit() const { return arguments_.unit; }
-  __device__ __forceinline__ int query_unit() const { return arguments_.query_unit; }
-  __device__ __forceinline__ float factor() const { return arguments_.factor; }
-  __device__ __forceinline__ bool masks() const { return border_ != 0; }
-  __device__ __forceinline__ const char* readable() const { return a_.tensor[kK].data; }
-  __device__ __forceinline__ const char* key(int n) const { return row(kK, n); }
-  __device__ __forceinline__ const char* value(int n) const { return row(kV, n); }
-  // A padding query has no output, so nobody needs it.
-  __device__ __forceinline__ const char* query(int n) const {
-    return n < keys() && tokens()[n] >= 0 ? row(kQ, n) : nullptr;
   }
 
   // ---- Keys that are not seen ----
@@ -217,28 +154,31 @@ class WindowGroup {
     if (differs) seen.step = 0;
     return true;
   }
-  // One for each warp.
+  // For each warp: the first of its pairs of tiles, and where they end; the lengths that may_hide() needs.
+  __device__ __forceinline__ int2* shares() const { return reinterpret_cast<int2*>(numbers() + 1); }
   __device__ __forceinline__ float2* measures() const {
     return reinterpret_cast<float2*>(hidden_bias() + kHiddenFloats);
   }
 
-  // Rows behind the last query repeat it.
-  __device__ __forceinline__ Query describe(int n) const { return describe(n, all_seen()); }
-  __device__ __forceinline__ Query describe(int n, const Seen& seen) const {
-    n = min(n, keys() - 1);
-    uint32_t address = gpu::shared_address(bias());
+  // The queries n and n + 8, of this lane. Rows behind the last query repeat it.
+  __device__ __forceinline__ void describe(Query (&query)[2], int n, int thread, const Seen& seen) const {
     if constexpr (kDepthFastest) {
-      if (seen.step == 0) return {gpu::shared_address(hidden_bias()) + 6 * kStepBytes};
-      const int site = n / 8, width = this->width(), height = int(a_.window[1]), eight = plane_of(site / width);
-      const int line = site / width - eight * height;
-      const int difference = (line + height - 1) * (2 * width - 1) + site % width + width - 1;
-      const int step = 7 - n % 8 + threadIdx.x % 4 * 2;
-      address += ((int(a_.window[0]) / 8 - 1 - eight) * places() + difference) * kStepBytes;
-      address += step % 2 == 0 ? step * 4 : bias_entries() / 2 * 4 + (step - 1) * 4;
+      // The place of a query: its differences to the first key in the table, which has 2 * 7 - 1 for each line, then
+      // what is the same for all places.
+      const int last = keys() / 8 - 1, height = int(a_.window[1]);
+      const int step = 7 - n % 8 + thread % 4 * 2, bytes = seen.step == 0 ? 0 : kStepBytes;
+      uint32_t lane = gpu::shared_address(bias()) + (step % 2 == 0 ? step * 4 : arguments_.odd_steps + step * 4);
+      if (seen.step == 0) lane = gpu::shared_address(hidden_bias()) + 6 * kStepBytes;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int site = min(n / 8 + half, last), lines = site / 7, eight = plane_of(lines);
+        query[half].bias = lane + bytes * (arguments_.first_site + site + 6 * lines - eight * (places() + 13 * height));
+      }
     } else {
-      address += bias_rows()[n] + 4 * centre();
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        query[half].bias = gpu::shared_address(bias()) + bias_rows()[min(n + 8 * half, keys() - 1)] + 4 * centre();
     }
-    return {address};
   }
 
   // The chunk of keys from `key` on; depth-fastest windows start at 0. `column` is the first of this lane in 8 keys.
@@ -305,73 +245,14 @@ class WindowGroup {
     }
   }
 
-  // The score of a query and key n: all that is added, step by step.
-  __device__ __forceinline__ float exact(float product, int row, int n) const {
-    row = min(row, keys() - 1);
-    float score = product * arguments_.scale;
-    if (a_.bias_is_table)
-      score += table()[row_of_table(bias_row(row) - bias_row(n) + centre()) * a_.bias_row_stride];
-    else if (a_.bias)
-      score += static_cast<const float*>(a_.bias)[(int64_t(head_) * a_.tokens + row) * a_.tokens + n];
-    if (a_.mask)
-      score +=
-          static_cast<const float*>(a_.mask)[(int64_t(group_ % int(a_.mask_groups)) * a_.tokens + row) * a_.tokens + n];
-    if (border_ && regions()[n] != regions()[row]) score += arguments_.mask_value;
-    return score;
-  }
-
-  // Number of a query among all tokens; negative for padding and behind the last one.
-  __device__ __forceinline__ int64_t output_row(int n) const {
-    return n < keys() && tokens()[n] >= 0 ? int64_t(batch_) * (a_.grid[0] * a_.grid[1] * a_.grid[2]) + tokens()[n] : -1;
-  }
-  __device__ __forceinline__ uint16_t* output(int64_t token) const {
-    return reinterpret_cast<uint16_t*>(a_.tensor[kOut].data) + (token * a_.heads + head_) * a_.head_dim;
-  }
-  __device__ __forceinline__ float* lse(int64_t token) const {
-    return static_cast<float*>(a_.lse) + token * a_.heads + head_;
-  }
-
  private:
-  __device__ __forceinline__ int width() const { return kDepthFastest ? 7 : int(a_.window[2]); }
-  // Which plane of a window, or which eight of them, a line is in: most depth-fastest windows have one.
-  __device__ __forceinline__ int plane_of(int line) const {
-    return kDepthFastest && a_.window[0] == 8 ? 0 : arguments_.height.quotient(line);
-  }
-  // Where a token is in its window.
-  struct Place {
-    int at[3];
-  };
-  __device__ __forceinline__ Place place_of(int n) const {
-    const int height = int(a_.window[1]), width = this->width(), site = kDepthFastest ? n / 8 : n;
-    const int lines = kDepthFastest ? site / width : arguments_.width.quotient(site), column = site - lines * width;
-    const int planes = plane_of(lines);
-    const int line = lines - planes * height;
-    const int depth = kDepthFastest ? planes * 8 + n % 8 : planes;
-    return turned() ? Place{{depth, column, line}} : Place{{depth, line, column}};
-  }
-  // Depth fastest: whether height and width change places in the order of the tokens. So it is in windows of two
-  // regions by width and one by height, that all keys of a chunk are of one region.
-  __device__ __forceinline__ bool turned() const { return kDepthFastest && (border_ & 6) == 4 && a_.window[1] == 7; }
-  // A bias row is a difference of two of these, and the row of a token with itself.
-  __device__ __forceinline__ int bias_row(const Place& place) const {
-    if (!a_.bias_is_table) return 0;
-    if (kDepthFastest) return padded_row(place.at[0], place.at[1], place.at[2]);
-    // The number that unravels to the coordinates of the bias.
-    int depth = (place.at[0] * int(a_.window[1]) + place.at[1]) * int(a_.window[2]) + place.at[2];
-    const int width = arguments_.bias_width.split(depth), height = arguments_.bias_height.split(depth);
-    return padded_row(depth, height, width);
-  }
-  __device__ __forceinline__ int bias_row(int n) const {
-    return kDepthFastest ? bias_row(place_of(n)) : bias_rows()[n] / 4;
-  }
-  __device__ __forceinline__ int padded_row(int x, int y, int z) const {
-    return x * int(arguments_.plan.pitch.plane) + y * int(arguments_.plan.pitch.row) + z;
-  }
-  __device__ __forceinline__ int row_of_table(int padded) const {
-    if (kDepthFastest) return padded;  // it is not
-    const int plane = int(arguments_.plan.pitch.plane), row = int(arguments_.plan.pitch.row);
-    const int rows = 2 * int(a_.bias_window[1]) - 1, columns = 2 * int(a_.bias_window[2]) - 1;
-    return (padded / plane * rows + padded % plane / row) * columns + padded % plane % row;
+  // Four times a token's part of its bias rows in shared memory; the row of two tokens is their difference, from that
+  // of a token with itself on.
+  __device__ __forceinline__ int padded_row(const Place& place) const {
+    const BiasPitch& pitch = arguments_.plan.pitch;
+    return this->at_bias_place(place, [&](int depth, int height, int width) {
+      return 4 * (depth * int(pitch.plane) + height * int(pitch.row) + width);
+    });
   }
   __device__ __forceinline__ int centre() const { return arguments_.bias_row; }
   // Behind the bias, if depth is fastest.
@@ -381,38 +262,10 @@ class WindowGroup {
   __device__ __forceinline__ int bias_step() const { return (2 * width() - 1) * kStepBytes; }
   // Differences of height and width.
   __device__ __forceinline__ int places() const { return (2 * int(a_.window[1]) - 1) * (2 * width() - 1); }
-  __device__ __forceinline__ const float* table() const {
-    return static_cast<const float*>(a_.bias) + head_ * a_.bias_head_stride;
-  }
-  // Where a token's row starts; null for zeros.
-  __device__ __forceinline__ const char* row(int slot, int n) const {
-    if (n >= keys()) return nullptr;
-    const int64_t offset = offsets()[(arguments_.stride_sets == 1 ? 0 : slot) * slots() + n];
-    if (offset >= 0) return a_.tensor[slot].data + offset;
-    return a_.pad_qkv ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2 : nullptr;
-  }
+  __device__ __forceinline__ int4* numbers() const { return Base::template at<int4>(arguments_.numbers); }
+  __device__ __forceinline__ float* bias() const { return Base::template at<float>(arguments_.bias); }
 
-  // The tables in shared memory, one behind the other, for `slots` tokens: the last ones are no keys.
-  __device__ __forceinline__ int slots() const { return arguments_.slots; }
-  __device__ __forceinline__ int4* numbers() const {
-    return reinterpret_cast<int4*>(gpu::shared_memory<unsigned char>() + arguments_.tables - int(kBlockBytes));
-  }
-  __device__ __forceinline__ int64_t* offsets() const {
-    return reinterpret_cast<int64_t*>(gpu::shared_memory<unsigned char>() + arguments_.tables);
-  }
-  __device__ __forceinline__ int* tokens() const {
-    return reinterpret_cast<int*>(offsets() + arguments_.stride_sets * slots());
-  }
-  __device__ __forceinline__ int* bias_rows() const { return tokens() + slots(); }
-  __device__ __forceinline__ uint16_t* regions() const {
-    return reinterpret_cast<uint16_t*>(bias_rows() + (kDepthFastest ? 0 : slots()));
-  }
-  __device__ __forceinline__ float* bias() const { return reinterpret_cast<float*>(regions() + slots()); }
-
-  const Window3dArgs& a_;
   const Arguments& arguments_;
-  int head_, group_, batch_;
-  int border_;  // bit per axis: the last window of an axis that is shifted and not cyclic
 };
 
 }  // namespace vidattn::cuda

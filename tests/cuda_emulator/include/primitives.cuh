@@ -18,6 +18,9 @@ inline uint32_t shared_address(const void* p) {
 inline uint32_t keep(uint32_t x) {
   return x;
 }
+inline const char* keep(const char* x) {
+  return x;
+}
 
 template <class V>
 inline V load_shared(uint32_t address, EMULATED_SITE) {
@@ -85,6 +88,9 @@ inline float flush(float x) {
 }
 inline float exp2_approx(float x) {
   return flush(emulator::approximate(std::exp2(flush(x))));
+}
+inline float log2_approx(float x) {
+  return flush(emulator::approximate(std::log2(flush(x))));
 }
 
 template <class T>

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(32) conformance(const uint32_t* __restrict__ i
 
   store(out, 6,
         {__float_as_uint(gpu::exp2_approx(f)), __float_as_uint(gpu::exp2_approx(-f * 4)),
-         __float_as_uint(gpu::exp2_approx(-f * 40)), __float_as_uint(gpu::exp2_approx(__uint_as_float(0xff800000))), 0,
-         0, 0, 0});
+         __float_as_uint(gpu::exp2_approx(-f * 40)), __float_as_uint(gpu::exp2_approx(__uint_as_float(0xff800000))),
+         __float_as_uint(gpu::log2_approx(f * f + 2)), __float_as_uint(gpu::log2_approx(0.0f)), 0, 0});
   __syncwarp();
   gpu::store_shared(address + t * 4, v);
   gpu::store_shared(address + 256 + t * 8, make_float2(f, -f));

@@ -1,0 +1,244 @@
+// The tokens of a window, by their order in shared memory: where their rows lie, of which region they are, and what is
+// added to a score of two of them.
+#pragma once
+#include "divisor.cuh"
+#include "plan.h"
+#include "rows.cuh"
+#include "window3d_args.h"
+
+namespace vidattn::cuda {
+
+struct WindowTokenArguments {
+  Window3dArgs call;
+  // What numbers of blocks, tokens and rows of the table are divided by.
+  Divisor heads, count[3], height, width, bias_height, bias_width, table_heights, table_widths;
+  int padded[3];  // tokens of each axis, up to a whole window
+  int borders;    // a bit for each axis with two regions in its last window
+  // The axes of the call may come in another order (order_axes). What counts tokens of the grid and rows of the table
+  // does not change by that: steps along the axes.
+  int token_step[3], table_step[3];
+  int keys;   // of a window, those that only fill up an eight included
+  int slots;  // entries of the tables of the tokens; the last ones are no keys
+  int bases, offsets, tokens, regions, bias_rows, bias;  // where they are in shared memory, and the bias
+  int middle_row;                                        // of the table: for a token with itself; 0 without one
+  int stride_sets;                                       // different strides among the tensors
+  int set_of[kSlots];             // which of them a tensor has; negative: one stride counts through its grid
+  uint32_t token_stride[kSlots];  // that one, in bytes
+  Slot slot_of[kSlots];           // a tensor that has them
+  uint32_t plain;                 // a bit for each tensor of one stride whose rows are whole pieces of 16 bytes
+  int unit[kSlots];               // bytes that all rows of a tensor are a multiple of: 16, 4 or 2
+  float scale, mask_value;
+  float factor;                  // scale * log2 e
+  float bias_scale, mask_added;  // 1 / scale, mask_value / scale
+  bool folds;                    // whether the numbers known to the host allow it
+};
+
+// The order of a window's tokens in shared memory. The kernels do not care, so there are two:
+//   kDepthFastest = false  as in the grid, width fastest.
+//   kDepthFastest = true   (depth / 8, height, width, depth % 8), for a depth that is a multiple of 8, or 7, and a
+//   width of 7.
+//     Eight keys then are one place and eight depths, and so are eight queries: in a product of the two the differences
+//     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
+//     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
+//     constant from place to place. 7 places make a chunk of keys.
+// kTurns: whether height and width may change places in it (see turned()).
+template <bool kDepthFastest, bool kTurns>
+class WindowTokens {
+ public:
+  __device__ __forceinline__ int keys() const { return common_.keys; }
+  // Depth fastest, of a depth of 7 one in eight is none.
+  __device__ __forceinline__ bool is_key(int n) const {
+    return n < keys() && (!kDepthFastest || n % 8 < int(a_.window[0]));
+  }
+  __device__ __forceinline__ int head_dim() const { return int(a_.head_dim); }
+  // Bytes that all rows of a tensor are a multiple of.
+  __device__ __forceinline__ int unit(Slot slot) const { return common_.unit[slot]; }
+  __device__ __forceinline__ float factor() const { return common_.factor; }
+  __device__ __forceinline__ bool masks() const { return border_ != 0; }
+
+  template <class Entry>
+  static __device__ __forceinline__ Entry* at(int place) {
+    return reinterpret_cast<Entry*>(gpu::shared_memory<unsigned char>() + place);
+  }
+
+  // The number of token n in its grid, kPadding or kNoToken; those of all slots.
+  __device__ __forceinline__ int token(int n) const { return n < keys() ? tokens()[n] : kNoToken; }
+  __device__ __forceinline__ const int* tokens() const { return at<const int>(common_.tokens); }
+  // A padding query has no output, so nobody needs it.
+  __device__ __forceinline__ bool is_real(int n) const { return token(n) >= 0; }
+
+  // Any address of a tensor.
+  __device__ __forceinline__ const char* readable(Slot slot) const { return a_.tensor[slot].data; }
+  __device__ __forceinline__ const char* key(int n) const { return row(kK, n); }
+  __device__ __forceinline__ const char* value(int n) const { return row(kV, n); }
+  __device__ __forceinline__ const char* query(int n) const { return row(kQ, n); }
+  // Where a token's row starts; null for zeros.
+  __device__ __forceinline__ const char* row(Slot slot, int n) const {
+    const int token = this->token(n), set = common_.set_of[slot];
+    if (token < 0) return token == kPadding ? pad_row(slot) : nullptr;
+    if (set < 0) return first_row(slot) + uint64_t(uint32_t(token)) * common_.token_stride[slot];
+    return a_.tensor[slot].data + offsets()[set * slots() + n];
+  }
+  // Whether piece() is for this tensor.
+  __device__ __forceinline__ bool is_plain(Slot slot) const { return common_.plain >> slot & 1; }
+  __device__ __forceinline__ PieceOfRows piece(Slot slot, int piece) const {
+    const char *readable = a_.tensor[slot].data, *padding = pad_row(slot);
+    const int least = piece * 8 >= head_dim() ? INT32_MAX : padding ? kPadding : 0;
+    return {gpu::keep(first_row(slot) + 16 * piece), padding ? padding + 16 * piece : readable,
+            common_.token_stride[slot], least};
+  }
+  // The row of a real token of such a tensor, by the token's number in the grid.
+  __device__ __forceinline__ const char* plain_row(Slot slot, int token) const {
+    return first_row(slot) + uint64_t(uint32_t(token)) * common_.token_stride[slot];
+  }
+
+  // A real token's log-sum-exp, by its number in the grid.
+  __device__ __forceinline__ float* lse(int token) const {
+    return static_cast<float*>(a_.lse) + bases()[kSlots] + uint64_t(uint32_t(token)) * uint32_t(a_.heads);
+  }
+
+  // The score of a query and key n, step by step as the reference takes it: for numbers of any size.
+  __device__ __forceinline__ float exact(float product, int query, int n) const {
+    if (kDepthFastest && !(is_key(query) && is_key(n))) return __int_as_float(0xff800000);  // -inf: it has no weight
+    query = min(query, keys() - 1);
+    float score = product * common_.scale;
+    if (a_.bias_is_table) {
+      const int row = bias_row(place_of(query)) - bias_row(place_of(n)) + middle_row();
+      score += table()[row * a_.bias_row_stride];
+    } else if (a_.bias) {
+      score += static_cast<const float*>(a_.bias)[(int64_t(head_) * a_.tokens + query) * a_.tokens + n];
+    }
+    if (a_.mask) {
+      const int64_t group = group_ % int(a_.mask_groups);
+      score += static_cast<const float*>(a_.mask)[(group * a_.tokens + query) * a_.tokens + n];
+    }
+    if (border_ && regions()[n] != regions()[query]) score += common_.mask_value;
+    return score;
+  }
+  // The row of the table for a token with itself; 0 without a table.
+  __device__ __forceinline__ int middle_row() const { return common_.middle_row; }
+
+ protected:
+  __device__ __forceinline__ WindowTokens(const WindowTokenArguments& arguments)
+      : a_(arguments.call), common_(arguments) {}
+  // A head and a group, by their numbers.
+  __device__ __forceinline__ WindowTokens(const WindowTokenArguments& arguments, int head, int group)
+      : WindowTokens(arguments) {
+    head_ = head, group_ = group, border_ = 0;
+    int rest = group;
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis)
+      if (arguments.count[axis].split(rest) == int(a_.count[axis]) - 1) border_ |= arguments.borders & 1 << axis;
+    batch_ = rest;
+  }
+
+  // Where a token is in its window.
+  struct Place {
+    int at[3];
+  };
+
+  // Fills the tables of the tokens, and calls visit(n, place) for each of their entries; to be followed by a barrier.
+  template <class Visit>
+  __device__ __forceinline__ void find_tokens(Visit visit) const {
+    if (const int slot = threadIdx.x; slot < kSlots)
+      bases()[slot] = batch_ * a_.tensor[slot].stride[0] + head_ * a_.tensor[slot].stride[4];
+    if (threadIdx.x == kSlots)
+      bases()[kSlots] = int64_t(batch_) * (a_.grid[0] * a_.grid[1] * a_.grid[2] * a_.heads) + head_;
+    int start[3], rest = group_;
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis)
+      start[axis] = common_.count[axis].split(rest) * int(a_.window[axis]) + int(a_.shift[axis]);
+    for (int n = int(threadIdx.x & 1023); n < slots(); n += int(blockDim.x)) {
+      const Place place = place_of(n);
+      bool real = true;
+      int region = 0, token = 0, source[3];
+#pragma unroll
+      for (int axis = 0; axis < 3; ++axis) {
+        const int grid = int(a_.grid[axis]);
+        source[axis] = start[axis] + place.at[axis];
+        if (source[axis] >= common_.padded[axis]) source[axis] -= common_.padded[axis];
+        real &= source[axis] < grid;
+        token += source[axis] * common_.token_step[axis];
+        if (place.at[axis] + int(a_.shift[axis]) >= int(a_.window[axis])) region |= 1 << axis;
+      }
+      at<int>(common_.tokens)[n] = !is_key(n) ? kNoToken : real ? token : kPadding;
+      regions()[n] = uint16_t(region & border_);
+#pragma unroll 1
+      for (int set = 0; set < common_.stride_sets; ++set) {
+        const int64_t* stride = a_.tensor[common_.slot_of[set]].stride;
+        offsets()[set * slots() + n] = batch_ * stride[0] + source[0] * stride[1] + source[1] * stride[2] +
+                                       source[2] * stride[3] + head_ * stride[4];
+      }
+      visit(n, place);
+    }
+  }
+
+  __device__ __forceinline__ int width() const { return kDepthFastest ? 7 : int(a_.window[2]); }
+  // Which plane of a window, or which eight of them, a line is in.
+  __device__ __forceinline__ int plane_of(int line) const { return common_.height.quotient(line); }
+  __device__ __forceinline__ Place place_of(int n) const {
+    const int height = int(a_.window[1]), width = this->width(), site = kDepthFastest ? n / 8 : n;
+    const int lines = kDepthFastest ? site / width : common_.width.quotient(site), column = site - lines * width;
+    const int planes = plane_of(lines);
+    const int line = lines - planes * height;
+    const int depth = kDepthFastest ? planes * 8 + n % 8 : planes;
+    return turned() ? Place{{depth, column, line}} : Place{{depth, line, column}};
+  }
+  // Whether height and width change places in the order of the tokens. So it is in windows of two regions by width and
+  // one by height, that all keys of a chunk are of one region.
+  __device__ __forceinline__ bool turned() const { return kTurns && (border_ & 6) == 4 && a_.window[1] == 7; }
+
+  // Calls visit with the coordinates by which the bias of a token goes: those of the number that they unravel to.
+  template <class Visit>
+  __device__ __forceinline__ int at_bias_place(const Place& place, Visit visit) const {
+    int depth = (place.at[0] * int(a_.window[1]) + place.at[1]) * int(a_.window[2]) + place.at[2];
+    const int width = common_.bias_width.split(depth), height = common_.bias_height.split(depth);
+    return visit(depth, height, width);
+  }
+  // The row of the table for two tokens is the difference of these, from that of a token with itself on.
+  __device__ __forceinline__ int bias_row(const Place& place) const {
+    return at_bias_place(place, [&](int depth, int height, int width) { return table_row(depth, height, width); });
+  }
+  __device__ __forceinline__ int table_row(int depth, int height, int width) const {
+    return depth * common_.table_step[0] + height * common_.table_step[1] + width * common_.table_step[2];
+  }
+  __device__ __forceinline__ const float* table() const {
+    return static_cast<const float*>(a_.bias) + head_ * a_.bias_head_stride;
+  }
+  // A bias as it is added to a product; its size, in bits, goes into largest.
+  __device__ __forceinline__ float bias_of(int row, int& largest) const {
+    return scaled_bias(table()[row * int(a_.bias_row_stride)], largest);
+  }
+  __device__ __forceinline__ float scaled_bias(float entry, int& largest) const {
+    const float bias = entry * common_.bias_scale;
+    largest = max(largest, __float_as_int(bias) & INT32_MAX);  // that of NaN is larger than all others
+    return bias;
+  }
+  static __device__ __forceinline__ bool is_moderate(int largest) { return largest <= __float_as_int(1048576.0f); }
+
+  __device__ __forceinline__ int slots() const { return common_.slots; }
+  __device__ __forceinline__ uint16_t* regions() const { return at<uint16_t>(common_.regions); }
+  __device__ __forceinline__ int* bias_rows() const { return at<int>(common_.bias_rows); }
+
+ private:
+  // Where the row of token 0 of the grid starts.
+  __device__ __forceinline__ const char* first_row(Slot slot) const { return a_.tensor[slot].data + bases()[slot]; }
+  // Distances from the start of a tensor, the last one in numbers of log-sum-exp: an address that comes from shared
+  // memory might be of any memory, to the compiler.
+  __device__ __forceinline__ int64_t* bases() const { return at<int64_t>(common_.bases); }
+  // Of the tokens, for each set of strides.
+  __device__ __forceinline__ int64_t* offsets() const { return at<int64_t>(common_.offsets); }
+  // Null for zeros.
+  __device__ __forceinline__ const char* pad_row(Slot slot) const {
+    return a_.pad_qkv && (slot == kK || slot == kV) ? a_.pad_qkv + (slot * a_.heads + head_) * a_.head_dim * 2
+                                                    : nullptr;
+  }
+
+ protected:
+  const Window3dArgs& a_;
+  const WindowTokenArguments& common_;
+  int head_, group_, batch_;
+  int border_;  // a bit for each axis of two regions in this window
+};
+
+}  // namespace vidattn::cuda
