@@ -147,7 +147,10 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     def copies(body: frozenset[int]) -> float:
         """Of two copies in a row the first one is of keys and values, the other of queries."""
         in_main = program.is_in("main", body)
-        of_queries = in_main or program.siblings(body).index(body) % 2 == 1
+        aligned = [loop for loop in program.siblings(body) if program.is_aligned(loop)]
+        if body not in aligned:
+            return 0
+        of_queries = in_main or aligned.index(body) % 2 == 1
         at_a_time = threads * max(1, program.copies(body))
         copied = math.ceil(2 * (tile if of_queries else slots) * row_bytes // 16 / at_a_time)
         if in_main:  # of the next tile
@@ -206,6 +209,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return {
             "group": walk,
             "keys": blocks,
+            "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "records": math.ceil(block_keys / 2 / threads) * (not whole_rows) if depth_fastest else tokens <= 64,
             "jobs": tile / 8 / warps,

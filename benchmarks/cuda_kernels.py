@@ -226,7 +226,8 @@ class CudaProgram:
         Returns:
             Outside of the main loop "group" for the outermost of those around it, "keys" for those within, and "scores"
             for other products: of whole rows, for their statistics. Within it "meet" for products of queries with keys,
-            "jobs" whose products are written and, in these, "steps". For those without products "copy" into shared
+            "jobs" whose products are written and, in these, "steps". Where the main loop is that over windows, it is
+            "group", and what is around it "restart". For those without products "copy" into shared
             memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
             "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
@@ -235,7 +236,7 @@ class CudaProgram:
         names = {self.instructions[index].name for index in body}
         if self._products(body):
             if self._of_windows:
-                return "group" if body in self.main_loops else "keys"
+                return "group" if body in self.main_loops else "restart"
             if any(body < main for main in self.main_loops):
                 return "steps" if with_products[0] not in self.main_loops else "jobs" if "STG" in names else "meet"
             if not any(main <= body for main in self.main_loops):
@@ -270,6 +271,10 @@ class CudaProgram:
     def flops(self, body: frozenset[int]) -> float:
         """Operations of the products of a loop."""
         return sum(self.instructions[index].matrix_flops for index in body)
+
+    def is_aligned(self, body: frozenset[int]) -> bool:
+        """Tell whether a loop is for rows that are multiples of 16 bytes alone."""
+        return self._narrowest(body) >= 16
 
     def copies(self, body: frozenset[int]) -> int:
         """Count the reads of global memory in a loop, of copies those of 16 bytes alone."""

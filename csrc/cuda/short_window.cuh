@@ -139,6 +139,21 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
     }
   }
 
+  // Of twice so many sums, lanes that differ in one bit of their number share out those of both. Returns the first one
+  // that stays.
+  template <int kCount>
+  __device__ __forceinline__ int halve(float (&sums)[kEights][4], int bit) const {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float other = __shfl_xor_sync(~0u, upper ? sums[e][i] : sums[kCount + e][i], bit);
+        sums[e][i] = (upper ? sums[kCount + e][i] : sums[e][i]) + other;
+      }
+    return upper ? kCount : 0;
+  }
+
   // Sums over all keys of P and P dP, for each query: then its weights have a sum of 1, and delta the same weights and
   // products as dS. The record gets 1 / sum of P in the place of the log-sum-exp. Returns whether all is moderate.
   __device__ __forceinline__ bool refine(const float (&p)[kEights][4], const float (&dp)[kEights][4]) const {
@@ -151,19 +166,8 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         sums[e][2 + i] = fmaf(p[e][i], dp[e][i], p[e][2 + i] * dp[e][2 + i]);
       }
     // Each lane of the eight that have the same queries gives half of the eights away, until one is left to it.
-    int mine = 0;
-#pragma unroll
-    for (int count = kEights / 2, bit = 4; count > 0; count /= 2, bit *= 2) {
-      const bool upper = lane & bit;
-      mine += upper ? count : 0;
-#pragma unroll
-      for (int e = 0; e < count; ++e)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float other = __shfl_xor_sync(~0u, upper ? sums[e][i] : sums[count + e][i], bit);
-          sums[e][i] = (upper ? sums[count + e][i] : sums[e][i]) + other;
-        }
-    }
+    static_assert(!kWholeRows || kEights == 8);
+    const int mine = halve<4>(sums, 4) + halve<2>(sums, 8) + halve<1>(sums, 16);
     float4* parts = reinterpret_cast<float4*>(at(plan.scores));  // of warps, eights and pairs of queries
     parts[(warp * kEights + mine) * 4 + lane % 4] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
     __syncthreads();
@@ -179,7 +183,8 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
       }
       const bool real = group.is_real(n);
       moderate &= !real || (sum > 0.5f && sum < 2.0f);
-      records()[n].log_sum = real ? 1.0f / sum : 0.0f, records()[n].minus_delta = real ? -product / sum : 0.0f;
+      const float inverse = real ? 1.0f / sum : 0.0f;
+      records()[n].log_sum = inverse, records()[n].minus_delta = real ? -product * inverse : 0.0f;
     }
     return __syncthreads_and(moderate);
   }
@@ -204,7 +209,59 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         gpu::mma_16x8x16<T>(sum[2 * part + 1], a, b[2], b[3], sum[2 * part + 1]);
       }
     }
-    this->write_queries(0, 16 * warp, 0, sum);
+    stage(plan.queries + kArea, sum, group.scale());
+  }
+
+  // Brings gradients of the 16 tokens whose numbers are those of this warp's keys to their rows of an area.
+  __device__ __forceinline__ void stage(int area, const float (&sum)[kDim / 8][4], float scale) const {
+    const uint32_t rows = address(area) + 16 * warp * Layout::kBytes + lane % 4 * 4;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        gpu::store_shared(rows + Layout::place(lane / 4 + 8 * half, n),
+                          gpu::pack<T>(sum[n][2 * half] * scale, sum[n][2 * half + 1] * scale));
+  }
+
+  // Writes what has been staged: dQ, dK and dV in the places of dO, Q and V.
+  __device__ __forceinline__ void write_rows() const {
+    constexpr Slot kGradients[3] = {kDq, kDk, kDv};
+    const int areas[3] = {plan.queries + kArea, plan.queries, plan.values};
+    const bool plain = group.is_plain(kDq) && group.is_plain(kDk) && group.is_plain(kDv);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const int thread = lane + 32 * i, piece = thread % Layout::kPieces, n = 16 * warp + thread / Layout::kPieces;
+      const int token = group.token(n), place = int(Layout::place(n, piece));
+      if (token < 0 || piece * 8 >= group.head_dim()) continue;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        const uint4 words = gpu::load_shared<uint4>(address(areas[j]) + place);
+        if (plain)
+          *reinterpret_cast<uint4*>(const_cast<char*>(group.plain_row(kGradients[j], token)) + 16 * piece) = words;
+        else
+          write_piece(group.gradient(kGradients[j], n), piece, group.head_dim(), arguments.gradient_unit, words);
+      }
+    }
+  }
+
+  // Adds the gradients of keys that are padding to the sums of the warp.
+  __device__ __forceinline__ void add_padding(const Sums& sums) const {
+    const bool padding[2] = {group.token(key(0) + lane / 4) == kPadding,
+                             group.token(key(0) + lane / 4 + 8) == kPadding};
+    if (!__any_sync(~0u, padding[0] || padding[1])) return;
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float (&of)[4] = (which ? sums.dv : sums.dk)[0][n];
+          float sum = (padding[0] ? of[j] : 0.0f) + (padding[1] ? of[2 + j] : 0.0f);
+#pragma unroll
+          for (int bits = 4; bits < 32; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+          if (lane < 4) this->pad(warp)[which * kDim + n * 8 + lane * 2 + j] += which ? sum : sum * group.scale();
+        }
   }
 
   // All that a window has, which has arrived in shared memory. Returns whether numbers were moderate; if they were not,
@@ -213,7 +270,6 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
   __device__ __forceinline__ bool run_window(Pairs& pairs) const {
     Keys keys;
     Sums sums;
-    sums.reset();
 #pragma unroll
     for (int part = 0; part < kDim / 16; ++part) {
       const uint32_t place = Layout::place(16 * warp + lane % 16, 2 * part + lane / 16);
@@ -233,6 +289,7 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         }
       }
       if (!refine(p, dp)) return false;
+      sums.reset();
 #pragma unroll
       for (int step = 0; step < kEights / 2; ++step) {
         if (!has(2 * step)) continue;
@@ -251,6 +308,7 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         finish(two, gradients, minus_delta, sums, pairs, step);
       }
     } else {
+      sums.reset();
 #pragma unroll
       for (int step = 0; step < kEights / 2; ++step) {
         if (!has(2 * step)) continue;
@@ -261,9 +319,12 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         finish(p, dp, minus_delta, sums, pairs, step);
       }
     }
-    __syncthreads();
+    __syncthreads();  // from here on, only K and dS are read
     sum_queries();
-    this->write_keys(sums, 0);
+    stage(plan.queries, sums.dk[0], group.scale());
+    stage(plan.values, sums.dv[0], 1.0f);
+    write_rows();
+    if (arguments.pad_gradient) add_padding(sums);
     return true;
   }
 
@@ -315,20 +376,15 @@ __device__ __forceinline__ void short_backward(const typename Group::Arguments& 
     pairs.reset();
 #pragma unroll 1
     while (now->group < now->end) {
-      bool usual;
-      {
-        Group group(arguments, now->head, now->group);
-        group.find_rows();
-        __syncthreads();
-        const B backward(arguments, group);
-        backward.copy_block(0);
-        const bool moderate = B::kWholeRows ? backward.read_log_sums() : backward.read_statistics();
-        gpu::cp_async_wait<0>();
-        usual = __syncthreads_and(moderate) && now->folds;
-      }
+      const Group group(arguments, now->head, now->group);
+      group.find_rows();
+      __syncthreads();
+      const B backward(arguments, group);
+      backward.copy_block(0);
+      const bool moderate = B::kWholeRows ? backward.read_log_sums() : backward.read_statistics();
+      gpu::cp_async_wait<0>();
+      bool usual = __syncthreads_and(moderate) && now->folds;
       if (usual) {
-        const Group group(arguments, now->head, now->group);
-        const B backward(arguments, group);
         usual = group.masks() ? backward.template run_window<Way::kMasked>(pairs)
                               : backward.template run_window<Way::kPlain>(pairs);
       }
