@@ -30,7 +30,7 @@ _SHAPE = """
 _FORWARD = f"WindowShape shape{{}};{_SHAPE}\n  const auto p = plan_forward(shape, n[8]);"
 _FORWARD_FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "depth_fastest", "shared_bytes")
 _BACKWARD = f"""BackwardShape shape{{}};{_SHAPE}
-  shape.table_gradient = true;
+  shape.table_gradient = shape.aligned_rows = true;
   const auto plan = plan_backward(shape, n[8]);
   struct : BackwardPlan {{ int64_t shares; }} p{{plan, backward_shares(n[7] / n[14], n[14], plan, n[4])}};"""
 _BACKWARD_FIELDS = (
@@ -43,7 +43,7 @@ _BACKWARD_FIELDS = (
     "bias_floats",
     "table_floats",
 )
-_BACKWARD_FIELDS += ("short_window", "shared_bytes", "shares")
+_BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares")
 _WHOLE_ROWS = 64  # keys of a row whose statistics come from all its scores
 
 
@@ -134,7 +134,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     )
     warps, tile, blocks, row_bytes = threads // LANES, plan["query_tile"], plan["blocks"], plan["dim"] * 2
     depth_fastest, whole_rows = bool(plan["depth_fastest"]), tokens <= _WHOLE_ROWS
-    block_keys = warps * plan["warp_keys"] if depth_fastest else math.ceil(tokens / blocks)
+    block_keys = plan["block_keys"] if depth_fastest else math.ceil(tokens / blocks)
     slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block
     name: tuple[Any, ...] = "window_backward", ELEMENTS[dtype], plan["dim"]
@@ -176,26 +176,27 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return math.ceil(floats[index] / threads) if index < len(floats) else 0
 
     def statistics(body: frozenset[int]) -> float:
-        """Four threads read a row of the output; of whole rows, a thread reads one number."""
+        """Four threads read a row of the output; of whole rows, and depth fastest, a thread reads one number."""
+        if depth_fastest:
+            return math.ceil(block_keys / threads)
         if (program.copies(body) == 1) != whole_rows:
             return 0
         return math.ceil(slots * (1 if whole_rows else 4) / threads)
 
     def scores_of_rows(body: frozenset[int]) -> float:
-        """A warp has 16 rows at a time and goes over the keys by 8; depth fastest, it has 8 rows and all keys."""
-        if depth_fastest:
-            return 7 * whole_rows
+        """A warp has 16 rows at a time and goes over the keys by 8."""
         inner = program.is_in("scores", body)
         return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
 
     def meet(body: frozenset[int]) -> float:
+        """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
+        if depth_fastest:
+            return 4 / 7 * block_keys / plan["warp_keys"]
         return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
 
     def steps(body: frozenset[int]) -> float:
-        """The keys of a block, for half of the elements of 16 queries or all of 8; 32 at a time, then the rest."""
+        """The keys of a block, for half of the elements of 16 queries."""
         at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
-        if depth_fastest:
-            return (block_keys % 32 if at_a_time < 32 else block_keys // 32 * 32) / at_a_time
         return math.ceil(block_keys / at_a_time)
 
     def rounds(body: frozenset[int]) -> float:
@@ -211,7 +212,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "keys": blocks,
             "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
-            "records": math.ceil(block_keys / 2 / threads) * (not whole_rows) if depth_fastest else tokens <= 64,
+            "records": tokens <= 64,
             "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
@@ -220,15 +221,20 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None
     windows_and_heads = _groups(case)
-    rounds_of_main = windows_and_heads * blocks * tiles * warps
+    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
+    rounds_of_main = windows_and_heads * blocks * tiles * owners
     computed = rounds_of_main * scores
     border = border_share(windows)
     walked = rounds_of_main * LANES * ((1 - border) * loop.hot + border * masked.hot)
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
     work = _Work(moved, walked, computed, loop.flops / scores, traffic)
-    copy_in = walk * 4 * slots * row_bytes  # keys, values; context and its gradient, for the sums of their products
-    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, [1] * warps)
+    copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
+    if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
+        copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
+        products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
+        tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
+    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
     whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
 
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)

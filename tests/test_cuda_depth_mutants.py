@@ -16,33 +16,42 @@ FILE = "depth_fastest.cuh"
 MISTAKES = {
     "no barrier before dQ": (
         "race|uninitialised",
-        r"gpu::cp_async_wait<0>\(\);\s*__syncthreads\(\);\s*write_queries",
-        "gpu::cp_async_wait<0>();\n      write_queries",
+        r"__syncthreads\(\);(\s*again\(\)\.write_queries)",
+        r"\1",
     ),
     "no barrier behind dQ": ("race", r"(write_queries\(row\);)\s*__syncthreads\(\);", r"\1"),
     "no wait for the next queries": (
         "race.*not waited for",
-        r"gpu::cp_async_wait<0>\(\);(\s*__syncthreads\(\);\s*write_queries)",
+        r"gpu::cp_async_wait<0>\(\);(\s*if \(row \+ 1 < rows\(\)\) again\(\)\.template find_deltas)",
         r"\1",
     ),
-    "the next row overwrites this one": ("race|off by", r"\(row \+ 1\) % 2\)", "row % 2)"),
+    "the next row overwrites this one": ("race|off by", r"kQueries \+ row % 2 \*", "kQueries + 0 *"),
     "sums of the wrong height": (
         "race|off by",
-        r"difference = row - warp \+ rows\(\) - 1",
-        "difference = (row - warp + 2 * rows() - 1) % rows()",
+        r"difference = row - warp \+ kPlaces - 1",
+        "difference = (row - warp + 2 * kPlaces - 1) % kPlaces",
     ),
     "sums of the wrong width": ("off by", r"sum\[query - key \+ kPlaces - 1 - kFirst\]", "sum[key % kCount]"),
     "pairs of bias in the wrong order": ("off by", r"\(kPlaces - 1 - width\) \* 8", "(kPlaces - 1 + width) * 8"),
-    "one copy of the bias for all": ("off by|misaligned", r"copy \+ \(slot \+ 1\) \* 8", "(slot - 1) * 8"),
+    "one copy of the bias for all": (
+        "off by|misaligned",
+        r"RowBias::kCopyBytes \+ \(slot \+ 1\) \* 8",
+        "(slot - 1) * 8",
+    ),
     "regions by height alone": ("off by", r"height \|\| \(group\.region", "height && (group.region"),
     "the last keys stand along": ("off by", r"if \(place \+ 1 == kPlaces\) packed = gpu::transpose\(packed\);", ""),
-    "delta is not taken off": ("off by", r"first\.minus_delta, second", "0.0f, second"),
+    "delta is not taken off": ("off by", r"minus = -this->sum_of_quad\(sum\)", "minus = 0.0f"),
     "dS in the wrong rows": (
         "off by|race|uninitialised",
         r"\(2 \* t \+ half\) \* 8 \* kScoreBytes",
         "(2 * t + 1 - half) * 8 * kScoreBytes",
     ),
-    "padding has no gradient": ("off by", r"padded \|= !to;", ""),
+    "delta of another row": (
+        "off by|race|uninitialised",
+        r"find_deltas<kExact>\(row \+ 1\)",
+        "find_deltas<kExact>(row)",
+    ),
+    "padding has no gradient": ("off by", r"padded \|= token < 0;", ""),
     "the last row of the table is left out": ("off by", r"key < min\(8, 8 - depth\)", "key < min(7, 8 - depth)"),
 }
 

@@ -48,6 +48,14 @@ MORE_CASES: dict[str, dict[str, Any]] = {
     },
     "49 tokens, huge logits": {"grid": (1, 9, 7), "window_size": (1, 7, 7), "size": 1e6, "pad": True},
     "343 tokens": {"grid": (7, 7, 7), "window_size": (7, 7, 7), "heads": 1},
+    "depth fastest, a mask that hides little": {
+        "grid": (13, 3, 9),
+        "window_size": (8, 2, 7),
+        "shift": (3, 1, 3),
+        "heads": 1,
+        "mask_value": -1.5,
+    },
+    "8 deep and 7 wide, rows of 12 bytes": {"grid": (8, 2, 7), "window_size": (8, 2, 7), "heads": 1, "head_dim": 6},
     "144 tokens": {"grid": (1, 12, 24), "window_size": (1, 12, 12), "shift": (0, 6, 6), "heads": 1},
     "8 frames of 16, the others padding": {
         "grid": (4, 7, 7),
@@ -338,7 +346,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         using namespace vidattn::cuda;
         extern "C" void plan(const int64_t* n, int64_t* out) {{
           const WindowShape w{{{{n[0], n[1], n[2]}}, n[3], n[4], true, n[5], 0, {{n[0], n[1], n[2]}}, {{n[1], n[2]}}}};
-          const BackwardShape s{{w, n[6] != 0, n[7] != 0}};
+          const BackwardShape s{{w, n[6] != 0, n[7] != 0, true}};
           const auto p = plan_backward(s, n[8]);
           const int64_t all[] = {{{fields}}};
           for (int i = 0; i < {len(NAMES)}; ++i) out[i] = all[i];

@@ -139,6 +139,7 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
 
 struct BackwardShape : WindowShape {
   bool table_gradient, pad_gradient;
+  bool aligned_rows;  // all are multiples of 16 bytes, at one stride from token to token
 };
 
 // A warp owns `warp_keys` keys of a block of keys, and meets the queries tile by tile.
@@ -226,32 +227,33 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
 
 // Windows that are 8 deep and 7 wide, or have two other axes of such a length: a warp owns the 56 keys of one height
 // (depth_fastest.cuh). Of 7 depths, one in eight is filled up. Everything is in shared memory, or this is not the way.
+// There is room for 7 heights, whatever the window has, so that the compiler knows all distances.
+struct DepthFastestPlaces {
+  static constexpr int kTokens = 8 * 7 * 7, kSlots = 416, kRowBytes = 56 * 64;
+  static constexpr int kKeyBytes = 7 * kRowBytes + 8 * 64;  // the last warp reads 8 keys on
+  static constexpr int kValues = kKeysPlace + kKeyBytes;
+  static constexpr int kQueries = kValues + kKeyBytes;  // two rows of them, each with the gradients of its context
+  static constexpr int kScores = kQueries + 4 * kRowBytes;
+  static constexpr int kContext = kScores + kTokens * 112;  // of a row of queries; exact: the records of all
+  static constexpr int kDeltas = kContext + 16 * kSlots;    // of two rows
+  static constexpr int kLogSums = kDeltas + 2 * 56 * 8;
+  static constexpr int kBias = kLogSums + 4 * kTokens, kBiasFloats = 2 * (13 * 14 + 1) * 28;
+  static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
+  static constexpr int kPads = kTable + 4 * kTableFloats;
+  static constexpr int kTables = kPads + 7 * 2 * 32 * 4;  // of the tokens
+  static constexpr int kBytes = kTables + kSlots * (4 + 4 + 2);
+};
 constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&axes)[3]) {
-  const int64_t rows = s.window[axes[1]], keys = 56 * rows, slots = round_up(keys, 32), heights = 2 * rows - 1;
-  const int64_t read = round_up(keys + 8, 16);  // the last warp reads 8 keys on
+  using Place = DepthFastestPlaces;
   BackwardPlan plan{};
-  plan.dim = 32, plan.warps = static_cast<int>(rows), plan.threads = 32 * plan.warps,
-  plan.warp_keys = plan.query_tile = 56;
-  plan.block_keys = static_cast<int>(keys), plan.rows = static_cast<int>(read);
+  plan.dim = 32, plan.warps = 7, plan.threads = 32 * plan.warps, plan.warp_keys = plan.query_tile = 56;
+  plan.block_keys = static_cast<int>(56 * s.window[axes[1]]), plan.rows = Place::kKeyBytes / 64;
   plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
   for (int i = 0; i < 3; ++i) plan.axes[i] = axes[i];
-  plan.bias_floats = static_cast<int>(2 * (heights * 14 + 1) * 28);
-  plan.table_floats = static_cast<int>(s.table_gradient ? heights * 13 * 64 : 0);
-  int64_t at = kKeysPlace + 64 * read;
-  const auto take = [&](int64_t bytes) {
-    const int64_t place = at;
-    at += round_up(bytes, 16);
-    return static_cast<int>(place);
-  };
-  plan.values = take(64 * read);
-  plan.queries = take(4 * 56 * 64);
-  plan.scores = take(keys * 112);
-  plan.records = take(28 * slots);
-  plan.table_sums = take(4 * plan.table_floats);
-  plan.pad_sums = take(s.pad_gradient ? rows * 2 * 32 * 4 : 0);
-  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
-  take(4 * plan.bias_floats);
-  plan.shared_bytes = at;
+  plan.bias_floats = Place::kBiasFloats, plan.table_floats = s.table_gradient ? Place::kTableFloats : 0;
+  plan.values = Place::kValues, plan.queries = Place::kQueries, plan.scores = Place::kScores;
+  plan.records = Place::kContext, plan.table_sums = Place::kTable, plan.pad_sums = Place::kPads;
+  plan.tokens = Place::kTables, plan.shared_bytes = Place::kBytes;
   return plan;
 }
 
@@ -297,11 +299,12 @@ constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
   BackwardPlan plan{};
   for (const auto& axes : kAxisOrders) {
     const int64_t depth = s.window[axes[0]], rows = s.window[axes[1]], places = s.window[axes[2]];
-    if (depth < 7 || depth > 8 || rows > 7 || places != 7 || s.head_dim > 32 || !s.plain_bias) continue;
+    if (depth < 7 || depth > 8 || rows > 7 || places != 7) continue;
     const BackwardPlan placed = plan_depth_fastest(s, axes);
-    if (placed.shared_bytes <= limit && (!plan.depth_fastest || placed.warps < plan.warps)) plan = placed;
+    if (!plan.depth_fastest || placed.block_keys < plan.block_keys) plan = placed;
   }
-  if (plan.depth_fastest) return plan;
+  const bool fits_depth = s.head_dim <= 32 && s.plain_bias && s.aligned_rows && plan.shared_bytes <= limit;
+  if (plan.depth_fastest && fits_depth) return plan;
   if (fits_short) return short_plan;
   plan = {};
   for (int i = 0; i < 3; ++i) plan.axes[i] = i;

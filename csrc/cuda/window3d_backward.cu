@@ -28,6 +28,7 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   for (Slot slot : {kDq, kDk, kDv}) a.gradient_unit = a.unit[slot] < a.gradient_unit ? a.unit[slot] : a.gradient_unit;
   BackwardShape shape{shape_of(a)};
   shape.table_gradient = table_gradient, shape.pad_gradient = a.pad_gradient = pad_gradient;
+  shape.aligned_rows = a.plain == (1u << kSlots) - 1;
   a.backward = plan_backward(shape, gpu::shared_memory_limit());
   const BackwardPlan& plan = a.backward;
   order_axes(a, call, plan.axes);
