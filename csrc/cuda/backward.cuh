@@ -18,6 +18,9 @@ namespace vidattn::cuda {
 
 constexpr float kNoWeight = -1e30f;  // added to a score
 
+// How scores come about: with the bias as part of the product, with the mask too, or step by step.
+enum class Way { kPlain, kMasked, kExact };
+
 // dK and dV of a warp's keys. A lane has the keys lane / 4 and 8 more of each tile of 16, like the C operand of mma.
 template <int kDim, int kTiles>
 struct KeySums {
@@ -133,8 +136,8 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     }
   }
 
-  // The queries from `first` on, a tile, meet the keys of this warp.
-  template <bool kFolded, class Table>
+  // The queries from `first` on, a tile, meet the keys of this warp. Plain: all of its tiles are keys.
+  template <Way kWay, class Table>
   __device__ __forceinline__ void meet_queries(Sums& sums, const Table& table, const uint32_t (&biases)[kTiles][2],
                                                int block, int count, int first) const {
     constexpr int kArea = kQueries * Layout::kBytes;
@@ -145,13 +148,20 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     const uint32_t keys =
         start + kKeysPlace + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const int column = lane % 4 * 2;
-    const QueryRecord* const record = records() + first + column;
+    const uint32_t record = start + plan.records + (first + column) * int(sizeof(QueryRecord));
     const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
-    [[maybe_unused]] constexpr int kUnrolled = kFolded && kDim == 32 ? kSteps : 1;  // as far as registers go
+    [[maybe_unused]] constexpr int kUnrolled =
+        kWay != Way::kExact && kDim == 32 ? kSteps : 1;  // as far as registers go
 #pragma unroll kUnrolled
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t rows_at = 16 * step * Layout::kBytes;
-      const QueryRecord* const of = record + 16 * step;
+      const auto record_of = [&](int i) {  // of this lane's four queries
+        return record + (16 * step + i / 2 * 8 + i % 2) * int(sizeof(QueryRecord));
+      };
+      int2 added[4];  // the bias row, or the largest score; the region
+      float2 of[4];   // the log-sum-exp, minus delta
+#pragma unroll
+      for (int i = 0; i < 4; ++i) added[i] = gpu::load_shared<int2>(record_of(i) + int(offsetof(QueryRecord, bias)));
       float p[2][kTiles][4], ds[2][kTiles][4];  // (16 keys, 8 queries)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -159,35 +169,37 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            p[half][t][i] = kFolded ? group.bias_at(biases[t][i / 2], of[8 * half + i % 2].bias) : 0.0f;
-      if (kFolded && group.masks()) {
+            p[half][t][i] = kWay == Way::kExact ? 0.0f : group.bias_at(biases[t][i / 2], added[2 * half + i % 2].x);
+      if (kWay == Way::kMasked && group.masks()) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int t = 0; t < kTiles; ++t)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, of[8 * half + i % 2].region);
+              p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, added[2 * half + i % 2].y);
       }
       multiply(p, keys, four + rows_at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of[i] = gpu::load_shared<float2>(record_of(i));
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const QueryRecord& query = of[8 * half + i % 2];
+            const float2& query = of[2 * half + i % 2];
             float& x = p[half][t][i];
-            if constexpr (kFolded) {
-              x = gpu::exp2_approx(fmaf(x, group.factor(), -query.log_sum));
+            if constexpr (kWay != Way::kExact) {
+              x = gpu::exp2_approx(fmaf(x, group.factor(), -query.x));
             } else {
               const int lane = thread_of_block() % 32;
               const int with = min(key(block) + 16 * t + lane / 4 + i / 2 * 8, group.keys() - 1);
               const float score = group.exact(x, first + 16 * step + 8 * half + lane % 4 * 2 + i % 2, with);
-              x = gpu::exp2_approx((score - query.largest) * kLog2e - query.log_sum);
+              x = gpu::exp2_approx((score - __int_as_float(added[2 * half + i % 2].x)) * kLog2e - query.x);
             }
           }
-      if (count < kKeys) {  // what only fills up the tiles is no key
+      if (kWay != Way::kPlain && count < kKeys) {  // what only fills up the tiles is no key
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -208,7 +220,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)  // a difference of equals is 0, as delta was no part of the product
-            ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[8 * half + i % 2].minus_delta);
+            ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[2 * half + i % 2].y);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             p_packed[t][2 * half + i] = gpu::pack<T>(p[half][t][2 * i], p[half][t][2 * i + 1]);
@@ -218,7 +230,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
           }
           if (table.wanted()) table.put(t, ds[half][t]);
         }
-        if (table.wanted()) table.template add<kFolded>(first + 16 * step + 8 * half);
+        if (table.wanted()) table.template add<kWay != Way::kExact>(first + 16 * step + 8 * half);
       }
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part) {
@@ -364,7 +376,14 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll 1
     for (int query = 0; query < group.keys(); query += kQueries) {
       if (query + kQueries < group.keys()) copy_queries(query + kQueries, (query / kQueries + 1) % 2);
-      if (count > 0) meet_queries<kFolded>(sums, table, biases, block, count, query);
+      if constexpr (kFolded) {
+        if (count == kKeys && !group.masks())
+          meet_queries<Way::kPlain>(sums, table, biases, block, count, query);
+        else if (count > 0)
+          meet_queries<Way::kMasked>(sums, table, biases, block, count, query);
+      } else if (count > 0) {
+        meet_queries<Way::kExact>(sums, table, biases, block, count, query);
+      }
       gpu::cp_async_wait<0>();
       __syncthreads();
       sum_queries(block, int(gpu::keep(query)));

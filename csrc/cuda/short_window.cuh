@@ -8,8 +8,6 @@
 
 namespace vidattn::cuda {
 
-enum class Way { kPlain, kMasked, kExact };
-
 template <class T, int kDim, class Group, int kTokens>
 struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
   using Base = Backward<T, kDim, Group, 16, kTokens>;
@@ -60,9 +58,16 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
     return moderate;
   }
 
+  // The A operand of this warp's rows of an area.
+  __device__ __forceinline__ void load_rows(uint32_t (&a)[kDim / 16][4], int area) const {
+#pragma unroll
+    for (int part = 0; part < kDim / 16; ++part)
+      gpu::ldmatrix(a[part], address(area) + Layout::place(16 * warp + lane % 16, 2 * part + lane / 16));
+  }
   // Rows of keys, and where the addresses of their bias start.
   struct Keys {
-    uint32_t k[kDim / 16][4], v[kDim / 16][4], bias[2];
+    uint32_t k[kDim / 16][4], bias[2];
+    int region[2];  // masked
   };
 
   // c += the keys' rows times the transposed ones of eight queries.
@@ -78,19 +83,20 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
 
   // P and dP of eight queries. Returns minus delta of this lane's, where it is known.
   template <Way kWay>
-  __device__ __forceinline__ float2 meet(float (&p)[4], float (&dp)[4], const Keys& keys, int eight) const {
+  __device__ __forceinline__ float2 meet(float (&p)[4], float (&dp)[4], const Keys& keys,
+                                         const uint32_t (&values)[kDim / 16][4], int eight) const {
     const float4 first = gpu::load_shared<float4>(records_of(eight));
     const float4 second = gpu::load_shared<float4>(records_of(eight) + int(sizeof(QueryRecord)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float4& query = i % 2 ? second : first;
       p[i] = kWay == Way::kExact ? 0.0f : group.bias_at(keys.bias[i / 2], __float_as_int(query.z));
-      if (kWay == Way::kMasked) p[i] += group.mask_of(key(0) + lane / 4 + i / 2 * 8, __float_as_int(query.w));
+      if (kWay == Way::kMasked && keys.region[i / 2] != __float_as_int(query.w)) p[i] += group.mask_added();
       dp[i] = 0.0f;
     }
     const uint32_t rows = address(plan.queries) + Layout::place(lane % 8, lane / 8) + 8 * eight * Layout::kBytes;
     multiply(p, keys.k, rows);
-    multiply(dp, keys.v, rows + kArea);
+    multiply(dp, values, rows + kArea);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float4& query = i % 2 ? second : first;
@@ -270,19 +276,19 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
   __device__ __forceinline__ bool run_window(Pairs& pairs) const {
     Keys keys;
     Sums sums;
-#pragma unroll
-    for (int part = 0; part < kDim / 16; ++part) {
-      const uint32_t place = Layout::place(16 * warp + lane % 16, 2 * part + lane / 16);
-      gpu::ldmatrix(keys.k[part], address(kKeysPlace) + place);
-      gpu::ldmatrix(keys.v[part], address(plan.values) + place);
+    load_rows(keys.k, kKeysPlace);
+    for (int half = 0; half < 2; ++half) {
+      const int n = key(0) + lane / 4 + 8 * half;
+      keys.bias[half] = key_bias(n), keys.region[half] = kWay == Way::kMasked ? group.region(n) : 0;
     }
-    keys.bias[0] = key_bias(key(0) + lane / 4), keys.bias[1] = key_bias(key(0) + lane / 4 + 8);
     if constexpr (kWholeRows && kWay != Way::kExact) {
       float p[kEights][4], dp[kEights][4];
+      uint32_t values[kDim / 16][4];
+      load_rows(values, plan.values);
 #pragma unroll
       for (int e = 0; e < kEights; ++e) {
         if (has(e)) {
-          meet<kWay>(p[e], dp[e], keys, e);
+          meet<kWay>(p[e], dp[e], keys, values, e);
         } else {
           p[e][0] = p[e][1] = p[e][2] = p[e][3] = 0.0f;
           dp[e][0] = dp[e][1] = dp[e][2] = dp[e][3] = 0.0f;
@@ -308,6 +314,8 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         finish(two, gradients, minus_delta, sums, pairs, step);
       }
     } else {
+      uint32_t values[kDim / 16][4];
+      load_rows(values, plan.values);
       sums.reset();
 #pragma unroll
       for (int step = 0; step < kEights / 2; ++step) {
@@ -315,7 +323,8 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         float p[2][4], dp[2][4];
         float2 minus_delta[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) minus_delta[half] = meet<kWay>(p[half], dp[half], keys, 2 * step + half);
+        for (int half = 0; half < 2; ++half)
+          minus_delta[half] = meet<kWay>(p[half], dp[half], keys, values, 2 * step + half);
         finish(p, dp, minus_delta, sums, pairs, step);
       }
     }
