@@ -43,7 +43,8 @@ _BACKWARD_FIELDS = (
     "bias_floats",
     "table_floats",
 )
-_BACKWARD_FIELDS += ("pair_sums", "shared_bytes", "shares")
+_BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares")
+_WHOLE_ROWS = 64  # keys of a row whose statistics come from all its scores
 
 
 @cache
@@ -132,16 +133,24 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         num_bias_rows(case.window),
     )
     warps, tile, blocks, row_bytes = threads // LANES, plan["query_tile"], plan["blocks"], plan["dim"] * 2
-    slots, tiles, block_keys = math.ceil(tokens / 32) * 32, math.ceil(tokens / tile), math.ceil(tokens / blocks)
+    depth_fastest, whole_rows = bool(plan["depth_fastest"]), tokens <= _WHOLE_ROWS
+    block_keys = plan["block_keys"] if depth_fastest else math.ceil(tokens / blocks)
+    slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block
-    depth_fastest = bool(plan["depth_fastest"])
-    name = "depth_fastest_window_backward" if depth_fastest else "window_backward", ELEMENTS[dtype], plan["dim"]
+    name: tuple[Any, ...] = "window_backward", ELEMENTS[dtype], plan["dim"]
+    if depth_fastest:
+        name = "depth_fastest_window_backward", *name[1:]
+    elif plan["short_window"]:
+        name = "short_window_backward", ELEMENTS[dtype], tile
     program, _ = _kernel(arch, *name)
 
     def copies(body: frozenset[int]) -> float:
         """Of two copies in a row the first one is of keys and values, the other of queries."""
         in_main = program.is_in("main", body)
-        of_queries = in_main or program.siblings(body).index(body) % 2 == 1
+        aligned = [loop for loop in program.siblings(body) if program.is_aligned(loop)]
+        if body not in aligned:
+            return 0
+        of_queries = in_main or aligned.index(body) % 2 == 1
         at_a_time = threads * max(1, program.copies(body))
         keys = tokens if depth_fastest else slots
         copied = math.ceil(2 * (tile if of_queries else keys) * row_bytes // 16 / at_a_time)
@@ -161,9 +170,22 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         index, tables = program.siblings(body).index(body), plan["table_floats"]
         if depth_fastest:
             floats = (tables, 0, plan["bias_floats"])
-        else:  # sums of the pairs come first, four floats of a lane at a time
-            floats = (slots * plan["warp_keys"] * warps // 4 * bool(plan["pair_sums"]), tables * warps)
+        else:
+            floats = (tables * warps,)
         return math.ceil(floats[index] / threads) if index < len(floats) else 0
+
+    def statistics(body: frozenset[int]) -> float:
+        """Four threads read a row of the output; of whole rows, and depth fastest, a thread reads one number."""
+        if depth_fastest:
+            return math.ceil(block_keys / threads)
+        if (program.copies(body) == 1) != whole_rows:
+            return 0
+        return math.ceil(slots * (1 if whole_rows else 4) / threads)
+
+    def scores_of_rows(body: frozenset[int]) -> float:
+        """A warp has 16 rows at a time and goes over the keys by 8."""
+        inner = program.is_in("scores", body)
+        return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
 
     def meet(body: frozenset[int]) -> float:
         """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
@@ -180,24 +202,26 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         """As in a forward pass; no padding, and each tensor has one stride from token to token."""
         kind = program.kind(body)
         of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
-        differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; tables of the warps
+        differences = 64 / 15 if depth_fastest else warps  # pairs of depths with one difference; sums of the warps
         return {
             "group": walk,
             "keys": blocks,
+            "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
-            "statistics": math.ceil((tokens if depth_fastest else slots * 4) / threads),  # by one or four threads
             "records": tokens <= 64,
             "jobs": tile / 8 / warps,
-            "inner": differences if program.is_in("sums", body) else 0,
+            "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
 
     scores = tile * plan["warp_keys"]
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None
     windows_and_heads = _groups(case)
-    rounds_of_main = windows_and_heads * blocks * tiles * warps
+    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
+    rounds_of_main = windows_and_heads * blocks * tiles * owners
     computed = rounds_of_main * scores
     border = border_share(windows)
     walked = rounds_of_main * LANES * ((1 - border) * loop.hot + border * masked.hot)
@@ -209,7 +233,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
         copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
         products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
-        tasks = [products + queries] * 4 + [products] * (warps - 4)
+        tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
     block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
     whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
 

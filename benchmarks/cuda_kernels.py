@@ -104,6 +104,12 @@ class CudaProgram:
             graph.remove_edges_from([max(networkx.find_cycle(graph), key=lambda edge: edge[0] - edge[1])])
         return graph
 
+    @cached_property
+    def _of_windows(self) -> bool:
+        """Whether the main loop is that over windows: then what is hot lies between the first and the last product."""
+        within = (body for main in self.main_loops for body in self.loops if body < main)
+        return self.backward and not any(map(self._products, within))
+
     def main_loop(self, rounds: Rounds, *, masked: bool = False) -> MainLoop | None:
         """Give the loop over scores; None for a kernel without.
 
@@ -117,6 +123,8 @@ class CudaProgram:
         body = loops[-1 if masked else 0]
         own = body - self._within(body)
         usual = body & self._without_unaligned()
+        if self._of_windows:
+            usual &= self._between(self._forward)
         way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds)
         hot = sum(times for _, times in way)
         return MainLoop(
@@ -218,18 +226,23 @@ class CudaProgram:
         """Say what a loop is for.
 
         Returns:
-            Outside of the main loop "group" for the outermost of those around it, "keys" for those within; within it
-            "meet" for products of queries with keys, "jobs" whose products are written and, in these, "steps". For
-            those without products "copy" into shared memory; "table" of the bias; "statistics" if such a loop is within
-            "group"; "sums" that are written; "records" that others are made of; "rows" of tokens; "inner" for a loop
-            within one of these.
+            Outside of the main loop "group" for the outermost of those around it, "keys" for those within, and "scores"
+            for other products: of whole rows, for their statistics. Within it "meet" for products of queries with keys,
+            "jobs" whose products are written and, in these, "steps". Where the main loop is that over windows, it is
+            "group", and what is around it "restart". For those without products "copy" into shared
+            memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
+            "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
         around = self._around(body)
         with_products = [other for other in around if self._products(other)]
         names = {self.instructions[index].name for index in body}
         if self._products(body):
+            if self._of_windows:
+                return "group" if body in self.main_loops else "restart"
             if any(body < main for main in self.main_loops):
                 return "steps" if with_products[0] not in self.main_loops else "jobs" if "STG" in names else "meet"
+            if not any(main <= body for main in self.main_loops):
+                return "scores"
             return "keys" if with_products else "group"
         if len(with_products) < len(around):
             return "inner"
@@ -248,7 +261,8 @@ class CudaProgram:
     def is_in(self, kind: str, body: frozenset[int]) -> bool:
         """Tell whether a loop is in one of this kind; "main" is the main loop."""
         return any(
-            other in self.main_loops if kind == "main" else self.kind(other) == kind for other in self._around(body)
+            other in self.main_loops and not self._of_windows if kind == "main" else self.kind(other) == kind
+            for other in self._around(body)
         )
 
     def siblings(self, body: frozenset[int]) -> list[frozenset[int]]:
@@ -259,6 +273,10 @@ class CudaProgram:
     def flops(self, body: frozenset[int]) -> float:
         """Operations of the products of a loop."""
         return sum(self.instructions[index].matrix_flops for index in body)
+
+    def is_aligned(self, body: frozenset[int]) -> bool:
+        """Tell whether a loop is for rows that are multiples of 16 bytes alone."""
+        return self._narrowest(body) >= 16
 
     def copies(self, body: frozenset[int]) -> int:
         """Count the reads of global memory in a loop, of copies those of 16 bytes alone."""
@@ -301,9 +319,13 @@ class CudaProgram:
         """The ways to the end that are usual, and what is between products on them."""
         graph = self._forward.subgraph(self._without_unaligned() - self.rare - self._exact_way).copy()
         graph = graph.subgraph(networkx.ancestors(graph, self._end) | {self._end}).copy()
+        between = frozenset() if self.backward and not self._of_windows else self._between(graph)
+        return graph, between if self._of_windows else between.union(*self.product_loops)
+
+    def _between(self, graph: networkx.DiGraph) -> frozenset[int]:
+        """Give what is reached from a product and leads to one."""
         products = [index for index in graph if index != self._end and self.instructions[index].matrix_kind]
-        before, behind = _reached(graph.predecessors, products), _reached(graph.successors, products)
-        return graph, frozenset(before & behind).union(*self.product_loops)
+        return frozenset(_reached(graph.predecessors, products) & _reached(graph.successors, products))
 
     def _longest(
         self, nodes: Iterable[int], body: frozenset[int], rounds: Rounds, never: Collection[int] = ()
@@ -312,7 +334,7 @@ class CudaProgram:
         graph = self._forward.subgraph(nodes).copy()
         times = {index: 0.0 if index in never else 1.0 for index in graph}
         for loop in self.loops:
-            if loop < body and loop not in self.product_loops:
+            if loop < body and (self._of_windows or loop not in self.product_loops):
                 factor = rounds(loop)
                 for index in loop & times.keys():
                     times[index] *= factor

@@ -25,7 +25,7 @@ MISTAKES = {
     "no barrier before dQ": (
         "race|uninitialised",
         "backward.cuh",
-        r"(count, query\);\s*gpu::cp_async_wait<0>\(\);)\s*__syncthreads\(\);",
+        r"__syncthreads\(\);(\s*sum_queries\(block)",
         r"\1",
     ),
     "no barrier behind dQ": (
@@ -37,7 +37,7 @@ MISTAKES = {
     "no wait for the next queries": (
         "race.*not waited for",
         "backward.cuh",
-        r"(count, query\);)\s*gpu::cp_async_wait<0>\(\);",
+        r"gpu::cp_async_wait<0>\(\);(\s*__syncthreads\(\);\s*sum_queries\(block)",
         r"\1",
     ),
     "the next queries overwrite these": (
@@ -110,6 +110,38 @@ MISTAKES = {
     ),
     "the last share is left out": ("off by", "reduce.cuh", r"share < a.shares", "share < a.shares - 1"),
     "scale is forgotten": ("off by", "backward.cuh", r"value\.x \* group\.scale\(\)", "value.x"),
+    "short: dQ before all of dS": (
+        "race|uninitialised",
+        "short_window.cuh",
+        r"__syncthreads\(\);  // from here on",
+        "// from here on",
+    ),
+    "short: sums of P before all have them": (
+        "race|uninitialised",
+        "short_window.cuh",
+        r"__syncthreads\(\);(\s*bool moderate = true;)",
+        r"\1",
+    ),
+    "short: delta of one warp's keys": ("off by", "short_window.cuh", r"product \+= part\[2\]", "product = part[2]"),
+    "short: what fills up the tiles is a key": (
+        "off by",
+        "short_window.cuh",
+        r"n < group\.keys\(\) \? group\.key_bias",
+        "n >= 0 ? group.key_bias",
+    ),
+    "short: pairs of the last window alone": (
+        "off by",
+        "short_window.cuh",
+        r"(pairs\.sum\[2 \* step \+ half\]\[i\]) \+=",
+        r"\1 =",
+    ),
+    "short: padding is no key": ("off by", "short_window.cuh", r"== kPadding", "== kNoToken"),
+    "short: dK and dV in each other's place": (
+        "off by",
+        "short_window.cuh",
+        r"kGradients\[3\] = \{kDq, kDk, kDv\}",
+        "kGradients[3] = {kDq, kDv, kDk}",
+    ),
     "too little shared memory": (
         "out of bounds",
         "window3d_backward.cu",
@@ -125,26 +157,32 @@ MISTAKES = {
 }
 
 # The others take as long again.
-DEFAULT = ("no barrier before dQ", "nor between two queries", "padding is a key like any other")
+DEFAULT = (
+    "short: sums of P before all have them",
+    "no barrier before dQ",
+    "nor between two queries",
+    "padding is a key like any other",
+)
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
 
 
 def one_kernel(text: str) -> str:
     """Leave the one instance that the case runs, which compiles in a fraction of the time. Make it two shares."""
-    only = r"\1\n  return window_backward<__nv_bfloat16, 32>;\n}"
-    text = re.sub(r"(?s)(auto kernel_for\(.*?\{).*?\n\}", only, text)
+    text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", r"\1\n  return window_backward<__nv_bfloat16, 32>;\n}", text)
+    text = re.sub("kernel_for<__half>", "kernel_for<__nv_bfloat16>", text)
     return re.sub(r"(?s)a.shares = backward_shares\(.*?\);", "a.shares = 2;", text)
 
 
 def edits(mistake: str | None) -> Edits:
     """Give what is done to the files."""
+    fewer = {"window3d_backward.cu": one_kernel, "window3d_backward_short.cu": one_short_kernel}
     if mistake is None:
-        return {"window3d_backward.cu": one_kernel}
+        return fewer
     _, file, pattern, spoiled = MISTAKES[mistake]
     edit = spoil(mistake, file, pattern, spoiled)
     if file == "window3d_backward.cu":
-        return {file: lambda text: one_kernel(edit(text))}
-    return {"window3d_backward.cu": one_kernel, file: edit}
+        return fewer | {file: lambda text: one_kernel(edit(text))}
+    return fewer | {file: edit}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -153,6 +191,21 @@ def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     compile_all(map(edits, (None, *chosen_mistakes(request))))
     yield
     emulated.uninstall()
+
+
+def one_short_kernel(text: str) -> str:
+    """The same of short windows."""
+    only = r"\1\n  return short_window_backward<__nv_bfloat16, kWholeRowTokens>;\n}"
+    text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", only, text)
+    return re.sub("kernel_for<__half>", "kernel_for<__nv_bfloat16>", text)
+
+
+def differentiate_short(mistake: str | None) -> None:
+    """The same of the kernel of short windows: 25 tokens, two shares of four windows."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 7, 9, 3, 2, 24).bfloat16(), torch.randn(9 * 9, 2), torch.randn(3, 2, 24).bfloat16()]
+    dout = torch.randn(1, 2, 7, 9, 2 * 24).bfloat16()
+    check_gradients(edits(mistake), given, dout, window_size=(1, 5, 5), shift_size=(0, 2, 2))
 
 
 def differentiate(mistake: str | None) -> None:
@@ -170,9 +223,10 @@ def differentiate(mistake: str | None) -> None:
 
 def test_the_kernel_without_a_mistake_passes() -> None:
     differentiate(None)
+    differentiate_short(None)
 
 
 @pytest.mark.parametrize("mistake", CHOICES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
-        differentiate(mistake)
+        differentiate_short(mistake) if mistake.startswith("short") else differentiate(mistake)

@@ -35,6 +35,18 @@ MORE_CASES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "dtype": F16,
     },
+    "7 deep, shifted in all axes": {"grid": (10, 3, 9), "window_size": (7, 2, 7), "shift": (3, 1, 2), "dtype": F16},
+    "7 high and 8 wide, padded": {"grid": (3, 9, 10), "window_size": (2, 7, 8), "shift": (1, 3, 4), "pad": True},
+    "7 deep and high, -inf": {"grid": (9, 7, 2), "window_size": (7, 7, 1), "shift": (3, 0, 0), "mask_value": -INF},
+    "49 tokens, padded": {
+        "grid": (2, 10, 9),
+        "window_size": (1, 7, 7),
+        "shift": (0, 3, 3),
+        "pad": True,
+        "head_dim": 24,
+        "batch": 2,
+    },
+    "49 tokens, huge logits": {"grid": (1, 9, 7), "window_size": (1, 7, 7), "size": 1e6, "pad": True},
     "343 tokens": {"grid": (7, 7, 7), "window_size": (7, 7, 7), "heads": 1},
     "392 tokens, shifted in all axes, padded": {
         "grid": (13, 9, 10),

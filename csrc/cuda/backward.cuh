@@ -16,6 +16,11 @@
 
 namespace vidattn::cuda {
 
+constexpr float kNoWeight = -1e30f;  // added to a score
+
+// How scores come about: with the bias as part of the product, with the mask too, or step by step.
+enum class Way { kPlain, kMasked, kExact };
+
 // dK and dV of a warp's keys. A lane has the keys lane / 4 and 8 more of each tile of 16, like the C operand of mma.
 template <int kDim, int kTiles>
 struct KeySums {
@@ -131,16 +136,8 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     }
   }
 
-  // Short windows: dS of a lane's keys and queries, which are the same in all windows, is summed over those of a share
-  // before it goes to the rows of the table.
-  // This thread's sums, for each 8 queries and each tile of keys; the next one lies 32 further.
-  __device__ __forceinline__ float4* pairs() const {
-    const int thread = thread_of_block();
-    return reinterpret_cast<float4*>(at(plan.pair_sums)) + thread / 32 * (slots() / 8 * kTiles * 32) + thread % 32;
-  }
-
-  // The queries from `first` on, a tile, meet the keys of this warp.
-  template <bool kFolded, class Table>
+  // The queries from `first` on, a tile, meet the keys of this warp. Plain: all of its tiles are keys.
+  template <Way kWay, class Table>
   __device__ __forceinline__ void meet_queries(Sums& sums, const Table& table, const uint32_t (&biases)[kTiles][2],
                                                int block, int count, int first) const {
     constexpr int kArea = kQueries * Layout::kBytes;
@@ -151,14 +148,20 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     const uint32_t keys =
         start + kKeysPlace + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const int column = lane % 4 * 2;
-    const QueryRecord* const record = records() + first + column;
-    float4* const pair = pairs() + first / 8 * kTiles * 32;
+    const uint32_t record = start + plan.records + (first + column) * int(sizeof(QueryRecord));
     const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
-    [[maybe_unused]] constexpr int kUnrolled = kFolded && kDim == 32 ? kSteps : 1;  // as far as registers go
+    [[maybe_unused]] constexpr int kUnrolled =
+        kWay != Way::kExact && kDim == 32 ? kSteps : 1;  // as far as registers go
 #pragma unroll kUnrolled
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t rows_at = 16 * step * Layout::kBytes;
-      const QueryRecord* const of = record + 16 * step;
+      const auto record_of = [&](int i) {  // of this lane's four queries
+        return record + (16 * step + i / 2 * 8 + i % 2) * int(sizeof(QueryRecord));
+      };
+      int2 added[4];  // the bias row, or the largest score; the region
+      float2 of[4];   // the log-sum-exp, minus delta
+#pragma unroll
+      for (int i = 0; i < 4; ++i) added[i] = gpu::load_shared<int2>(record_of(i) + int(offsetof(QueryRecord, bias)));
       float p[2][kTiles][4], ds[2][kTiles][4];  // (16 keys, 8 queries)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -166,35 +169,37 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            p[half][t][i] = kFolded ? group.bias_at(biases[t][i / 2], of[8 * half + i % 2].bias) : 0.0f;
-      if (kFolded && group.masks()) {
+            p[half][t][i] = kWay == Way::kExact ? 0.0f : group.bias_at(biases[t][i / 2], added[2 * half + i % 2].x);
+      if (kWay == Way::kMasked && group.masks()) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int t = 0; t < kTiles; ++t)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, of[8 * half + i % 2].region);
+              p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, added[2 * half + i % 2].y);
       }
       multiply(p, keys, four + rows_at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of[i] = gpu::load_shared<float2>(record_of(i));
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const QueryRecord& query = of[8 * half + i % 2];
+            const float2& query = of[2 * half + i % 2];
             float& x = p[half][t][i];
-            if constexpr (kFolded) {
-              x = gpu::exp2_approx(fmaf(x, group.factor(), -query.log_sum));
+            if constexpr (kWay != Way::kExact) {
+              x = gpu::exp2_approx(fmaf(x, group.factor(), -query.x));
             } else {
               const int lane = thread_of_block() % 32;
               const int with = min(key(block) + 16 * t + lane / 4 + i / 2 * 8, group.keys() - 1);
               const float score = group.exact(x, first + 16 * step + 8 * half + lane % 4 * 2 + i % 2, with);
-              x = gpu::exp2_approx((score - query.largest) * kLog2e - query.log_sum);
+              x = gpu::exp2_approx((score - __int_as_float(added[2 * half + i % 2].x)) * kLog2e - query.x);
             }
           }
-      if (count < kKeys) {  // what only fills up the tiles is no key
+      if (kWay != Way::kPlain && count < kKeys) {  // what only fills up the tiles is no key
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -215,7 +220,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)  // a difference of equals is 0, as delta was no part of the product
-            ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[8 * half + i % 2].minus_delta);
+            ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[2 * half + i % 2].y);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             p_packed[t][2 * half + i] = gpu::pack<T>(p[half][t][2 * i], p[half][t][2 * i + 1]);
@@ -223,15 +228,9 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
             *reinterpret_cast<uint32_t*>(at((to ^ 32 * step ^ 16 * half) + (16 * t + 8 * i) * Scores::kBytes)) =
                 ds_packed[t][2 * half + i];
           }
-          if (plan.pair_sums) {
-            float4& sum = pair[((2 * step + half) * kTiles + t) * 32];
-            const float (&more)[4] = ds[half][t];
-            sum = make_float4(sum.x + more[0], sum.y + more[1], sum.z + more[2], sum.w + more[3]);
-          } else if (table.wanted()) {
-            table.put(t, ds[half][t]);
-          }
+          if (table.wanted()) table.put(t, ds[half][t]);
         }
-        if (!plan.pair_sums && table.wanted()) table.template add<kFolded>(first + 16 * step + 8 * half);
+        if (table.wanted()) table.template add<kWay != Way::kExact>(first + 16 * step + 8 * half);
       }
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part) {
@@ -377,7 +376,14 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll 1
     for (int query = 0; query < group.keys(); query += kQueries) {
       if (query + kQueries < group.keys()) copy_queries(query + kQueries, (query / kQueries + 1) % 2);
-      if (count > 0) meet_queries<kFolded>(sums, table, biases, block, count, query);
+      if constexpr (kFolded) {
+        if (count == kKeys && !group.masks())
+          meet_queries<Way::kPlain>(sums, table, biases, block, count, query);
+        else if (count > 0)
+          meet_queries<Way::kMasked>(sums, table, biases, block, count, query);
+      } else if (count > 0) {
+        meet_queries<Way::kExact>(sums, table, biases, block, count, query);
+      }
       gpu::cp_async_wait<0>();
       __syncthreads();
       sum_queries(block, int(gpu::keep(query)));
@@ -392,27 +398,10 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 
   __device__ __forceinline__ void clear_sums() const {
     const int warps = plan.warps;
-    if (plan.pair_sums)
-      for (int i = 0; i < slots() / 8 * kTiles; ++i) pairs()[32 * i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (plan.table_floats)
       for (int i = thread_of_block(); i < warps * plan.table_floats; i += blockDim.x) table(0)[i] = 0.0f;
     if (arguments.pad_gradient)
       for (int i = thread_of_block(); i < warps * 2 * kDim; i += blockDim.x) pad(0)[i] = 0.0f;
-  }
-
-  __device__ __forceinline__ void fold_pairs() const {
-    const int count = warp_count(0, warp);
-    if (!plan.pair_sums || count == 0) return;
-    const RowSums<Group, kKeys> table = row_sums(warp * kKeys, count);
-    for (int eight = 0; eight < slots() / 8; ++eight) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const float4 sum = pairs()[(eight * kTiles + t) * 32];
-        const float ds[4] = {sum.x, sum.y, sum.z, sum.w};
-        table.put(t, ds);
-      }
-      table.template add<true>(8 * eight);
-    }
   }
 
   // Adds the warps' sums of the table, in the order of the warps, to the share's, and clears them.
@@ -527,7 +516,6 @@ __device__ __forceinline__ void attention_backward(const typename Group::Argumen
   }
   Group group(arguments, now->head, now->group - 1);
   const B backward(arguments, group);
-  backward.fold_pairs();
   if (plan.blocks == 1) backward.add_tables(0);
   backward.write_pads();
 }

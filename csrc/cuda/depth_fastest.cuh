@@ -1,4 +1,5 @@
-// The backward pass of windows of 8 x 7 x 7 tokens, depth fastest (window_tokens.cuh), by one block of threads.
+// The backward pass of windows in the depth-fastest order (window_tokens.cuh), by one block of threads. Depth, height
+// and width may be any axes of the window (BackwardPlan::axes). Where depth is 7, the eighth key has no weight.
 //
 // A row is what has one height: 7 places of 8 depths, 56 tokens. Each warp owns a row of keys, with dk and dv in
 // registers. All warps look at the same row of queries at a time. So the difference in height differs from warp to
@@ -14,7 +15,8 @@
 
 namespace vidattn::cuda {
 
-// All rows of tensors are multiples of 16 bytes, at one stride from token to token; a window is 7 tokens high.
+// All rows of tensors are multiples of 16 bytes, at one stride from token to token. Seven warps, whatever the window
+// has of heights: the first ones own keys, and all share copies and dq.
 template <class T>
 struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTokens, kRowTokens> {
   using Group = WindowGradientGroup<true>;
@@ -29,6 +31,8 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       : Base(given, of, int(gpu::keep(threadIdx.x) & 255)) {}
   __device__ __forceinline__ DepthFastestBackward again() const { return {arguments, group}; }
 
+  __device__ __forceinline__ int rows() const { return group.keys() / kRowTokens; }
+  __device__ __forceinline__ bool owns_keys() const { return warp < rows(); }
   __device__ __forceinline__ uint32_t address(int place) const { return gpu::shared_address(at(place)); }
   __device__ __forceinline__ PairRecord* pairs() const { return reinterpret_cast<PairRecord*>(at(Place::kPairs)); }
   __device__ __forceinline__ float* sums() const { return reinterpret_cast<float*>(at(Place::kTable)); }
@@ -36,6 +40,8 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   static __device__ __forceinline__ int queries_of(int first) {
     return Place::kQueries + (is_odd_row(first) ? 2 * kRowBytes : 0);
   }
+  // From row to row of queries: a key that is none stays where it is.
+  __device__ __forceinline__ int bias_step() const { return group.is_key(lane / 4) ? kPairs * kPairBytes : 0; }
   // The row of queries that the addresses are for: the number of its first one. They count the rows, so that no other
   // register does.
   __device__ __forceinline__ int first_query(const RowAddresses& to) const {
@@ -53,7 +59,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ void copy_keys() const {
     const PieceOfRows key = group.piece(kK, piece()), value = group.piece(kV, piece());
 #pragma unroll 1
-    for (int row = 0; row < kPlaces; ++row) {
+    for (int row = 0; row < rows(); ++row) {
       const int token = this->token(row * kRowTokens + row_token());
       key.copy(at(kKeysPlace) + row * kRowBytes + piece_place(), token);
       value.copy(at(Place::kValues) + row * kRowBytes + piece_place(), token);
@@ -94,7 +100,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ bool read_log_sums() const {
     bool moderate = true;
 #pragma unroll 1
-    for (int n = 32 * warp + lane; n < Place::kTokens; n += 32 * kPlaces) {
+    for (int n = 32 * warp + lane; n < group.keys(); n += 32 * kPlaces) {
       float log_sum = plus_infinity();
       if (const int token = this->token(n); token >= 0) {
         log_sum = *group.lse(token) * kLog2e;
@@ -111,10 +117,11 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     if (arguments.pad_gradient)
       for (int i = threadIdx.x; i < plan.warps * 2 * Layout::kDim; i += blockDim.x) this->pad(0)[i] = 0.0f;
     if (threadIdx.x < 64)  // the last warp reads eight keys on, whose products nobody looks at
-      *reinterpret_cast<uint4*>(at(threadIdx.x < 32 ? kKeysPlace : Place::kValues) + Place::kTokens * Layout::kBytes +
+      *reinterpret_cast<uint4*>(at(threadIdx.x < 32 ? kKeysPlace : Place::kValues) + group.keys() * Layout::kBytes +
                                 lane * 16) = make_uint4(0, 0, 0, 0);
+    constexpr int kCopy = RowBias::kCopyBytes / 4, kHidden = RowBias::kPairOfNoKey * kPairBytes / 4;
     for (int i = threadIdx.x; i < plan.bias_floats; i += blockDim.x)
-      reinterpret_cast<float*>(at(Place::kBias))[i] = 0.0f;
+      reinterpret_cast<float*>(at(Place::kBias))[i] = i % kCopy < kHidden ? 0.0f : kNoWeight;
     __syncthreads();
     const bool moderate = group.for_each_bias([&](int depth, int height, int width, float value) {
       RowBias::store(at(Place::kBias), depth, height, width, value);
@@ -136,7 +143,8 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     }
     to.scores = address(Place::kScores) + (warp * kRowTokens + depth) * kScoreBytes + column * 2;
     to.pairs = address(Place::kPairs) + lane % 4 * sizeof(PairRecord);
-    to.bias = address(Place::kBias) + (difference * kPairs + 7 + column - depth) * kPairBytes;
+    const int pair = group.is_key(depth) ? difference * kPairs + 7 + column - depth : RowBias::kPairOfNoKey;
+    to.bias = address(Place::kBias) + pair * kPairBytes;
     to.sums = address(Place::kTable) + difference * kWidths * kSumBytes + lane * 8;
     return to;
   }
@@ -166,7 +174,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ void write_queries(int first) const {
     if (warp > kPlaces / 2) return;
     float dq[4][4];
-    sum_over_keys<T>(dq, address(kKeysPlace), address(Place::kScores) + warp * 32, warp < kPlaces / 2 ? 16 : 0);
+    sum_over_keys<T>(dq, address(kKeysPlace), address(Place::kScores) + warp * 32, warp < kPlaces / 2 ? 16 : 0, rows());
     const float scale = group.scale();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -257,21 +265,23 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     keys.reset();
     RowAddresses to = again().addresses();
 #pragma unroll 1
-    while (first_query(to) < Place::kTokens) {
-      if (const int next = first_query(to) + kRowTokens; next < Place::kTokens) again().template copy_row<kExact>(next);
-      if (!kExact && gpu::load_shared<uint32_t>(address(Place::kMasks)))
-        keys.add(to, again().template scores_of<false, true>(first_query(to)));
-      else
-        keys.add(to, again().template scores_of<kExact, false>(first_query(to)));
+    while (first_query(to) < group.keys()) {
+      if (const int next = first_query(to) + kRowTokens; next < group.keys()) again().template copy_row<kExact>(next);
+      if (again().owns_keys()) {
+        if (!kExact && gpu::load_shared<uint32_t>(address(Place::kMasks)))
+          keys.add(to, again().template scores_of<false, true>(first_query(to)));
+        else
+          keys.add(to, again().template scores_of<kExact, false>(first_query(to)));
+      }
       gpu::cp_async_wait<0>();
-      if (const int next = first_query(to) + kRowTokens; next < Place::kTokens)
+      if (const int next = first_query(to) + kRowTokens; next < group.keys())
         again().template find_deltas<kExact>(next);
-      to.advance(first_query(to));
+      to.advance(first_query(to), again().bias_step());
       __syncthreads();
       again().write_queries(first_query(to) - kRowTokens);
       __syncthreads();
     }
-    again().write_keys(keys);
+    if (const DepthFastestBackward last = again(); last.owns_keys()) last.write_keys(keys);
   }
 
   // The share's sums of the table's gradient. Lanes with one difference of depth are added in their order.

@@ -16,7 +16,8 @@ constexpr int kPairs = 14, kPairBytes = 8 * (kWidths + 1);  // see RowBias
 // pairs of differences of width lie side by side, in falling order, and there is a copy that starts one pair later.
 // Both pairs are then one aligned read of 16 bytes, which is the C operand of the product as it is.
 struct RowBias {
-  static constexpr int kHeights = 2 * kPlaces - 1, kCopyBytes = kHeights * kPairs * kPairBytes;
+  static constexpr int kHeights = 2 * kPlaces - 1, kPairOfNoKey = kHeights * kPairs;  // the last pair: see is_key()
+  static constexpr int kCopyBytes = (kPairOfNoKey + 1) * kPairBytes;
 
   // Adds an entry for a difference query minus key.
   static __device__ __forceinline__ void store(unsigned char* bias, int depth, int height, int width, float value) {
@@ -109,10 +110,10 @@ struct RowAddresses {
   uint32_t bias, sums;  // for this difference in height: of the bias and of its gradient
 
   // Goes on to the next row of queries; `first` is the first query of this one.
-  __device__ __forceinline__ void advance(int first) {
+  __device__ __forceinline__ void advance(int first, int bias_step) {
     const int rows = is_odd_row(first) ? -2 * kRowBytes : 2 * kRowBytes;
     for (uint32_t* at : {&queries[0], &queries[1], &across[0], &across[1]}) *at += rows;
-    pairs += kRowTokens / 2 * sizeof(PairRecord), bias += kPairs * kPairBytes, sums += kWidths * kSumBytes;
+    pairs += kRowTokens / 2 * sizeof(PairRecord), bias += bias_step, sums += kWidths * kSumBytes;
   }
 };
 
@@ -294,10 +295,10 @@ struct DepthFastestKeys {
   }
 };
 
-// dq of two places, 16 queries, without the scale: sums over all keys.
+// dq of two places, 16 queries, without the scale: sums over `rows` rows of keys.
 // k: the rows of the keys. scores: dS of the first place. second: bytes from there to the other one.
 template <class T>
-__device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uint32_t scores, int second) {
+__device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uint32_t scores, int second, int rows) {
   using Layout = Rows<32>;
   const int lane = int(gpu::keep(threadIdx.x) % 32);
 #pragma unroll
@@ -307,7 +308,7 @@ __device__ __forceinline__ void sum_over_keys(float (&dq)[4][4], uint32_t k, uin
   uint32_t halves[2] = {k + first, k + (first ^ 32)};
   uint32_t last = k + 48 * Layout::kBytes + Layout::place(lane % 8, lane / 8);
 #pragma unroll 1
-  for (int row = 0; row < kPlaces; ++row) {
+  for (; rows > 0; --rows) {
     uint32_t a[4], b[4], two[2];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {

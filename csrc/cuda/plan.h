@@ -162,19 +162,22 @@ struct BackwardPlan {
   int block_keys, blocks;  // keys of a block of them, and such blocks, one after the other
   int rows;                // of keys in shared memory
   bool depth_fastest;      // order of the tokens: see WindowGroup
+  bool short_window;       // all queries at once
+  int axes[3];             // of the window that take the places of depth, height and width in that order
   int bias_floats;         // of the bias in shared memory; 0 if it does not fit
+  int hidden_bias;         // the first of them that are for keys that only fill up a tile
   int table_floats;        // of a warp's sums of the table's gradient (depth fastest: of the block's); 0 without one
   bool table_is_shared;    // whether they are in shared memory
   int score_tiles;         // gradients of scores of so many tiles of queries are there at a time: 1 or 2
   // Where it begins in shared memory; keys come first, at kKeysPlace, tokens and the bias last.
   int values, queries, scores, records, buffers, table_sums, pad_sums, tokens;
-  int pair_sums;         // as well; 0: dS goes to the rows of the table at once
   int64_t shared_bytes;  // of a block; more than the limit if there is no way
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
 constexpr int kMaxBackwardWarps = 12;              // 3 on each quarter of a multiprocessor, with 168 registers a thread
-constexpr int kShortWindow = 64;                   // tokens whose pairs have sums of their own
+constexpr int kWholeRowTokens = 64;                // statistics of so short rows come from all their scores
+constexpr int kShortWindow = 144;                  // tokens whose pairs have sums of their own (short_window.cuh)
 constexpr int kBufferBytes = 1024;                 // of a warp: 32 keys with 8 queries
 constexpr int kSpareRows = 32;                     // of a warp's table, for lanes without a key
 
@@ -216,7 +219,6 @@ constexpr BackwardPlan place_backward(const BackwardShape& s, BackwardPlan plan,
   plan.records = take(16 * slots);
   plan.buffers = take(plan.table_floats > 0 ? warps * kBufferBytes : 0);
   plan.table_sums = take(plan.table_is_shared ? warps * plan.table_floats * 4 : 0);
-  if (plan.pair_sums) plan.pair_sums = take(warps * plan.warp_keys * slots * 4);
   plan.pad_sums = take(s.pad_gradient ? warps * 2 * plan.dim * 4 : 0);
   plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
   take(4 * plan.bias_floats);
@@ -234,8 +236,9 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
   return place_backward(s, plan, 1);
 }
 
-// Windows of 8 x 7 x 7 tokens: a warp owns the 56 keys of one height (depth_fastest.cuh). Everything is
-// in shared memory, or this is not the way.
+// Windows that are 8 deep and 7 wide, or have two other axes of such a length: a warp owns the 56 keys of one height
+// (depth_fastest.cuh). Of 7 depths, one in eight is filled up. Everything is in shared memory, or this is not the way.
+// There is room for 7 heights, whatever the window has, so that the compiler knows all distances.
 struct DepthFastestPlaces {
   static constexpr int kTokens = 8 * 7 * 7, kSlots = 416, kRowBytes = 56 * 64;
   static constexpr int kKeyBytes = 7 * kRowBytes + 8 * 64;  // the last warp reads 8 keys on
@@ -244,19 +247,20 @@ struct DepthFastestPlaces {
   static constexpr int kScores = kQueries + 4 * kRowBytes;
   static constexpr int kContext = kScores + kTokens * 112;  // of a row of queries; exact: the records of all
   static constexpr int kPairs = kContext + 16 * kSlots, kRecordBytes = 16 * kTokens;
-  static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = 2 * 13 * 14 * 28;
+  static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = 2 * (13 * 14 + 1) * 28;
   static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
   static constexpr int kPads = kTable + 4 * kTableFloats;
   static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;  // whether the window has several regions
   static constexpr int kTables = kMasks + 16;            // of the tokens
   static constexpr int kBytes = kTables + kSlots * (4 + 4 + 2);
 };
-constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
+constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&axes)[3]) {
   using Place = DepthFastestPlaces;
   BackwardPlan plan{};
   plan.dim = 32, plan.warps = 7, plan.threads = 32 * plan.warps, plan.warp_keys = plan.query_tile = 56;
-  plan.block_keys = Place::kTokens, plan.rows = Place::kKeyBytes / 64;
+  plan.block_keys = static_cast<int>(56 * s.window[axes[1]]), plan.rows = Place::kKeyBytes / 64;
   plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
+  for (int i = 0; i < 3; ++i) plan.axes[i] = axes[i];
   plan.bias_floats = Place::kBiasFloats, plan.table_floats = s.table_gradient ? Place::kTableFloats : 0;
   plan.values = Place::kValues, plan.queries = Place::kQueries, plan.scores = Place::kScores;
   plan.records = Place::kContext, plan.table_sums = Place::kTable, plan.pad_sums = Place::kPads;
@@ -264,13 +268,57 @@ constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s) {
   return plan;
 }
 
+// Windows whose sums of pairs fit into registers.
+constexpr BackwardPlan plan_short_window(const BackwardShape& s) {
+  const int64_t tokens = s.window[0] * s.window[1] * s.window[2], slots = round_up(tokens, 32);
+  const int64_t warps = ceil_div(tokens, 16), keys = 16 * warps;
+  BackwardPlan plan{};
+  plan.dim = 32, plan.warps = static_cast<int>(warps), plan.threads = 32 * plan.warps, plan.warp_keys = 16;
+  plan.query_tile = tokens <= kWholeRowTokens ? kWholeRowTokens : kShortWindow;
+  plan.block_keys = plan.rows = static_cast<int>(keys), plan.blocks = plan.score_tiles = 1;
+  plan.short_window = true, plan.table_is_shared = s.table_gradient;
+  for (int i = 0; i < 3; ++i) plan.axes[i] = i;
+  plan.hidden_bias = static_cast<int>(s.table_rows > 0 ? s.table_rows : 1);
+  const int64_t last_row = s.table_rows > 0 ? bias_row(s, tokens - 1) : 0;
+  plan.bias_floats = plan.hidden_bias + static_cast<int>(tokens % 16 > 0 ? last_row + 1 : 0);
+  plan.table_floats = static_cast<int>(s.table_gradient ? bias_span(s, tokens, 16) : 0);
+  int64_t at = kKeysPlace + 64 * keys;
+  const auto take = [&](int64_t bytes) {
+    const int64_t place = at;
+    at += round_up(bytes, 16);
+    return static_cast<int>(place);
+  };
+  plan.values = take(64 * keys);
+  plan.queries = take(2 * 64 * plan.query_tile);
+  plan.scores = plan.buffers = take(keys * (2 * plan.query_tile + 16));
+  plan.records = take(16 * slots);
+  plan.table_sums = take(4 * warps * plan.table_floats);
+  plan.pad_sums = take(s.pad_gradient ? warps * 2 * 32 * 4 : 0);
+  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
+  take(4 * plan.bias_floats);
+  plan.shared_bytes = at;
+  return plan;
+}
+
+constexpr int kAxisOrders[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+
 constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
   const int64_t tokens = s.window[0] * s.window[1] * s.window[2];
-  if (s.window[0] == 8 && s.window[1] == 7 && s.window[2] == 7 && s.head_dim <= 32 && s.plain_bias && s.aligned_rows) {
-    const BackwardPlan plan = plan_depth_fastest(s);
-    if (plan.shared_bytes <= limit) return plan;
-  }
+  const BackwardPlan short_plan = plan_short_window(s);
+  const bool fits_short = tokens <= kShortWindow && s.head_dim <= 32 && short_plan.shared_bytes <= limit;
+  if (fits_short && tokens <= kWholeRowTokens) return short_plan;
   BackwardPlan plan{};
+  for (const auto& axes : kAxisOrders) {
+    const int64_t depth = s.window[axes[0]], rows = s.window[axes[1]], places = s.window[axes[2]];
+    if (depth < 7 || depth > 8 || rows > 7 || places != 7) continue;
+    const BackwardPlan placed = plan_depth_fastest(s, axes);
+    if (!plan.depth_fastest || placed.block_keys < plan.block_keys) plan = placed;
+  }
+  const bool fits_depth = s.head_dim <= 32 && s.plain_bias && s.aligned_rows && plan.shared_bytes <= limit;
+  if (plan.depth_fastest && fits_depth) return plan;
+  if (fits_short) return short_plan;
+  plan = {};
+  for (int i = 0; i < 3; ++i) plan.axes[i] = i;
   plan.dim = s.head_dim <= 32 ? 32 : 64;
   plan.warp_keys = plan.dim == 32 ? 32 : 16;
   plan.query_tile = 32;
@@ -282,26 +330,25 @@ constexpr BackwardPlan plan_backward(const BackwardShape& s, int64_t limit) {
     for (const bool shared_table : {true, false}) {
       if (shared_table && !s.table_gradient) continue;
       plan.bias_floats = with_bias ? bias_floats : 0, plan.table_is_shared = shared_table;
-      plan.pair_sums = shared_table && tokens <= kShortWindow;
       plan.score_tiles = 1;
       const BackwardPlan one = fit_backward(s, plan, limit);
       if (one.shared_bytes > limit || one.threads < 32 * few) continue;
-      if (plan.pair_sums) return one;  // a small one, so that many blocks share a multiprocessor
       plan.score_tiles = 2;
       const BackwardPlan two = fit_backward(s, plan, limit);
       return two.shared_bytes <= limit && two.blocks == one.blocks ? two : one;
     }
-  plan.score_tiles = 1, plan.pair_sums = 0;
+  plan.score_tiles = 1;
   return fit_backward(s, plan, limit);
 }
 
-// Shares of the windows of one head, each walked over by one block of threads: about 512 blocks of up to 12 warps, at
-// most 64 windows a share so that long sums lose no digits, and at most 16 MB of tables. Depth fastest, a block has a
-// multiprocessor for itself, however few its warps are.
+// Shares of the windows of one head, each walked over by one block of threads. A large GPU takes the blocks in four
+// waves, or in two where several share a multiprocessor, as each begins with a table. At most 64 windows a share, so
+// that long sums lose no digits, and at most 16 MB of tables.
 constexpr int64_t backward_shares(int64_t groups, int64_t heads, const BackwardPlan& plan, int64_t table_rows) {
-  const int64_t warps = plan.depth_fastest ? kMaxBackwardWarps : plan.threads / 32;
-  const int64_t blocks = 512 * kMaxBackwardWarps / (warps > 0 ? warps : 1);
-  int64_t shares = ceil_div(blocks, heads);
+  const int64_t by_warps = 32 * kMaxBackwardWarps / (plan.threads > 32 ? plan.threads : 32);
+  const int64_t by_memory = (228 << 10) / (plan.shared_bytes + 1024);
+  const int64_t together = by_warps < by_memory ? by_warps : by_memory;
+  int64_t shares = (together < 2 ? 512 : 264 * together) / heads;
   if (shares < ceil_div(groups, 64)) shares = ceil_div(groups, 64);
   const int64_t most = table_rows > 0 ? (int64_t(16) << 20) / (4 * heads * table_rows) : shares;
   if (shares > most) shares = most;

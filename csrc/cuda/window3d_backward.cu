@@ -8,8 +8,6 @@
 namespace vidattn::cuda {
 namespace {
 
-constexpr int64_t kWholeRows = 64;  // rows of up to so many keys are read twice: memory is slower than that anyway
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * kMaxBackwardWarps, 1)
     window_backward(const __grid_constant__ WindowGradientArguments arguments) {
@@ -32,12 +30,15 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   shape.table_gradient = table_gradient, shape.pad_gradient = a.pad_gradient = pad_gradient;
   shape.aligned_rows = a.plain == (1u << kSlots) - 1;
   a.backward = plan_backward(shape, gpu::shared_memory_limit());
+  const BackwardPlan& plan = a.backward;
+  order_axes(a, call, plan.axes);
+  if (plan.depth_fastest) a.keys = plan.block_keys;
   a.bases = kBasesPlace;
-  place_tokens(a, round_up(call.tokens, 32), a.backward.tokens, true);
-  a.whole_rows = call.tokens <= kWholeRows;
-  a.shares = backward_shares(call.groups, call.heads, a.backward, table_gradient ? call.bias_size : 0);
+  place_tokens(a, round_up(a.keys, 32), plan.tokens, true);
+  a.whole_rows = call.tokens <= kWholeRowTokens;
+  a.shares = backward_shares(call.groups, call.heads, plan, table_gradient ? call.bias_size : 0);
   a.share_groups = int(call.groups / a.shares), a.longer_shares = int(call.groups % a.shares);
-  a.folds = has_moderate_numbers(call) && a.backward.bias_floats > 0;
+  a.folds = has_moderate_numbers(call) && plan.bias_floats > 0;
   return a;
 }
 
@@ -70,9 +71,10 @@ const char* window3d_backward(const Window3dArgs& call, const SharedGradients& t
   if (a.backward.shared_bytes > gpu::shared_memory_limit()) return "a block has too little shared memory";
   place_sums(a, workspace);
   const bool is_half = call.element == Element::float16;
-  const auto kernel = a.backward.depth_fastest ? depth_fastest_kernel(call.element)
-                      : is_half                ? kernel_for<__half>(a.backward)
-                                               : kernel_for<__nv_bfloat16>(a.backward);
+  const auto kernel = a.backward.depth_fastest  ? depth_fastest_kernel(call.element)
+                      : a.backward.short_window ? short_window_kernel(call.element, a.backward)
+                      : is_half                 ? kernel_for<__half>(a.backward)
+                                                : kernel_for<__nv_bfloat16>(a.backward);
   const char* error = gpu::launch(kernel, dim3(uint32_t(call.heads * a.shares)), dim3(uint32_t(a.backward.threads)),
                                   size_t(a.backward.shared_bytes), stream, a);
   if (!error && to.table)

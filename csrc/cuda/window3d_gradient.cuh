@@ -22,7 +22,8 @@ struct WindowGradientArguments : WindowTokenArguments {
 };
 
 using WindowBackwardKernel = void (*)(const WindowGradientArguments);
-WindowBackwardKernel depth_fastest_kernel(Element element);  // window3d_backward_depth.cu
+WindowBackwardKernel depth_fastest_kernel(Element element);                           // window3d_backward_depth.cu
+WindowBackwardKernel short_window_kernel(Element element, const BackwardPlan& plan);  // window3d_backward_short.cu
 
 // A window and head of the backward pass. The bias lies in shared memory as its table does, or as RowBias says.
 template <bool kDepthFastest>
@@ -41,7 +42,7 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
   // Fills the tables of the tokens; to be followed by a barrier.
   __device__ void find_rows() const {
     this->find_tokens([&](int n, const Place& place) {  // behind the last key, any row that the table has
-      bias_rows()[n] = a_.bias_is_table && n < keys() ? 4 * this->bias_row(place) : 0;
+      bias_rows()[n] = a_.bias_is_table && this->is_key(n) ? 4 * this->bias_row(place) : 0;
     });
   }
 
@@ -61,11 +62,11 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
   // to one thread.
   template <class Visit>
   __device__ __forceinline__ void for_each_difference(Visit visit) const {
-    for (int row = threadIdx.x; row < table_rows(); row += blockDim.x) {
-      int depth = row;
+    for (int i = threadIdx.x; i < table_rows(); i += blockDim.x) {
+      int depth = i;
       const int width = arguments_.table_widths.split(depth), height = arguments_.table_heights.split(depth);
-      visit(row, depth - int(a_.bias_window[0]) + 1, height - int(a_.bias_window[1]) + 1,
-            width - int(a_.bias_window[2]) + 1);
+      visit(this->table_row(depth, height, width), depth - int(a_.bias_window[0]) + 1,
+            height - int(a_.bias_window[1]) + 1, width - int(a_.bias_window[2]) + 1);
     }
   }
   // The same with the bias as it is to be added. Returns whether this thread met moderate numbers only.

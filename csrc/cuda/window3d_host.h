@@ -50,9 +50,36 @@ inline bool has_moderate_numbers(const Window3dArgs& call) {
          (!masks || mask == -INFINITY || (mask >= -0x1p20f && mask <= 0x1p20f));
 }
 
+// Gives the axes of a call an order: which of them take the places of depth, height and width.
+inline void order_axes(WindowTokenArguments& a, const Window3dArgs& call, const int (&axes)[3]) {
+  const int64_t token_step[3] = {call.grid[1] * call.grid[2], call.grid[2], 1};
+  const int64_t heights = 2 * call.bias_window[1] - 1, widths = 2 * call.bias_window[2] - 1;
+  const int64_t table_step[3] = {heights * widths, widths, 1};
+  a.borders = a.middle_row = 0;
+  for (int i = 0; i < 3; ++i) {
+    const int axis = axes[i];
+    a.call.grid[i] = call.grid[axis], a.call.window[i] = call.window[axis], a.call.shift[i] = call.shift[axis];
+    a.call.count[i] = call.count[axis], a.call.region_mask[i] = call.region_mask[axis];
+    for (int slot = 0; slot < kSlots; ++slot) a.call.tensor[slot].stride[i + 1] = call.tensor[slot].stride[axis + 1];
+    a.count[i] = Divisor(call.count[axis]), a.padded[i] = int(call.count[axis] * call.window[axis]);
+    a.borders |= call.region_mask[axis] << i;
+    a.token_step[i] = int(token_step[axis]);
+    if (!call.bias_is_table) continue;
+    a.call.bias_window[i] = call.bias_window[axis], a.table_step[i] = int(table_step[axis]);
+    a.middle_row += int((call.bias_window[axis] - 1) * table_step[axis]);
+  }
+  a.height = Divisor(a.call.window[1]), a.width = Divisor(a.call.window[2]);
+  if (!call.bias_is_table) return;
+  // In another order than that of the grid, the bias goes by the coordinates of the window.
+  const bool in_order = axes[0] == 0 && axes[1] == 1;
+  a.bias_height = Divisor(in_order ? call.bias_extent[0] : a.call.window[1]);
+  a.bias_width = Divisor(in_order ? call.bias_extent[1] : a.call.window[2]);
+  a.table_heights = Divisor(2 * a.call.bias_window[1] - 1), a.table_widths = Divisor(2 * a.call.bias_window[2] - 1);
+}
+
 // All that the tables of the tokens follow from; `slots`: the tensors whose rows are looked up.
 inline void describe_tokens(WindowTokenArguments& a, const Window3dArgs& call, std::initializer_list<Slot> slots) {
-  a.call = call;
+  a.call = call, a.keys = int(call.tokens);
   for (Slot slot : slots) {
     a.unit[slot] = unit_of(call, slot), a.set_of[slot] = -1;
     if (has_token_stride(call, call.tensor[slot])) {
@@ -67,18 +94,8 @@ inline void describe_tokens(WindowTokenArguments& a, const Window3dArgs& call, s
   for (int slot = 0; slot < kSlots; ++slot)
     a.batch_stride[slot] = call.tensor[slot].stride[0], a.head_stride[slot] = call.tensor[slot].stride[4];
   a.batch_stride[kSlots] = call.grid[0] * call.grid[1] * call.grid[2] * call.heads, a.head_stride[kSlots] = 1;
-  a.heads = Divisor(call.heads), a.height = Divisor(call.window[1]), a.width = Divisor(call.window[2]);
-  for (int axis = 0; axis < 3; ++axis) {
-    a.count[axis] = Divisor(call.count[axis]), a.padded[axis] = int(call.count[axis] * call.window[axis]);
-    a.borders |= call.region_mask[axis] << axis;
-  }
-  if (call.bias_is_table) {
-    a.bias_height = Divisor(call.bias_extent[0]), a.bias_width = Divisor(call.bias_extent[1]);
-    const int64_t heights = 2 * call.bias_window[1] - 1, widths = 2 * call.bias_window[2] - 1;
-    a.table_heights = Divisor(heights), a.table_widths = Divisor(widths);
-    a.middle_row =
-        int(((call.bias_window[0] - 1) * heights + call.bias_window[1] - 1) * widths + call.bias_window[2] - 1);
-  }
+  a.heads = Divisor(call.heads);
+  order_axes(a, call, {0, 1, 2});
   a.scale = float(call.scale), a.mask_value = float(call.mask_value);
   a.factor = a.scale * kLog2e, a.bias_scale = 1 / a.scale, a.mask_added = float(call.mask_value / call.scale);
 }

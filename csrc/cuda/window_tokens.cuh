@@ -15,7 +15,11 @@ struct WindowTokenArguments {
   int padded[3];   // tokens of each axis, up to a whole window
   int borders;     // a bit for each axis with two regions in its last window
   int middle_row;  // of the table: for a token with itself; 0 without one
-  int slots;       // entries of the tables of the tokens; the last ones are no keys
+  // The axes of the call may come in another order (order_axes). What counts tokens of the grid and rows of the table
+  // does not change by that: steps along the axes.
+  int token_step[3], table_step[3];
+  int keys;   // of a window, those that only fill up an eight included
+  int slots;  // entries of the tables of the tokens; the last ones are no keys
   // Places in shared memory: of what tells where tensors start, of the tables of the tokens, and of the bias.
   int bases, offsets, tokens, regions, bias_rows, bias;
   // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp in numbers.
@@ -34,7 +38,8 @@ struct WindowTokenArguments {
 
 // The order of a window's tokens in shared memory. The kernels do not care, so there are two:
 //   kDepthFastest = false  as in the grid, width fastest.
-//   kDepthFastest = true   (depth / 8, height, width, depth % 8), for a depth that is a multiple of 8 and a width of 7.
+//   kDepthFastest = true   (depth / 8, height, width, depth % 8), for a depth that is a multiple of 8, or 7, and a
+//   width of 7.
 //     Eight keys then are one place and eight depths, and so are eight queries: in a product of the two the differences
 //     in height and width are the same for all lanes, and the difference in depth is always the same for one lane. So a
 //     lane finds the bias of its two keys in two neighbouring entries of a table, at an address that moves by a
@@ -43,7 +48,11 @@ struct WindowTokenArguments {
 template <bool kDepthFastest, bool kTurns>
 class WindowTokens {
  public:
-  __device__ __forceinline__ int keys() const { return int(a_.tokens); }
+  __device__ __forceinline__ int keys() const { return common_.keys; }
+  // Depth fastest, of a depth of 7 one in eight is none.
+  __device__ __forceinline__ bool is_key(int n) const {
+    return n < keys() && (!kDepthFastest || n % 8 < int(a_.window[0]));
+  }
   __device__ __forceinline__ int head_dim() const { return int(a_.head_dim); }
   // Bytes that all rows of a tensor are a multiple of.
   __device__ __forceinline__ int unit(Slot slot) const { return common_.unit[slot]; }
@@ -92,6 +101,7 @@ class WindowTokens {
 
   // The score of a query and key n, step by step as the reference takes it: for numbers of any size.
   __device__ __forceinline__ float exact(float product, int query, int n) const {
+    if (kDepthFastest && !(is_key(query) && is_key(n))) return __int_as_float(0xff800000);  // -inf: it has no weight
     query = min(query, keys() - 1);
     float score = product * common_.scale;
     if (a_.bias_is_table) {
@@ -148,10 +158,10 @@ class WindowTokens {
         source[axis] = start[axis] + place.at[axis];
         if (source[axis] >= common_.padded[axis]) source[axis] -= common_.padded[axis];
         real &= source[axis] < grid;
-        token = token * grid + source[axis];
+        token += source[axis] * common_.token_step[axis];
         if (place.at[axis] + int(a_.shift[axis]) >= int(a_.window[axis])) region |= 1 << axis;
       }
-      at<int>(common_.tokens)[n] = n >= keys() ? kNoToken : real ? token : kPadding;
+      at<int>(common_.tokens)[n] = !is_key(n) ? kNoToken : real ? token : kPadding;
       regions()[n] = uint16_t(region & border_);
 #pragma unroll 1
       for (int set = 0; set < common_.stride_sets; ++set) {
@@ -190,7 +200,7 @@ class WindowTokens {
     return at_bias_place(place, [&](int depth, int height, int width) { return table_row(depth, height, width); });
   }
   __device__ __forceinline__ int table_row(int depth, int height, int width) const {
-    return (depth * (2 * int(a_.bias_window[1]) - 1) + height) * (2 * int(a_.bias_window[2]) - 1) + width;
+    return depth * common_.table_step[0] + height * common_.table_step[1] + width * common_.table_step[2];
   }
   __device__ __forceinline__ const float* table() const {
     return static_cast<const float*>(a_.bias) + head_ * a_.bias_head_stride;
