@@ -83,6 +83,7 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     resident = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward"
     name = resident if plan["resident"] else "streamed_window_forward", ELEMENTS[dtype], plan["dim"]
     program, _ = _kernel(arch, *name)
+    blocks = math.ceil(tokens / plan["block_keys"])
 
     def of_warp(work: float) -> float:
         """Rounds of a warp, where a block's threads share some work."""
@@ -93,7 +94,8 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
         kind = program.kind(body)
         return {
             "group": passes,
-            "keys": math.ceil(slots / plan["block_keys"]),
+            "keys": blocks,
+            "scores": blocks,  # of keys, around the main loop
             "copy": of_warp(2 * slots * plan["dim"] * 2 // 16 / max(1, program.copies(body))),
             "table": of_warp(table_rows / max(1, program.copies(body))),
             "inner": 0,  # other strides than one

@@ -49,9 +49,9 @@ template <bool kDepthFastest, bool kTurns>
 class WindowTokens {
  public:
   __device__ __forceinline__ int keys() const { return common_.keys; }
-  // Depth fastest, of a depth of 7 one in eight is none.
+  // In the backward pass, a depth of 7 may be filled up to eight.
   __device__ __forceinline__ bool is_key(int n) const {
-    return n < keys() && (!kDepthFastest || n % 8 < int(a_.window[0]));
+    return n < keys() && (!kFillsUp || int(uint32_t(n) % 8) < int(a_.window[0]));
   }
   __device__ __forceinline__ int head_dim() const { return int(a_.head_dim); }
   // Bytes that all rows of a tensor are a multiple of.
@@ -63,6 +63,8 @@ class WindowTokens {
   static __device__ __forceinline__ Entry* at(int place) {
     return reinterpret_cast<Entry*>(gpu::shared_memory<unsigned char>() + place);
   }
+
+  static constexpr bool kFillsUp = kDepthFastest && !kTurns;
 
   // The number of token n in its grid, kPadding or kNoToken; those of all slots.
   __device__ __forceinline__ int token(int n) const { return n < keys() ? tokens()[n] : kNoToken; }
@@ -101,7 +103,7 @@ class WindowTokens {
 
   // The score of a query and key n, step by step as the reference takes it: for numbers of any size.
   __device__ __forceinline__ float exact(float product, int query, int n) const {
-    if (kDepthFastest && !(is_key(query) && is_key(n))) return __int_as_float(0xff800000);  // -inf: it has no weight
+    if (kFillsUp && !(is_key(query) && is_key(n))) return __int_as_float(0xff800000);  // -inf: it has no weight
     query = min(query, keys() - 1);
     float score = product * common_.scale;
     if (a_.bias_is_table) {
