@@ -49,8 +49,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "no barrier behind the table of tokens": (
         "race|uninitialised",
         "forward.cuh",
-        r"find_rows\(\);\s*__syncthreads\(\);",
-        "find_rows();",
+        r"(Share::find\(.*?\);)\s*__syncthreads\(\);",
+        r"\1",
     ),
     "no barrier behind the copies": (
         "race|uninitialised",
@@ -172,7 +172,9 @@ const char* window3d_backward(const Window3dArgs&, const SharedGradients&, float
 """
 
 
-NO_BACKWARD: Edits = {"window3d_backward.cu": no_backward, "window3d_backward_depth.cu": lambda text: ""}
+NO_BACKWARD: Edits = {"window3d_backward.cu": no_backward} | {
+    f"window3d_backward_{name}.cu": lambda text: "" for name in ("depth", "short")
+}
 
 
 def case_of(mistake: str | None) -> str:
