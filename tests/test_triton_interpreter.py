@@ -25,7 +25,9 @@ NUMBERS = (
     " or hidden or offset or log_sum or separate or dropout or nan or masks_repeat or fully_masked or minus_infinity"
     " or head_dims and (5 or 20 or 64)"
 )
-NUMBERS_OF_FLOAT16 = "window_lengths and 98 or adversarial or offset or hides or separate or nan or head_dims and 20"
+NUMBERS_OF_16_BITS = "window_lengths and 98 or adversarial or offset or hides or separate or nan or head_dims and 20"
+# Of float16, which has a range of its own, where there is bfloat16 too.
+FLOAT16 = "not (float16 and not bfloat16 and not (adversarial or saturated or scale))"
 OTHERS = (
     "every_short or clipped or shifted_and_cyclic or a_masked_key or table_of or expanded or pad_qkv or unused or empty"
     " or dropout_keeps or apart or masks_and_biases or learned_bias or same_as or strides and (sliced or different)"
@@ -39,16 +41,26 @@ SOME_DIVIDED = "not seventy and not (head_dims and not (5 or 20 or 64)) and not 
 JOBS = {
     "others": (ALL, f"triton and not float16 and not float32 and ({OTHERS})", 78, None),
     "float32": (ALL, f"triton and float32 and ({NUMBERS} or opcheck_window3d_backward)", 44, None),
-    "bfloat16": (PARITY, f"triton and bfloat16 and ({NUMBERS})", 47, None),
-    "float16": (PARITY, f"triton and float16 and not bfloat16 and ({NUMBERS_OF_FLOAT16})", 12, None),
+    "bfloat16": (
+        PARITY,
+        f"triton and bfloat16 and ({NUMBERS_OF_16_BITS} or padding or log_sum or mask_values)",
+        22,
+        None,
+    ),
+    "float16": (PARITY, f"triton and float16 and not bfloat16 and ({NUMBERS_OF_16_BITS})", 12, None),
     "divided": (DIVIDED[:2], f"triton and not float16 and {SOME_DIVIDED}", 250, None),
     "divided_16_bits": (  # "float16" is in "bfloat16" too
         DIVIDED[::2],
-        f"triton and (float16 and {SOME_DIVIDED} or float32 and opcheck and (temporal or mean))",
+        f"triton and {FLOAT16} and (float16 and {SOME_DIVIDED} or float32 and opcheck and (temporal or mean))",
+        110,
+        None,
+    ),
+    "mixing": (
+        MIXING,
+        f"triton and {FLOAT16} and not seventy and not compile and not (opcheck and float16)",
         210,
         None,
     ),
-    "mixing": (MIXING, "triton and not seventy and not compile and not (opcheck and float16)", 250, None),
     "mended": (["test_interpreted_bfloat16.py"], "", 5, None),
     "plans": (["test_plans.py"], "triton", 14, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
