@@ -161,7 +161,8 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
   }
 
   // Sums over all keys of P and P dP, for each query: then its weights have a sum of 1, and delta the same weights and
-  // products as dS. The record gets 1 / sum of P in the place of the log-sum-exp. Returns whether all is moderate.
+  // products as dS. It is divided by the sum, not multiplied: where one key has all the weight, dS is exactly 0. The
+  // record gets 1 / sum of P in the place of the log-sum-exp. Returns whether all is moderate.
   __device__ __forceinline__ bool refine(const float (&p)[kEights][4], const float (&dp)[kEights][4]) const {
     float sums[kEights][4];  // of this lane's keys: P of its two queries, P dP of these
 #pragma unroll
@@ -190,7 +191,7 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
       const bool real = group.is_real(n);
       moderate &= !real || (sum > 0.5f && sum < 2.0f);
       const float inverse = real ? 1.0f / sum : 0.0f;
-      records()[n].log_sum = inverse, records()[n].minus_delta = real ? -product * inverse : 0.0f;
+      records()[n].log_sum = inverse, records()[n].minus_delta = real ? -product / sum : 0.0f;
     }
     return __syncthreads_and(moderate);
   }
