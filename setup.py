@@ -56,7 +56,7 @@ NVCC_FLAGS = [
     "-O3",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    "--compress-mode=size",  # a fifth of the size; since 12.8, for drivers since 12.4
+    "--compress-mode=size",  # a fifth of the size; since 12.8; see _why_not_gpu in vidattn/ops/_library.py
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-DNDEBUG",
     "-Icsrc",

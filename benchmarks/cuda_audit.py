@@ -32,7 +32,8 @@ _FORWARD_FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "depth_
 _BACKWARD = f"""BackwardShape shape{{}};{_SHAPE}
   shape.table_gradient = shape.aligned_rows = true;
   const auto plan = plan_backward(shape, n[8]);
-  struct : BackwardPlan {{ int64_t shares; }} p{{plan, backward_shares(n[7] / n[14], n[14], plan, n[4])}};"""
+  struct : BackwardPlan {{ int64_t shares, whole_rows; }} p{{
+    plan, backward_shares(n[7] / n[14], n[14], plan, n[4]), kWholeRowTokens}};"""
 _BACKWARD_FIELDS = (
     "dim",
     "threads",
@@ -43,8 +44,7 @@ _BACKWARD_FIELDS = (
     "bias_floats",
     "table_floats",
 )
-_BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares")
-_WHOLE_ROWS = 64  # keys of a row whose statistics come from all its scores
+_BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares", "whole_rows")
 
 
 @cache
@@ -135,7 +135,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         num_bias_rows(case.window),
     )
     warps, tile, blocks, row_bytes = threads // LANES, plan["query_tile"], plan["blocks"], plan["dim"] * 2
-    depth_fastest, whole_rows = bool(plan["depth_fastest"]), tokens <= _WHOLE_ROWS
+    depth_fastest, whole_rows = bool(plan["depth_fastest"]), tokens <= plan["whole_rows"]
     block_keys = plan["block_keys"] if depth_fastest else math.ceil(tokens / blocks)
     slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block

@@ -239,6 +239,8 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], d
         ((9, 0), 14000, "13.2", None),
         ((10, 0), 13020, "13.2", None),
         ((7, 5), 13000, "13.0", "needs a GPU of compute capability 8.0 or later, got 7.5"),
+        ((9, 0), 12040, "12.8", None),
+        ((9, 0), 12030, "12.8", "needs a driver for CUDA 12.4 or later, got one for 12.3"),  # which cannot unpack it
         ((9, 0), 12080, "13.0", "needs a driver for CUDA 13.0 or later, got one for 12.8"),
         ((12, 0), 13000, "13.2", "needs a driver for CUDA 13.2 or later, got one for 13.0"),
     ],

@@ -295,9 +295,6 @@ struct BackwardRows {
 
   // Rows a multiple of 8 apart have their pieces in the same places: see Walk.
   __device__ __forceinline__ uint32_t four_pieces(int piece) const { return Layout::place(lane % 8, piece + lane / 8); }
-  __device__ __forceinline__ uint32_t two_pieces(int piece) const {
-    return Layout::place(lane % 16, piece + lane / 16);
-  }
 };
 
 }  // namespace vidattn::cuda

@@ -40,7 +40,6 @@ class WindowGroup : public WindowTokens<kDepthFastest, kDepthFastest> {
     uint32_t bias;  // width fastest: of four times the bias rows of this lane's first two keys; depth fastest: what is
                     // taken from the address of the bias
     uint32_t region;  // of those of this lane's first two keys
-    int height;       // depth fastest: place of the chunk
   };
   // Two queries and a chunk of keys: where their bias lies, and the regions of the queries.
   struct Pairs {
@@ -187,29 +186,18 @@ class WindowGroup : public WindowTokens<kDepthFastest, kDepthFastest> {
   // The chunk of keys from `key` on; depth-fastest windows start at 0. `column` is the first of this lane in 8 keys.
   __device__ __forceinline__ Keys first_keys(int key, int column) const {
     const uint32_t region = gpu::shared_address(regions() + key + column);
-    return {kDepthFastest ? 0 : gpu::shared_address(bias_rows() + key + column), region, 0};
+    return {kDepthFastest ? 0 : gpu::shared_address(bias_rows() + key + column), region};
   }
   // Depth fastest: any chunk, and the next one of those whose bias lies at a constant distance.
   __device__ __forceinline__ Keys keys_of_chunk(int chunk, int column, const Seen& seen) const {
     const int eight = plane_of(chunk), line = chunk - eight * int(a_.window[1]);
     const int bias = line * bias_step() - eight * places() * kStepBytes;
-    return {seen.step == 0 ? 0 : uint32_t(bias), gpu::shared_address(regions() + 56 * chunk + column), 0};
+    return {seen.step == 0 ? 0 : uint32_t(bias), gpu::shared_address(regions() + 56 * chunk + column)};
   }
   __device__ __forceinline__ void next_chunk(Keys& at, const Seen& seen) const {
     at.bias += seen.step, at.region += 112;
   }
   __device__ __forceinline__ int end_of_run(int chunk) const { return (plane_of(chunk) + 1) * int(a_.window[1]); }
-  // The next chunk of `keys` keys.
-  __device__ __forceinline__ void advance(Keys& at, int keys) const {
-    at.region += 2 * keys;
-    if constexpr (kDepthFastest) {
-      const int height = int(a_.window[1]);
-      at.bias += bias_step();
-      if (++at.height == height) at.height = 0, at.bias -= bias_step() * height + places() * kStepBytes;
-    } else {
-      at.bias += 4 * keys;
-    }
-  }
 
   template <bool kMasked>
   __device__ __forceinline__ Pairs pairs(const Query (&query)[2], int row, const Keys& keys) const {

@@ -74,8 +74,6 @@ class WindowTokens {
 
   // Any address of a tensor.
   __device__ __forceinline__ const char* readable(Slot slot) const { return a_.tensor[slot].data; }
-  __device__ __forceinline__ const char* key(int n) const { return row(kK, n); }
-  __device__ __forceinline__ const char* value(int n) const { return row(kV, n); }
   __device__ __forceinline__ const char* query(int n) const { return row(kQ, n); }
   // Where a token's row starts; null for zeros.
   __device__ __forceinline__ const char* row(Slot slot, int n) const {

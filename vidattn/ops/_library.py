@@ -378,13 +378,14 @@ def _why_not_gpu(index: int) -> str | None:
     """Say why the kernels, which are built, cannot run on a GPU.
 
     Machine code for 8.0 and 9.0 is in it, which the others of the same major version run too, with every driver of the
-    toolkit's major version or later. For GPUs after those the driver compiles the PTX, which an older one cannot read.
+    toolkit's major version or later that can unpack it (12.4). For GPUs after those the driver compiles the PTX, which
+    an older one cannot read.
     """
     if too_old := _too_old(index):
         return too_old
     capability = torch.cuda.get_device_capability(index)
     major, minor = map(int, torch.ops.vidattn._cuda_build().split("."))
-    needed = major, minor if capability >= (10, 0) else 0
+    needed = max((12, 4), (major, minor if capability >= (10, 0) else 0))
     version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 13020 for 13.2
     driver = version // 1000, version % 1000 // 10
     if driver < needed:
