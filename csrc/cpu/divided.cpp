@@ -3,7 +3,8 @@
 #include <memory>
 
 #include "dispatch.h"
-#include "divided_args.h"
+#include "divided_call.h"
+#include "divided_kernels.h"
 
 namespace vidattn {
 namespace {
@@ -12,30 +13,10 @@ const DividedKernels& kernels(const DividedArgs& a) {
   return kernels_for<DividedKernels>(a.element, VIDATTN_KERNELS(divided));
 }
 
-// Reads the fields of DividedCall in vidattn/calls.py, which says what they are, and after them the context or its
-// gradient, which has the patches of a clip alone.
 DividedArgs read_call(Arguments& from, Slot context) {
-  DividedArgs a{};
-  const Tokens tokens(from);
-  const Tensor* seed = from.maybe_tensor();
-  a.frames = from.take<int64_t>();
-  a.time_fastest = from.take<bool>();
-  a.temporal_heads = from.take<int64_t>();
-  a.scale = from.take<double>(), a.dropout_p = from.take<double>();
-  const Tensor& patches = from.tensor();
-
-  set_shape(a, tokens.q);
+  const Tensor* seed;
+  DividedArgs a = read_divided_call(from, context, seed);
   set_seed(a, seed);
-  a.batch = patches.size(0);
-  STD_TORCH_CHECK(a.frames >= 1 && patches.size(1) >= 1 && patches.size(1) % a.frames == 0,
-                  "expected num_frames * sites rows");
-  a.sites = patches.size(1) / a.frames;
-  a.cls = tokens.q.size(1) - patches.size(1);
-  STD_TORCH_CHECK(a.cls == 0 || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1), " rows");
-  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim, a.cls);
-  a.tensor[kK] = row_tensor(tokens.k, a.head_dim, a.cls);
-  a.tensor[kV] = row_tensor(tokens.v, a.head_dim, a.cls);
-  a.tensor[context] = row_tensor(patches, a.head_dim);
   return a;
 }
 
@@ -43,15 +24,7 @@ DividedArgs read_call(Arguments& from, Slot context) {
 void run_axes(DividedArgs& a, bool backward) {
   const DividedKernels& cpu = kernels(a);
   for (bool over_time : {true, false}) {
-    a.first_head = over_time ? 0 : a.temporal_heads;
-    a.num_heads = over_time ? a.temporal_heads : a.heads - a.temporal_heads;
-    if (a.num_heads == 0) continue;
-    STD_TORCH_CHECK(!over_time || !a.cls, "a cls token attends over space only");
-    a.patches = over_time ? a.frames : a.sites;
-    a.groups = over_time ? a.sites : a.frames;
-    const int64_t frame_step = a.time_fastest ? 1 : a.sites, site_step = a.time_fastest ? a.frames : 1;
-    a.position_step = over_time ? frame_step : site_step;
-    a.group_step = over_time ? site_step : frame_step;
+    if (!set_axis(a, over_time)) continue;
     a.short_sequences = !a.cls && a.patches <= kShortSequence && a.element != Element::float64;
     a.tasks = a.batch * a.groups * (a.short_sequences ? 1 : a.num_heads);
     run(a, cpu, backward, a.tasks, backward ? cpu.backward : cpu.forward);

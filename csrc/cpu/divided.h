@@ -3,7 +3,7 @@
 // short ones through divided_short.h.
 #pragma once
 #include "attention.h"
-#include "divided_args.h"
+#include "divided_kernels.h"
 #include "divided_short.h"
 
 namespace vidattn {

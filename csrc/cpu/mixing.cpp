@@ -3,7 +3,8 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "mixing_args.h"
+#include "mixing_call.h"
+#include "mixing_kernels.h"
 
 namespace vidattn {
 namespace {
@@ -12,40 +13,12 @@ const MixingKernels& kernels(const MixingArgs& a) {
   return kernels_for<MixingKernels>(a.element, VIDATTN_KERNELS(mixing));
 }
 
-// (first, last, offset) of each range, from a flat list.
-std::vector<ChannelShift> channel_shifts(const Ints& flat, int64_t channels) {
-  STD_TORCH_CHECK(flat.size() % 3 == 0, "expected (first, last, offset) of each range of channels");
-  std::vector<ChannelShift> shifts;
-  int64_t done = 0;
-  for (size_t i = 0; i < flat.size(); i += 3) {
-    STD_TORCH_CHECK(done <= flat[i] && flat[i] < flat[i + 1] && flat[i + 1] <= channels,
-                    "expected ranges of channels in ascending order");
-    done = flat[i + 1];
-    shifts.push_back({flat[i], flat[i + 1], flat[i + 2]});
-  }
-  return shifts;
-}
-
 // ---- Attention ----
 
-// Reads the fields of MixingCall in vidattn/calls.py, which says what they are. The ranges of channels go to `shifts`.
 MixingArgs read_call(Arguments& from, std::vector<ChannelShift>& shifts) {
-  MixingArgs a{};
-  const Tokens tokens(from);
-  const Tensor* seed = from.maybe_tensor();
-  a.segment = from.take<int64_t>();
-  const Ints flat = from.take<Ints>();
-  a.scale = from.take<double>(), a.dropout_p = from.take<double>();
-
-  set_shape(a, tokens.q);
+  const Tensor* seed;
+  MixingArgs a = read_mixing_call(from, shifts, seed);
   set_seed(a, seed);
-  a.frames = tokens.q.size(0), a.tokens = tokens.q.size(1);
-  STD_TORCH_CHECK(a.segment >= 1 && a.frames % a.segment == 0, "expected whole segments of frames");
-  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim);
-  a.tensor[kK] = row_tensor(tokens.k, a.head_dim);
-  a.tensor[kV] = row_tensor(tokens.v, a.head_dim);
-  shifts = channel_shifts(flat, a.heads * a.head_dim);
-  a.shifts = shifts.data(), a.num_shifts = static_cast<int64_t>(shifts.size());
   return a;
 }
 

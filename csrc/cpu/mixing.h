@@ -6,7 +6,7 @@
 // reaches around the segment's end, which nobody has read, gets zeros: so every element is written once.
 #pragma once
 #include "attention.h"
-#include "mixing_args.h"
+#include "mixing_kernels.h"
 
 namespace vidattn {
 namespace VIDATTN_ISA {

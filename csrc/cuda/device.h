@@ -1,4 +1,4 @@
-// What ops.cpp asks of the device. The tests put another file of this name first on the include path, which registers
+// What the *_ops.cpp ask of the device. The tests put another file of this name first on the include path, which registers
 // the ops for an emulated GPU.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>

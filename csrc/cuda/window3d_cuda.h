@@ -1,4 +1,4 @@
-// What ops.cpp calls.
+// What window3d_ops.cpp calls.
 #pragma once
 #include "window3d_args.h"
 

@@ -1,11 +1,11 @@
-// What csrc/cuda/ops.cpp asks of the device, for the emulated GPU. It stands first on the include path.
+// What csrc/cuda/*_ops.cpp ask of the device, for the emulated GPU. It stands first on the include path.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 // Names of their own, by the library that is built: a call that is meant for these kernels can reach no others. They
-// are added when the library is linked, so that ops.cpp is compiled once for all.
+// are added when the library is linked, so that those are compiled once for all.
 extern "C" const char emulated_namespace[];
 #define VIDATTN_CUDA_LIBRARY emulated, CPU
 #undef STABLE_TORCH_LIBRARY_IMPL

@@ -1,9 +1,8 @@
-// What mixing.cpp hands to the kernels of an instruction set.
+// What the native ops of the mixing family hand to the kernels of a device.
 #pragma once
 #include <stdint.h>
 
 #include "call.h"
-#include "isa.h"
 
 namespace vidattn {
 
@@ -19,12 +18,9 @@ struct MixingArgs {
   int64_t num_shifts;
   Element element;
   RowTensor tensor[kSlots];  // (frame, token, heads, head_dim)
+  void* lse;                 // on CUDA: log-sum-exp (frame, token, heads) in the accumulator's type, or null
   double scale, dropout_p;
   uint64_t seed;
 };
-
-// A task is a (frame, head), the frame outermost.
-using MixingKernels = Kernels<MixingArgs>;
-VIDATTN_DECLARE_KERNELS(mixing, MixingKernels);
 
 }  // namespace vidattn

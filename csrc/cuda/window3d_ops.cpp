@@ -1,4 +1,4 @@
-// The native ops of CUDA: reads the tensors and starts the kernels.
+// The native ops of the window family on CUDA: reads the tensors and starts the kernels.
 #include <device.h>
 #include "plan.h"
 #include "window3d_call.h"

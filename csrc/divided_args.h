@@ -1,9 +1,8 @@
-// What divided.cpp hands to the kernels of an instruction set.
+// What the native ops of the divided family hand to the kernels of a device.
 #pragma once
 #include <stdint.h>
 
 #include "call.h"
-#include "isa.h"
 
 namespace vidattn {
 
@@ -31,18 +30,12 @@ struct DividedArgs {
   int64_t dcls_stride[2];  // of the batch and of the frames
   void* cls_gradients;     // (3, batch, frames, heads, head_dim): each frame's share for q, k and v
   RowTensor cls_mean;      // (batch, 1, heads, head_dim), where the mean of cls_out goes
+  // On CUDA, log-sum-exp in the accumulator's type: (batch, rows, heads), the patches in token order, then the cls token
+  // in each frame; null if nobody needs it.
+  void* lse;
 
   double scale, dropout_p;
   uint64_t seed;
 };
-
-// Sequences of at most this many rows, without a cls token, are computed where they lie.
-constexpr int64_t kShortSequence = 16;
-
-struct DividedKernels : Kernels<DividedArgs> {
-  // Adds up what the frames have for the cls token of a clip, in order: the mean of its contexts, or its gradients.
-  void (*add_frames)(const DividedArgs&, bool backward, int64_t clip);
-};
-VIDATTN_DECLARE_KERNELS(divided, DividedKernels);
 
 }  // namespace vidattn

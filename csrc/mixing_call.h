@@ -1,0 +1,45 @@
+// How the native ops of the mixing family read their arguments.
+#pragma once
+#include <vector>
+
+#include "arguments.h"
+#include "mixing_args.h"
+
+namespace vidattn {
+
+// (first, last, offset) of each range, from a flat list.
+inline std::vector<ChannelShift> channel_shifts(const Ints& flat, int64_t channels) {
+  STD_TORCH_CHECK(flat.size() % 3 == 0, "expected (first, last, offset) of each range of channels");
+  std::vector<ChannelShift> shifts;
+  int64_t done = 0;
+  for (size_t i = 0; i < flat.size(); i += 3) {
+    STD_TORCH_CHECK(done <= flat[i] && flat[i] < flat[i + 1] && flat[i + 1] <= channels,
+                    "expected ranges of channels in ascending order");
+    done = flat[i + 1];
+    shifts.push_back({flat[i], flat[i + 1], flat[i + 2]});
+  }
+  return shifts;
+}
+
+// Reads the fields of MixingCall in vidattn/calls.py, which says what they are. The ranges of channels go to `shifts`.
+// The seed lies on the device of q, so whoever can reads it.
+inline MixingArgs read_mixing_call(Arguments& from, std::vector<ChannelShift>& shifts, const Tensor*& seed) {
+  MixingArgs a{};
+  const Tokens tokens(from);
+  seed = from.maybe_tensor();
+  a.segment = from.take<int64_t>();
+  const Ints flat = from.take<Ints>();
+  a.scale = from.take<double>(), a.dropout_p = from.take<double>();
+
+  set_shape(a, tokens.q);
+  a.frames = tokens.q.size(0), a.tokens = tokens.q.size(1);
+  STD_TORCH_CHECK(a.segment >= 1 && a.frames % a.segment == 0, "expected whole segments of frames");
+  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim);
+  a.tensor[kK] = row_tensor(tokens.k, a.head_dim);
+  a.tensor[kV] = row_tensor(tokens.v, a.head_dim);
+  shifts = channel_shifts(flat, a.heads * a.head_dim);
+  a.shifts = shifts.data(), a.num_shifts = static_cast<int64_t>(shifts.size());
+  return a;
+}
+
+}  // namespace vidattn
