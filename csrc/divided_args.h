@@ -30,8 +30,8 @@ struct DividedArgs {
   int64_t dcls_stride[2];  // of the batch and of the frames
   void* cls_gradients;     // (3, batch, frames, heads, head_dim): each frame's share for q, k and v
   RowTensor cls_mean;      // (batch, 1, heads, head_dim), where the mean of cls_out goes
-  // On CUDA, log-sum-exp in the accumulator's type: (batch, rows, heads), the patches in token order, then the cls token
-  // in each frame; null if nobody needs it.
+  // On CUDA, log-sum-exp in the accumulator's type: (batch, rows, heads), the patches in token order, then the cls
+  // token in each frame; null if nobody needs it.
   void* lse;
 
   double scale, dropout_p;

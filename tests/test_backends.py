@@ -318,12 +318,12 @@ def test_the_limits_of_the_cuda_kernels() -> None:
     assert reasons(1, 8, 14, 14, 3, 2, 64, window_size=(8, 7, 7)) == []
     assert reasons(1, 1, 1, 1, 3, 2, 8, window_size=(30, 30, 30)) == []  # clipped to one token
     assert reasons(1, 12, 10, 10, 3, 1, 8, window_size=(12, 10, 11)) == []
-    assert reasons(1, 12, 10, 11, 3, 1, 8, window_size=(13, 11, 12)) == ["runs windows of up to 1200 tokens, got 1320"]
+    assert reasons(1, 12, 10, 11, 3, 1, 8, window_size=(13, 11, 12)) == ["runs groups of up to 1200 tokens, got 1320"]
     everything = reasons(1, 12, 10, 11, 3, 1, 72, window_size=16, dropout_p=0.1, dtype=torch.float32)
     assert everything == [
         "runs float16 and bfloat16, got torch.float32",
         "runs head dimensions up to 64, got 72",
-        "runs windows of up to 1200 tokens, got 1320",
+        "runs groups of up to 1200 tokens, got 1320",
         "has no dropout, got dropout_p 0.1",
     ]
     plan = (Path(__file__).parent.parent / "csrc" / "cuda" / "plan.h").read_text()

@@ -58,6 +58,7 @@ class AttentionCall(NamedTuple):
         dropout_p: dropout probability.
         bias: "none" | "table" | "dense".
         needs_bias_grad: whether a gradient of the bias may be asked for.
+        channel_ranges: how many ranges of channels come from other frames.
     """
 
     op: str
@@ -69,6 +70,7 @@ class AttentionCall(NamedTuple):
     dropout_p: float = 0.0
     bias: str = "none"
     needs_bias_grad: bool = False
+    channel_ranges: int = 0
 
 
 # Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.

@@ -228,9 +228,11 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
             *reinterpret_cast<uint32_t*>(at((to ^ 32 * step ^ 16 * half) + (16 * t + 8 * i) * Scores::kBytes)) =
                 ds_packed[t][2 * half + i];
           }
-          if (table.wanted()) table.put(t, ds[half][t]);
+          if constexpr (Group::kHasSums)
+            if (table.wanted()) table.put(t, ds[half][t]);
         }
-        if (table.wanted()) table.template add<kWay != Way::kExact>(first + 16 * step + 8 * half);
+        if constexpr (Group::kHasSums)
+          if (table.wanted()) table.template add<kWay != Way::kExact>(first + 16 * step + 8 * half);
       }
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part) {
@@ -298,10 +300,16 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         if (block + 1 < plan.blocks)
           *reinterpret_cast<float2*>(kept + column) = value;
         else
-          write_pair(to, column, group.head_dim(), arguments.gradient_unit,
-                     gpu::pack<T>(value.x * group.scale(), value.y * group.scale()));
+          write_gradient(kDq, n, to, column, value.x * group.scale(), value.y * group.scale());
       }
     }
+  }
+
+  // Two elements of token n's gradient, whose row is `row`.
+  __device__ __forceinline__ void write_gradient(Slot slot, int n, char* row, int at, float x, float y) const {
+    if constexpr (Group::kPlacesElements)
+      if (group.template place_elements<T>(slot, n, at, x, y)) return;
+    write_pair(row, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(x, y));
   }
 
   // Writes dK and dV of keys; those of padding are added to the sums of the warp.
@@ -324,12 +332,17 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
           float* k = &sums.dk[t][i][2 * half];
           k[0] *= group.scale(), k[1] *= group.scale();
           if (!dk) continue;
-          write_pair(dk, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(k[0], k[1]));
-          write_pair(dv, at, group.head_dim(), arguments.gradient_unit,
-                     gpu::pack<T>(sums.dv[t][i][2 * half], sums.dv[t][i][2 * half + 1]));
+          write_gradient(kDk, key + n, dk, at, k[0], k[1]);
+          write_gradient(kDv, key + n, dv, at, sums.dv[t][i][2 * half], sums.dv[t][i][2 * half + 1]);
         }
       }
-    if (!arguments.pad_gradient || !__any_sync(~0u, padded)) return;
+    if constexpr (Group::kHasSums)
+      if (arguments.pad_gradient && __any_sync(~0u, padded)) add_padding(sums, real, warp, lane);
+  }
+
+  // Adds dK and dV of those keys of a warp that are padding to its sums.
+  __device__ __forceinline__ void add_padding(const Sums& sums, const bool (&real)[kTiles][2], int warp,
+                                              int lane) const {
 #pragma unroll
     for (int which = 0; which < 2; ++which)
 #pragma unroll
@@ -348,13 +361,13 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         }
   }
 
-  __device__ __forceinline__ RowSums<Group, kKeys> row_sums(int key, int count) const {
-    return {group,
-            plan.buffers + warp * kBufferBytes,
-            plan.table_floats && count > 0,
-            (plan.table_is_shared ? plan.table_sums : 0) + warp * plan.table_floats * 4,
-            key,
-            count};
+  __device__ __forceinline__ auto row_sums(int key, int count) const {
+    if constexpr (Group::kHasSums)
+      return RowSums<Group, kKeys>(group, plan.buffers + warp * kBufferBytes, plan.table_floats && count > 0,
+                                   (plan.table_is_shared ? plan.table_sums : 0) + warp * plan.table_floats * 4, key,
+                                   count);
+    else
+      return 0;
   }
 
   // All queries meet a block of keys, which is on its way to shared memory.
@@ -372,7 +385,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll
         for (int half = 0; half < 2; ++half) biases[t][half] = group.key_bias(key + 16 * t + lane / 4 + 8 * half);
       }
-    const RowSums<Group, kKeys> table = row_sums(key, count);
+    const auto table = row_sums(key, count);
 #pragma unroll 1
     for (int query = 0; query < group.keys(); query += kQueries) {
       if (query + kQueries < group.keys()) copy_queries(query + kQueries, (query / kQueries + 1) % 2);
@@ -457,10 +470,51 @@ __device__ __attribute__((noinline)) void run_exactly(const typename B::Argument
       backward.copy_block(block);
     }
     backward.template run_block<false>(block);
-    if (arguments.backward.blocks > 1) backward.add_tables(block);
+    if constexpr (Group::kHasSums)
+      if (arguments.backward.blocks > 1) backward.add_tables(block);
   }
 }
 
+// The group that Progress names.
+template <class B, class Group>
+__device__ __forceinline__ void run_group(const typename B::Arguments& arguments) {
+  const Progress* const now = gpu::shared_memory<Progress>();
+  bool moderate = true;
+  {
+    Group group(arguments, now->head, now->group);
+    group.find_rows();
+    __syncthreads();
+    const B backward(arguments, group);
+    backward.copy_block(0);
+    if (!arguments.whole_rows) {
+      moderate = backward.read_statistics();
+    } else if (now->folds) {
+      gpu::cp_async_wait<0>();
+      __syncthreads();
+      moderate = backward.refine_statistics();
+    }
+  }
+  const bool usual = __syncthreads_and(moderate) && now->folds;
+  if (usual) {
+    Group group(arguments, now->head, now->group);
+    const B backward(arguments, group);
+#pragma unroll 1
+    for (int block = 0; block < arguments.backward.blocks; ++block) {
+      if (block > 0) {
+        __syncthreads();
+        backward.copy_block(block);
+      }
+      backward.template run_block<true>(block);
+      if constexpr (Group::kHasSums)
+        if (arguments.backward.blocks > 1) backward.add_tables(block);
+    }
+  } else {
+    scan_rows<B, Group>(arguments);
+    run_exactly<B, Group>(arguments);
+  }
+}
+
+// A share of the groups of a head, which add to sums of it.
 template <class T, int kDim, class Group, int kKeys, int kQueries>
 __device__ __forceinline__ void attention_backward(const typename Group::Arguments& arguments) {
   using B = Backward<T, kDim, Group, kKeys, kQueries>;
@@ -478,38 +532,7 @@ __device__ __forceinline__ void attention_backward(const typename Group::Argumen
   }
   __syncthreads();
   while (now->group < now->end) {
-    bool moderate = true;
-    {
-      Group group(arguments, now->head, now->group);
-      group.find_rows();
-      __syncthreads();
-      const B backward(arguments, group);
-      backward.copy_block(0);
-      if (!arguments.whole_rows) {
-        moderate = backward.read_statistics();
-      } else if (now->folds) {
-        gpu::cp_async_wait<0>();
-        __syncthreads();
-        moderate = backward.refine_statistics();
-      }
-    }
-    const bool usual = __syncthreads_and(moderate) && now->folds;
-    if (usual) {
-      Group group(arguments, now->head, now->group);
-      const B backward(arguments, group);
-#pragma unroll 1
-      for (int block = 0; block < plan.blocks; ++block) {
-        if (block > 0) {
-          __syncthreads();
-          backward.copy_block(block);
-        }
-        backward.template run_block<true>(block);
-        if (plan.blocks > 1) backward.add_tables(block);
-      }
-    } else {
-      scan_rows<B, Group>(arguments);
-      run_exactly<B, Group>(arguments);
-    }
+    run_group<B, Group>(arguments);
     __syncthreads();
     if (threadIdx.x == 0) ++now->group, now->first = false;
     __syncthreads();
@@ -518,6 +541,19 @@ __device__ __forceinline__ void attention_backward(const typename Group::Argumen
   const B backward(arguments, group);
   if (plan.blocks == 1) backward.add_tables(0);
   backward.write_pads();
+}
+
+// A group that adds to nothing.
+template <class T, int kDim, class Group, int kKeys, int kQueries>
+__device__ __forceinline__ void attention_backward_of_group(const typename Group::Arguments& arguments) {
+  if (threadIdx.x == 0) {
+    Progress now{};
+    now.head = arguments.heads.remainder(int(blockIdx.x)), now.group = arguments.heads.quotient(int(blockIdx.x));
+    now.folds = arguments.folds;
+    *gpu::shared_memory<Progress>() = now;
+  }
+  __syncthreads();
+  run_group<Backward<T, kDim, Group, kKeys, kQueries>, Group>(arguments);
 }
 
 }  // namespace vidattn::cuda

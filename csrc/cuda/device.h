@@ -1,5 +1,5 @@
-// What the *_ops.cpp ask of the device. The tests put another file of this name first on the include path, which registers
-// the ops for an emulated GPU.
+// What the *_ops.cpp ask of the device. The tests put another file of this name first on the include path, which
+// registers the ops for an emulated GPU.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>

@@ -12,6 +12,7 @@ class Divisor {
     multiplier_ = uint32_t((((uint64_t(1) << shift_) - uint64_t(divisor)) << 32) / uint64_t(divisor) + 1);
   }
 
+  __host__ __device__ __forceinline__ int divisor() const { return int(divisor_); }
   // Of a number from 0 to 2^31 - 1.
   __device__ __forceinline__ int quotient(int n) const {
     return int((__umulhi(uint32_t(n), multiplier_) + uint32_t(n)) >> shift_);

@@ -280,6 +280,15 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
       if (token < 0) continue;
       const float sum = tile.sum[half], log_sum = gpu::log2_approx(sum);
       const float inverse = sum == 0.0f ? 0.0f : gpu::exp2_approx(-log_sum);  // no key at all: zeros
+      if (column == 0) *log_sums.at(token) = log_sum * kLn2 - tile.minus_top[half] * top_unit;
+      if constexpr (Group::kSharesTokens)
+        if (group.is_shared(n)) {
+#pragma unroll
+          for (int i = 0; i < kDim / 8; ++i)
+            group.write_shared(kOut, i * 8 + column, tile.out[i][2 * half] * inverse,
+                               tile.out[i][2 * half + 1] * inverse);
+          continue;
+        }
       uint32_t pairs[kDim / 8];
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i)
@@ -294,7 +303,6 @@ __device__ __forceinline__ void write_rows(const Group& group, const QueryTile<k
 #pragma unroll
         for (int i = 0; i < kDim / 8; ++i) write_pair(out, i * 8 + column, group.head_dim(), 2, pairs[i]);
       }
-      if (column == 0) *log_sums.at(token) = log_sum * kLn2 - tile.minus_top[half] * top_unit;
     }
 }
 
@@ -465,8 +473,9 @@ __device__ __forceinline__ bool attend_folded(const typename Shared::Group::Argu
       shared.load(tiles[t], t < share.count ? row + 16 * t : shared.keys(), true, share.thread);
     bool masks = shared.group.masks();
     typename Group::Seen seen = shared.group.all_seen();
-    if (share.count > 0 && shared.group.could_hide() && shared.template may_hide<T>(tiles))
-      masks = !shared.group.hide(seen, 16 * share.tile, 16 * share.count);
+    if constexpr (Group::kWholeChunks)
+      if (share.count > 0 && shared.group.could_hide() && shared.template may_hide<T>(tiles))
+        masks = !shared.group.hide(seen, 16 * share.tile, 16 * share.count);
     typename Group::Query query[kTogether][2];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) shared.group.describe(query[t], row + 16 * t, share.thread, seen);
@@ -536,10 +545,11 @@ __device__ __forceinline__ void attention_forward(const typename Shared::Group::
     folds = __syncthreads_and(shared.group.load_bias(largest_bias));
     gpu::cp_async_wait<0>();
     __syncthreads();
-    if (shared.group.could_hide()) {
-      shared.template measure<T>(largest_bias);
-      __syncthreads();
-    }
+    if constexpr (Shared::Group::kWholeChunks)
+      if (shared.group.could_hide()) {
+        shared.template measure<T>(largest_bias);
+        __syncthreads();
+      }
   }
   const int together = arguments.plan.splits * int(blockDim.x / 32) * kTogether;
 #pragma unroll 1

@@ -40,6 +40,10 @@ struct ForwardPlan {
   constexpr int key_rows() const { return resident ? block_keys : 2 * block_keys; }
 };
 
+// What a block keeps in shared memory of a sequence; what the kernels are for at most: tokens, and ranges of channels
+// from other frames.
+constexpr int64_t kSequenceBytes = 2 * 8 * kSlots + 4 * kMaxHeadDim, kMaxSequence = 400, kMaxRanges = 64;
+
 // Bytes that describe the tokens of a group: where their rows start, for each set of strides; their number in the grid;
 // their region; the part of a bias row that depends on them, which depth-fastest windows do not need. Before them stand
 // four numbers of the block, the share of each of up to 12 warps, and where the tensors and the log-sum-exp start.
@@ -106,6 +110,19 @@ constexpr int64_t depth_fastest_floats(const WindowShape& s) {
   return 2 * second_copy(s);
 }
 
+// Gives a block its warps, and splits the queries of a group where there are few blocks.
+constexpr void share_queries(ForwardPlan& plan, int64_t tokens, int64_t blocks, int64_t limit) {
+  // Four warps, one for each scheduler of a multiprocessor; more where its shared memory has no room for so many
+  // blocks. It keeps 1 KB a block for itself.
+  plan.tiles = static_cast<int>(ceil_div(tokens, 16));
+  const int64_t pairs = ceil_div(tokens, 32), together = (limit + 1024) / (plan.shared_bytes + 1024);
+  const int64_t fill = most_warps(plan.dim) / (together > 0 ? together : 1);
+  const int64_t warps = together > 1 ? even_warps(pairs, fill > 4 ? fill : 4) : quartered_warps(pairs, fill);
+  plan.threads = static_cast<int>(32 * warps);
+  const int64_t wanted = ceil_div(kManyBlocks, blocks > 0 ? blocks : 1), most = pairs / warps;
+  plan.splits = static_cast<int>(wanted < most ? wanted : most > 1 ? most : 1);
+}
+
 // Keys and values come first, for a multiple of 16 keys or, depth fastest, of 8; what is left is for the bias. `limit`
 // is the shared memory that a block may have.
 constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
@@ -134,15 +151,7 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
   plan.bias_floats = static_cast<int>(fits ? floats : 0);
   plan.block_keys = static_cast<int>(plan.resident ? all : (left - bias) / (2 * pair_bytes) / kBlockStep * kBlockStep);
   plan.shared_bytes = plan.key_rows() * pair_bytes + limit - left + bias;
-  // Four warps, one for each scheduler of a multiprocessor; more where its shared memory has no room for so many
-  // blocks. It keeps 1 KB a block for itself.
-  plan.tiles = static_cast<int>(ceil_div(tokens, 16));
-  const int64_t pairs = ceil_div(tokens, 32), together = (limit + 1024) / (plan.shared_bytes + 1024);
-  const int64_t fill = most_warps(plan.dim) / (together > 0 ? together : 1);
-  const int64_t warps = together > 1 ? even_warps(pairs, fill > 4 ? fill : 4) : quartered_warps(pairs, fill);
-  plan.threads = static_cast<int>(32 * warps);
-  const int64_t wanted = ceil_div(kManyBlocks, s.blocks > 0 ? s.blocks : 1), most = pairs / warps;
-  plan.splits = static_cast<int>(wanted < most ? wanted : most > 1 ? most : 1);
+  share_queries(plan, tokens, s.blocks, limit);
   return plan;
 }
 
@@ -151,6 +160,7 @@ constexpr ForwardPlan plan_forward(const WindowShape& s, int64_t limit) {
 struct BackwardShape : WindowShape {
   bool table_gradient, pad_gradient;
   bool aligned_rows;  // all are multiples of 16 bytes, at one stride from token to token
+  bool is_sequence;   // no window: nothing is kept of a token
 };
 
 // A warp owns `warp_keys` keys of a block of keys, and meets the queries tile by tile.
@@ -220,7 +230,7 @@ constexpr BackwardPlan place_backward(const BackwardShape& s, BackwardPlan plan,
   plan.buffers = take(plan.table_floats > 0 ? warps * kBufferBytes : 0);
   plan.table_sums = take(plan.table_is_shared ? warps * plan.table_floats * 4 : 0);
   plan.pad_sums = take(s.pad_gradient ? warps * 2 * plan.dim * 4 : 0);
-  plan.tokens = take(slots * (8 * s.stride_sets + 4 + 4 + 2));
+  plan.tokens = take(s.is_sequence ? kSequenceBytes : slots * (8 * s.stride_sets + 4 + 4 + 2));
   take(4 * plan.bias_floats);
   plan.shared_bytes = at;
   return plan;
@@ -229,7 +239,8 @@ constexpr BackwardPlan place_backward(const BackwardShape& s, BackwardPlan plan,
 // The most warps that fit, shared out evenly among as few blocks of keys as that allows.
 constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& plan, int64_t limit) {
   const int64_t tokens = s.window[0] * s.window[1] * s.window[2], needed = ceil_div(tokens, plan.warp_keys);
-  for (int64_t most = needed < kMaxBackwardWarps ? needed : kMaxBackwardWarps; most > 1; --most) {
+  const int64_t limit_of_warps = s.is_sequence ? most_warps(plan.dim) : kMaxBackwardWarps;
+  for (int64_t most = needed < limit_of_warps ? needed : limit_of_warps; most > 1; --most) {
     const BackwardPlan placed = place_backward(s, plan, even_warps(needed, most));
     if (placed.shared_bytes <= limit) return placed;
   }
@@ -354,6 +365,33 @@ constexpr int64_t backward_shares(int64_t groups, int64_t heads, const BackwardP
   if (shares > most) shares = most;
   if (shares > groups) shares = groups;
   return shares > 0 ? shares : 1;
+}
+
+// ---- Sequences ----
+
+// Keys and values come first, for a multiple of 16 keys.
+constexpr ForwardPlan plan_sequence_forward(int64_t keys, int64_t head_dim, int64_t blocks, int64_t limit) {
+  ForwardPlan plan{};
+  plan.dim = head_dim <= 32 ? 32 : 64;
+  const int64_t pair_bytes = 4 * plan.dim, own = kSequenceBytes + kShareBytes, all = round_up(keys, 16);
+  plan.resident = all * pair_bytes + own <= limit;
+  const int64_t room = (limit - own) / (2 * pair_bytes) / kBlockStep * kBlockStep;
+  plan.block_keys = static_cast<int>(plan.resident ? all : room);
+  plan.shared_bytes = plan.key_rows() * pair_bytes + own;
+  share_queries(plan, keys, blocks, limit);
+  return plan;
+}
+
+constexpr BackwardPlan plan_sequence_backward(int64_t keys, int64_t head_dim, int64_t limit) {
+  BackwardShape s{};
+  s.window[0] = s.window[1] = 1, s.window[2] = keys, s.head_dim = head_dim, s.is_sequence = true;
+  BackwardPlan plan{};
+  plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32;
+  plan.score_tiles = 1;
+  const BackwardPlan one = fit_backward(s, plan, limit);
+  plan.score_tiles = 2;
+  const BackwardPlan two = fit_backward(s, plan, limit);
+  return two.shared_bytes <= limit && two.blocks == one.blocks ? two : one;
 }
 
 }  // namespace vidattn::cuda

@@ -35,9 +35,8 @@ __device__ __forceinline__ void load_piece(uint32_t (&words)[4], const char* row
 
 // Copies one piece into shared memory, zeros for row == null and behind the end. `unit` is the number of bytes that
 // every row and dim are a multiple of: 16, 4 or 2. `readable` is any address of the tensor.
-__device__ __forceinline__ void copy_piece(unsigned char* shared, uint32_t place, const char* row, int piece, int dim,
-                                           int unit, const char* readable) {
-  unsigned char* to = shared + place;
+__device__ __forceinline__ void copy_piece_of_row(unsigned char* to, const char* row, int piece, int dim, int unit,
+                                                  const char* readable) {
   if (unit == 16) {
     const bool valid = row && piece * 8 < dim;
     gpu::cp_async_16(gpu::shared_address(to), valid ? row + piece * 16 : readable, valid);
@@ -85,8 +84,8 @@ __device__ __forceinline__ void copy_rows(const Group& group, Slot x, Slot y, in
   const int step = int(blockDim.x) / Layout::kPieces, piece = thread % Layout::kPieces;
   int row = thread / Layout::kPieces;
   if (group.is_plain(x) && group.is_plain(y)) {
-    const PieceOfRows from_x = group.piece(x, piece), from_y = group.piece(y, piece);
-    const int* const tokens = group.tokens() + first;
+    const auto from_x = group.piece(x, piece), from_y = group.piece(y, piece);
+    const auto tokens = group.tokens() + first;
     uint32_t place = Layout::place(row, piece);
 #pragma unroll 4
     for (; row < rows; row += step) {
@@ -100,10 +99,8 @@ __device__ __forceinline__ void copy_rows(const Group& group, Slot x, Slot y, in
     for (; row < rows; row += step) {
       const uint32_t place = Layout::place(row, piece);
       const bool inside = row < count;
-      copy_piece(to_x, place, inside ? group.row(x, first + row) : nullptr, piece, group.head_dim(), group.unit(x),
-                 group.readable(x));
-      copy_piece(to_y, place, inside ? group.row(y, first + row) : nullptr, piece, group.head_dim(), group.unit(y),
-                 group.readable(y));
+      group.copy_piece(x, inside ? first + row : kNoToken, piece, to_x + place);
+      group.copy_piece(y, inside ? first + row : kNoToken, piece, to_y + place);
     }
   }
 }

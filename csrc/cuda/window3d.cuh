@@ -31,7 +31,7 @@ class WindowGroup : public WindowTokens<kDepthFastest, kDepthFastest> {
  public:
   using Base::keys;
   using Arguments = WindowArguments;
-  static constexpr bool kWholeChunks = kDepthFastest;
+  static constexpr bool kWholeChunks = kDepthFastest, kSharesTokens = false;
   // Addresses are of the shared memory.
   struct Query {
     uint32_t bias;  // where the address of its bias starts from

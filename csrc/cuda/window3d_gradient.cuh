@@ -35,6 +35,7 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
  public:
   using Base::keys, Base::is_real, Base::row, Base::middle_row, Base::tokens;
   using Arguments = WindowGradientArguments;
+  static constexpr bool kHasSums = true, kPlacesElements = false;
 
   __device__ WindowGradientGroup(const Arguments& arguments, int head, int group)
       : Base(arguments, head, group), arguments_(arguments) {}

@@ -82,6 +82,10 @@ class WindowTokens {
     return first_row(slot) +
            (set < 0 ? uint64_t(uint32_t(token)) * common_.token_stride[slot] : offsets()[set * slots() + n]);
   }
+  // Starts to copy a piece of a token's row into shared memory, zeros for kNoToken.
+  __device__ __forceinline__ void copy_piece(Slot slot, int n, int piece, unsigned char* to) const {
+    copy_piece_of_row(to, n < 0 ? nullptr : row(slot, n), piece, head_dim(), unit(slot), readable(slot));
+  }
   // Whether piece() is for this tensor.
   __device__ __forceinline__ bool is_plain(Slot slot) const { return common_.plain >> slot & 1; }
   __device__ __forceinline__ PieceOfRows piece(Slot slot, int piece) const {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vidattn import backends
-from vidattn.ops import window, window3d
+from vidattn.ops import divided, mixing, window, window3d
 
 from . import build
 
@@ -202,8 +202,9 @@ def _route_calls() -> None:
     if _undo:
         return
     _replace(backends._BACKENDS, "cuda", backends.Backend("cuda", ("cuda",), when_named=("cpu",)))
-    for module, (function, *ops) in _PASSES.items():
-        _replace(backends._kernel_missing, (function, "cuda"), lambda: None)
+    for module, (functions, *ops) in _PASSES.items():
+        for function in functions:
+            _replace(backends._kernel_missing, (function, "cuda"), lambda: None)
         _undo.append(functools.partial(setattr, module, "launch_functions", module.launch_functions))
         passes = tuple(functools.partial(_launch, op) for op in ops)
         module.launch_functions = functools.partial(_launch_functions, module.launch_functions, passes)
@@ -311,7 +312,13 @@ def _describe(finding: Any) -> str:
     return f"{text}; {where}" if where else text
 
 
-_PASSES: dict[Any, tuple[str, ...]] = {  # public function, native ops in the order of launch_functions
-    window3d: ("window3d_attention", "_window3d_attention_forward", "_window3d_attention_backward"),
-    window: ("window_attention", "_window3d_attention_forward", "_window3d_attention_backward"),
+_WINDOWS = ("_window3d_attention_forward", "_window3d_attention_backward")
+_DIVIDED = ("_divided_attention_forward", "_divided_attention_backward")
+_MIXING = ("_space_time_mixing_attention_forward", "_space_time_mixing_attention_backward", "_temporal_shift")
+# Public functions, native ops in the order of launch_functions.
+_PASSES: dict[Any, tuple[Any, ...]] = {
+    window3d: (("window3d_attention",), *_WINDOWS),
+    window: (("window_attention",), *_WINDOWS),
+    divided: (("temporal_attention", "spatial_attention", "factorized_dot_product_attention"), *_DIVIDED),
+    mixing: (("space_time_mixing_attention",), *_MIXING),
 }

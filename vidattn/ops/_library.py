@@ -28,7 +28,8 @@ __all__ = [
 
 _MAX_HEAD_DIM = 128
 # What csrc/cuda/plan.h allows.
-_CUDA_HEAD_DIM, _CUDA_TOKENS = 64, 1200
+CUDA_WINDOW, CUDA_SEQUENCE = 1200, 400
+_CUDA_HEAD_DIM, _CUDA_RANGES = 64, 64
 
 # What Triton's interpreter computes with wrongly, without an error. Tests that mend it take it out.
 MISINTERPRETED = [torch.bfloat16]
@@ -96,6 +97,7 @@ def call_attention(
     backend: str | None,
     group_tokens: int = 0,
     bias: str = "none",
+    channel_ranges: int = 0,
 ) -> Any:
     """Call an op of attention with validated arguments: choose the backend and draw the seed of the dropout.
 
@@ -107,6 +109,7 @@ def call_attention(
         backend: the call's own ``backend`` argument.
         group_tokens: see :class:`vidattn.backends.AttentionCall`.
         bias: kind of the tensor behind v, if it is there: "table" or "dense"; "none" if it is no bias.
+        channel_ranges: as ``group_tokens``.
 
     Returns:
         What the op returns.
@@ -114,7 +117,7 @@ def call_attention(
     if inputs[3] is None:
         bias = "none"
     needs_bias_grad = bias != "none" and _may_need_gradient(inputs[3])
-    call = describe_call(function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad)
+    call = describe_call(function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad, channel_ranges)
     chosen = choose_backend(call, backend)
     seed = draw_seed(inputs.q, options.dropout_p)
     return call_op(op, *inputs[:-1], seed, *options, chosen)
@@ -139,7 +142,7 @@ def native_pass(op: str) -> Callable[..., None]:
 
 
 def register_function(
-    function: Callable[..., Any], *, native: str, attends: bool = True, has_cuda: bool = False
+    function: Callable[..., Any], *, native: str, attends: bool = True, cuda_tokens: int | None = None
 ) -> None:
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
@@ -147,15 +150,20 @@ def register_function(
         function: the function, which asks :func:`vidattn.backends.choose_backend`.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
         attends: whether it computes attention; what only moves data runs in any dtype.
-        has_cuda: whether csrc/cuda has kernels of the native op.
+        cuda_tokens: tokens of the longest group that csrc/cuda has kernels for; None if it has none of the native op.
     """
     name, missing = function.__name__, native_kernel_missing(native, "CPU")
     register_op(function)
     register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else _check_triton_gpu)
-    if has_cuda:
+    if cuda_tokens is not None:
         cuda_missing = native_kernel_missing(native, "CUDA")
-        register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), _check_cuda)
+        register_kernel(
+            name,
+            "cuda",
+            lambda: cuda_missing or _cuda_gpu_missing(),
+            lambda call: _check_cuda(call, cuda_tokens),
+        )
 
 
 def register_attention(
@@ -397,18 +405,20 @@ def _cuda_gpu_missing() -> str | None:
     return _of_all(_cuda_gpus())
 
 
-def _check_cuda(call: AttentionCall) -> list[str]:
+def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
     reasons = _of_device(call, _cuda_gpus())
     if call.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
     if call.head_dim > _CUDA_HEAD_DIM:
         reasons.append(f"runs head dimensions up to {_CUDA_HEAD_DIM}, got {call.head_dim}")
-    if call.group_tokens > _CUDA_TOKENS:
-        reasons.append(f"runs windows of up to {_CUDA_TOKENS} tokens, got {call.group_tokens}")
+    if call.group_tokens > tokens:
+        reasons.append(f"runs groups of up to {tokens} tokens, got {call.group_tokens}")
     if call.dropout_p != 0.0:
         reasons.append(f"has no dropout, got dropout_p {call.dropout_p}")
     if call.bias == "dense" and call.needs_bias_grad:
         reasons.append("gives no gradient of a dense bias, which this call may need")
+    if call.channel_ranges > _CUDA_RANGES:
+        reasons.append(f"runs up to {_CUDA_RANGES} ranges of channels, got {call.channel_ranges}")
     return reasons
 
 

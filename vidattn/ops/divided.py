@@ -15,7 +15,15 @@ from torch import Tensor
 from vidattn.calls import DividedCall
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, call_attention, native_pass, register_attention, register_function
+from vidattn.ops._library import (
+    CUDA_SEQUENCE,
+    LIBRARY,
+    TAGS,
+    call_attention,
+    native_pass,
+    register_attention,
+    register_function,
+)
 from vidattn.reference import divided as reference
 from vidattn.reference.attention import accumulator_dtype
 from vidattn.tracing import traced_for_one_size
@@ -237,7 +245,8 @@ def _attend(
         arguments.check_scale(name, options.scale, head_dim),
         arguments.check_dropout(name, options.dropout_p),
     )
-    out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend)
+    longest = max(_keys(inputs, options))
+    out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend, longest)
     return out, cls
 
 
@@ -295,6 +304,14 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
     return _NATIVE
 
 
+def _keys(inputs: Inputs, options: Options) -> tuple[int, int]:
+    """Count the tokens of a sequence over time and of one over space, 0 where no head attends along it."""
+    _, tokens, heads, _ = tensors.shape_of_q(inputs)
+    cls = 0 if options.cls_token is None else 1
+    over_time = options.num_frames if options.temporal_heads > 0 else 0
+    return over_time, cls + (tokens - cls) // options.num_frames if options.temporal_heads < heads else 0
+
+
 def _call(inputs: Inputs, options: Options) -> DividedCall:
     return DividedCall(
         *tensors.separate(inputs),
@@ -317,9 +334,7 @@ def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor
     out = q.new_empty(batch, patches if cls_token == "per_frame" else tokens, heads * head_dim)
     cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
-    time_keys = frames if options.temporal_heads > 0 else 0
-    space_keys = tokens - patches + patches // frames if options.temporal_heads < heads else 0
-    rows = patches + cls_frames if tensors.keeps_lse(max(time_keys, space_keys), backend) else 0
+    rows = patches + cls_frames if tensors.keeps_lse(max(_keys(inputs, options)), backend) else 0
     lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
 
@@ -399,7 +414,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
 
 
 for function in (temporal_attention, spatial_attention, factorized_dot_product_attention):
-    register_function(function, native=NATIVE_FORWARD)
+    register_function(function, native=NATIVE_FORWARD, cuda_tokens=CUDA_SEQUENCE)
 register_attention(
     "divided_attention",
     inputs=Inputs,

@@ -20,6 +20,7 @@ from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
 from vidattn.ops._library import (
+    CUDA_SEQUENCE,
     LIBRARY,
     TAGS,
     call_attention,
@@ -100,7 +101,8 @@ def space_time_mixing_attention(
         arguments.check_scale(NAME, scale, head_dim),
         arguments.check_dropout(NAME, dropout_p),
     )
-    return call_attention(NAME, NAME, inputs, options, backend)[0]
+    ranges = len(options.channel_shifts) // 3
+    return call_attention(NAME, NAME, inputs, options, backend, inputs.q.shape[1], channel_ranges=ranges)[0]
 
 
 @traced_for_one_size
@@ -373,7 +375,7 @@ def _shift_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return call_op("temporal_shift", grad, num_frames, back, dim, backend), None, None, None, None
 
 
-register_function(space_time_mixing_attention, native=NATIVE_FORWARD)
+register_function(space_time_mixing_attention, native=NATIVE_FORWARD, cuda_tokens=CUDA_SEQUENCE)
 register_attention(
     NAME,
     inputs=Inputs,

@@ -15,7 +15,7 @@ from vidattn import reference
 from vidattn.calls import WindowCall
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, call_attention, register_attention, register_function
+from vidattn.ops._library import CUDA_WINDOW, LIBRARY, TAGS, call_attention, register_attention, register_function
 from vidattn.ops.window3d import NATIVE_FORWARD, launch_functions
 from vidattn.reference.window3d import window_attention_backward
 from vidattn.tracing import traced_for_one_size
@@ -202,7 +202,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
     return 4 * groups * heads * tokens**2 * head_dim
 
 
-register_function(window_attention, native=NATIVE_FORWARD, has_cuda=True)
+register_function(window_attention, native=NATIVE_FORWARD, cuda_tokens=CUDA_WINDOW)
 register_attention(
     NAME,
     inputs=Inputs,

@@ -19,7 +19,15 @@ from vidattn.calls import WindowCall
 from vidattn.messages import describe
 from vidattn.ops import _arguments as arguments
 from vidattn.ops import _tensors as tensors
-from vidattn.ops._library import LIBRARY, TAGS, call_attention, native_pass, register_attention, register_function
+from vidattn.ops._library import (
+    CUDA_WINDOW,
+    LIBRARY,
+    TAGS,
+    call_attention,
+    native_pass,
+    register_attention,
+    register_function,
+)
 from vidattn.reference.window3d import window3d_attention_backward
 from vidattn.tracing import traced_for_one_size
 
@@ -282,7 +290,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
     return 4 * batch * windows.num_windows * heads * windows.num_tokens**2 * head_dim
 
 
-register_function(window3d_attention, native=NATIVE_FORWARD, has_cuda=True)
+register_function(window3d_attention, native=NATIVE_FORWARD, cuda_tokens=CUDA_WINDOW)
 register_attention(
     NAME,
     inputs=Inputs,

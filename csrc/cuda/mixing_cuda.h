@@ -1,0 +1,15 @@
+// What mixing_ops.cpp calls.
+#pragma once
+#include "mixing_args.h"
+
+namespace vidattn::cuda {
+
+// Starts the forward pass on a stream. Returns null, or what went wrong.
+const char* mixing_forward(const MixingArgs& call, void* stream);
+
+// How many floats of memory the backward pass works with.
+int64_t mixing_backward_floats(const MixingArgs& call);
+// Starts the backward pass.
+const char* mixing_backward(const MixingArgs& call, float* workspace, void* stream);
+
+}  // namespace vidattn::cuda

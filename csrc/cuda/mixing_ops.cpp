@@ -1,0 +1,66 @@
+// The native ops of the mixing family on CUDA: reads the tensors and starts the kernels.
+#include <device.h>
+#include "mixing_call.h"
+#include "mixing_cuda.h"
+#include "plan.h"
+
+namespace vidattn::cuda {
+namespace {
+
+void check(const MixingArgs& a) {
+  STD_TORCH_CHECK(a.element == Element::float16 || a.element == Element::bfloat16, "expected float16 or bfloat16");
+  STD_TORCH_CHECK(a.head_dim <= kMaxHeadDim && a.tokens <= kMaxSequence, "expected head_dim up to ", kMaxHeadDim,
+                  " and frames of up to ", kMaxSequence, " tokens, got ", a.head_dim, " and ", a.tokens);
+  STD_TORCH_CHECK(a.num_shifts <= kMaxRanges, "expected up to ", kMaxRanges, " ranges of channels, got ", a.num_shifts);
+  STD_TORCH_CHECK(a.dropout_p == 0, "dropout is not implemented");
+  STD_TORCH_CHECK(a.frames * a.heads <= INT32_MAX, "more than 2^31 - 1 blocks");
+  STD_TORCH_CHECK(a.lse, "expected a log-sum-exp");
+}
+
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments from(stack);
+  const Tensor* seed;
+  std::vector<ChannelShift> shifts;
+  MixingArgs a = read_mixing_call(from, shifts, seed);
+  const Tensor& out = from.tensor();
+  a.tensor[kOut] = row_tensor(out, a.head_dim);
+  if (const Tensor* lse = from.maybe_tensor()) a.lse = lse->data_ptr();
+  check(a);
+  const OnDeviceOf device(out);
+  const char* error = mixing_forward(a, device.stream());
+  STD_TORCH_CHECK(!error, "starting the kernel of mixing attention failed: ", error ? error : "");
+}
+
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments from(stack);
+  const Tensor* seed;
+  std::vector<ChannelShift> shifts;
+  MixingArgs a = read_mixing_call(from, shifts, seed);
+  const Tensor& dout = from.tensor();
+  a.tensor[kDout] = row_tensor(dout, a.head_dim);
+  const Tensor *out = from.maybe_tensor(), *lse = from.maybe_tensor();
+  STD_TORCH_CHECK(out && lse, "expected the context and log-sum-exp of the forward pass");
+  a.tensor[kOut] = row_tensor(*out, a.head_dim);
+  a.lse = lse->data_ptr();
+  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
+  check(a);
+  const OnDeviceOf device(dout);
+  const int64_t floats = mixing_backward_floats(a);
+  Tensor workspace;
+  float* memory = nullptr;
+  if (floats > 0) {
+    workspace = device.new_floats(floats);
+    memory = static_cast<float*>(workspace.data_ptr());
+  }
+  const char* error = mixing_backward(a, memory, device.stream());
+  STD_TORCH_CHECK(!error, "starting the kernel of mixing attention failed: ", error ? error : "");
+}
+
+}  // namespace
+}  // namespace vidattn::cuda
+
+#define VIDATTN_REGISTER(...) STABLE_TORCH_LIBRARY_IMPL(__VA_ARGS__)
+VIDATTN_REGISTER(VIDATTN_CUDA_LIBRARY, m) {
+  m.impl("_space_time_mixing_attention_forward", &vidattn::cuda::forward);
+  m.impl("_space_time_mixing_attention_backward", &vidattn::cuda::backward);
+}
