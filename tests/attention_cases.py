@@ -47,9 +47,6 @@ BACKEND_DTYPES = [
     for backend in BACKENDS
     for dtype in (SUPPORTED[backend] if backend != "reference" else (torch.float64,))
 ]
-# Those with kernels of every family, which "cuda" has not.
-BACKENDS_OF_ALL_OPS = [name for name in BACKENDS if not vidattn.why_not("temporal_attention", backend=name)]
-DTYPES_OF_ALL_OPS = [parameters for parameters in BACKEND_DTYPES if parameters.values[0] in BACKENDS_OF_ALL_OPS]
 BACKENDS_WITH_FLOAT64 = [backend for backend in BACKENDS if torch.float64 in SUPPORTED[backend]]
 BACKENDS_WITH_FLOAT32 = [backend for backend in BACKENDS if torch.float32 in SUPPORTED[backend]]
 
@@ -69,9 +66,9 @@ def full_precision(backend: str) -> torch.dtype:
     return torch.float64 if torch.float64 in SUPPORTED[backend] else single_precision(backend)
 
 
-def about(dtype: torch.dtype, atol: float = 1e-5) -> dict[str, float]:
+def about(dtype: torch.dtype, atol: float = 1e-5, rtol: float = 1e-5) -> dict[str, float]:
     """How close two results must be where only a blunder is looked for; in 16 bits a hundredth."""
-    return {"rtol": 1e-5, "atol": atol} if dtype.itemsize > 2 else {"rtol": 1e-2, "atol": 1e-2}
+    return {"rtol": rtol, "atol": atol} if dtype.itemsize > 2 else {"rtol": 1e-2, "atol": 1e-2}
 
 
 HAS_DROPOUT = {backend: _runs(backend, dropout_p=0.5) for backend in BACKENDS}

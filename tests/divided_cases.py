@@ -96,6 +96,12 @@ def expected_and_exact(
     return expected, evaluate(case.function(reference), wide, dict(case.options(), seed=seed_of(1)))
 
 
+def runs(case: Case, dtype: torch.dtype, backend: str) -> bool:
+    """Whether a backend runs a case."""
+    qkv = case.inputs(dtype)["qkv"].to(device_of(backend))
+    return not vidattn.why_not(case.name, qkv, case.num_frames, **case.options(), backend=backend)
+
+
 def check(
     case: Case,
     dtype: torch.dtype,

@@ -7,12 +7,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from attention_cases import Attend, device_of, evaluate, on_cpu, seed_of, seeds_from_the_host, separated, to
+from attention_cases import BACKENDS, Attend, device_of, evaluate, on_cpu, seed_of, seeds_from_the_host, separated, to
 from tolerance import assert_all_close, assert_as_exact_as_plain
 from torch import Tensor
 
 import vidattn
 from vidattn import reference
+
+# Those that have temporal_shift too, which moves data of any dtype.
+BACKENDS_THAT_SHIFT = [name for name in BACKENDS if not vidattn.why_not("temporal_shift", backend=name)]
 
 
 @dataclass(frozen=True)

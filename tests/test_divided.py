@@ -8,23 +8,31 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKENDS_OF_ALL_OPS,
+    BACKEND_DTYPES,
+    BACKENDS,
+    BACKENDS_WITH_DROPOUT,
+    BACKENDS_WITH_FLOAT32,
     BACKENDS_WITH_FLOAT64,
-    DTYPES_OF_ALL_OPS,
+    DROPOUT_DTYPES,
+    HAS_DROPOUT,
+    MAX_HEAD_DIM,
+    about,
     device_of,
     evaluate,
     full_precision,
     half_precision,
+    single_precision,
     to,
+    with_head_dims,
 )
-from divided_cases import KINDS, Case, check, check_against_plain
+from divided_cases import KINDS, Case, check, check_against_plain, runs
 from torch import Tensor
 
 import vidattn
 from vidattn.backends import TRITON_INTERPRETED
 
-backends = pytest.mark.parametrize("backend", BACKENDS_OF_ALL_OPS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), DTYPES_OF_ALL_OPS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 orders = pytest.mark.parametrize("token_order", ["thw", "hwt"])
 HEAD_DIMS = (1, 5, 8, 12, 15, 16, 18, 20, 24, 32, 40, 64, 96, 128)
@@ -34,9 +42,8 @@ LENGTHS = (1, 3, 8, 17, 33, 96, 300) if TRITON_INTERPRETED else LENGTHS
 EVERY_LENGTH = (2, 5, 7, 12, 16, 31, 64) if TRITON_INTERPRETED else range(1, 68)
 
 
-@backends_and_dtypes
+@pytest.mark.parametrize(("backend", "dtype", "head_dim"), with_head_dims(HEAD_DIMS))
 @kinds
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(backend: str, dtype: torch.dtype, kind: str, head_dim: int) -> None:
     check(Case(kind, head_dim=head_dim), dtype, backend)
 
@@ -69,7 +76,7 @@ def test_every_short_sequence(backend: str, kind: str) -> None:
     """Lengths around every multiple of a vector or tile."""
     for length in EVERY_LENGTH if backend != "reference" else (5,):
         frames, sites = (length, 3) if kind in ("temporal", "factorized") else (2, length)
-        for dtype in (torch.float32, half_precision(backend)):
+        for dtype in (single_precision(backend), half_precision(backend)):
             check(Case(kind, frames, sites, "hwt" if length % 2 else "thw", batch=1, head_dim=8), dtype, backend)
 
 
@@ -80,17 +87,19 @@ def test_every_short_sequence_of_rows_far_apart(backend: str, dtype: torch.dtype
     check(Case("temporal", num_frames, 128, "thw", batch=1, heads=1, head_dim=16), dtype, backend)
 
 
-@backends
+PUBLISHED = [
+    Case("temporal", 8, 196, "hwt", batch=1, heads=3, head_dim=64),
+    Case("temporal", 96, 4, "hwt", batch=1, heads=2, head_dim=64),
+    Case("mean", 8, 196, "hwt", batch=1, heads=2, head_dim=64),
+    Case("mean", 2, 784, "hwt", batch=1, heads=1, head_dim=64),
+    Case("spatial", 2, 196, "thw", batch=2, heads=2, head_dim=64),
+    Case("factorized", 16, 196, "thw", batch=1, heads=2, head_dim=64),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case("temporal", 8, 196, "hwt", batch=1, heads=3, head_dim=64),
-        Case("temporal", 96, 4, "hwt", batch=1, heads=2, head_dim=64),
-        Case("mean", 8, 196, "hwt", batch=1, heads=2, head_dim=64),
-        Case("mean", 2, 784, "hwt", batch=1, heads=1, head_dim=64),
-        Case("spatial", 2, 196, "thw", batch=2, heads=2, head_dim=64),
-        Case("factorized", 16, 196, "thw", batch=1, heads=2, head_dim=64),
-    ],
+    ("backend", "case"),
+    [(backend, case) for backend in BACKENDS for case in PUBLISHED if runs(case, half_precision(backend), backend)],
     ids=str,
 )
 def test_published_models(backend: str, case: Case) -> None:
@@ -99,7 +108,7 @@ def test_published_models(backend: str, case: Case) -> None:
         case = replace(
             case, num_sites=min(case.num_sites, 197 if case.kind == "mean" else 20), num_frames=min(case.num_frames, 16)
         )
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         check(case, dtype, backend)
 
 
@@ -114,7 +123,7 @@ def test_heads_over_time(backend: str, dtype: torch.dtype, token_order: str, num
 @backends
 def test_heads_are_those_of_the_two_attentions(backend: str) -> None:
     """The first half is what temporal attention gives, the second what spatial attention gives."""
-    qkv = torch.randn(2, 4 * 6, 3, 4, 8, device=device_of(backend))
+    qkv = torch.randn(2, 4 * 6, 3, 4, 8, dtype=single_precision(backend), device=device_of(backend))
     both = vidattn.factorized_dot_product_attention(qkv, 4, backend=backend)
     time = vidattn.temporal_attention(qkv[..., :2, :], 4, backend=backend)
     space = vidattn.spatial_attention(qkv[..., 2:, :], 4, backend=backend)
@@ -147,7 +156,7 @@ def test_scale(backend: str, dtype: torch.dtype, kind: str) -> None:
         check(Case(kind, scale=scale), dtype, backend)
 
 
-@backends_and_dtypes
+@pytest.mark.parametrize(("backend", "dtype"), DROPOUT_DTYPES)
 @kinds
 @pytest.mark.parametrize("dropout_p", [0.1, 0.9])
 def test_dropout(backend: str, dtype: torch.dtype, kind: str, dropout_p: float) -> None:
@@ -157,7 +166,7 @@ def test_dropout(backend: str, dtype: torch.dtype, kind: str, dropout_p: float) 
     check(Case(kind, 3, 37, "hwt", dropout_p=dropout_p), dtype, backend)
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_DROPOUT)
 @kinds
 def test_dropout_keeps_the_expected_share(backend: str, kind: str) -> None:
     """With values of one every output is a share of kept weights: mean 1, and each mask is another."""
@@ -183,7 +192,7 @@ def test_adversarial_logits(backend: str, dtype: torch.dtype, kind: str) -> None
     check(case, dtype, backend, inputs=inputs)
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
 @kinds
 @pytest.mark.parametrize("spread", [2.0, 30.0])
 def test_saturated_softmax(backend: str, kind: str, spread: float) -> None:
@@ -202,7 +211,7 @@ def test_large_logits(backend: str, kind: str) -> None:
 
     Many rows: in the few that are not, the order in which a product is summed decides, and no implementation's is best.
     """
-    check(Case(kind, 9, 40, head_dim=16, spread=60.0), torch.float32, backend)
+    check(Case(kind, 9, 40, head_dim=16, spread=60.0), single_precision(backend), backend)
 
 
 @backends_and_dtypes
@@ -237,7 +246,7 @@ def test_strides(backend: str, kind: str, stride: str) -> None:
     """Strided inputs and gradients give what contiguous ones give."""
     case = Case(kind, 4, 6)
     attend = case.function()
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         inputs = to(case.inputs(dtype), device_of(backend))
         options = dict(case.options(), backend=backend)
         expected = evaluate(attend, inputs, options)
@@ -255,7 +264,7 @@ def test_strides(backend: str, kind: str, stride: str) -> None:
 def test_expanded_tensors(backend: str, kind: str) -> None:
     """A broadcast batch and the gradient of a sum, whose strides are zero."""
     case = Case(kind, 4, 6, batch=3)
-    inputs = to(case.inputs(torch.float32), device_of(backend))
+    inputs = to(case.inputs(single_precision(backend)), device_of(backend))
     qkv = inputs["qkv"][:1].expand_as(inputs["qkv"]).requires_grad_()
     results = []
     for given, ones in ((qkv, None), (qkv.contiguous(), torch.ones_like(inputs["grad_out"]))):
@@ -270,34 +279,34 @@ def test_expanded_tensors(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("used", ["patches", "cls"])
 def test_one_result_of_two(backend: str, used: str) -> None:
     """Per-frame contexts and patches go their own ways: a loss may use one of them alone."""
-    case = Case("per_frame", 3, 5)
-    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend)).requires_grad_()
+    case, dtype = Case("per_frame", 3, 5), single_precision(backend)
+    qkv = case.inputs(dtype)["qkv"].to(device_of(backend)).requires_grad_()
     grads = []
     for chosen in (backend, "reference"):
         patches, cls = vidattn.spatial_attention(qkv, 3, cls_token="per_frame", backend=chosen)
         grads.append(torch.autograd.grad((patches if used == "patches" else cls).square().sum(), qkv)[0])
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*grads, **about(dtype))
 
 
 @backends
 def test_the_mean_is_that_of_the_frames(backend: str) -> None:
-    case = Case("mean", 7, 5, "hwt")
-    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend))
+    case, dtype = Case("mean", 7, 5, "hwt"), single_precision(backend)
+    qkv = case.inputs(dtype)["qkv"].to(device_of(backend))
     mean = vidattn.spatial_attention(qkv, 7, token_order="hwt", cls_token="mean", backend=backend)
     patches, cls = vidattn.spatial_attention(qkv, 7, token_order="hwt", cls_token="per_frame", backend=backend)
     assert torch.equal(mean[:, 1:], patches)
-    torch.testing.assert_close(mean[:, 0], cls.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean[:, 0], cls.mean(1), **about(dtype, 1e-6, 1e-6))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS_OF_ALL_OPS, "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @kinds
 def test_empty_inputs(backend: str, kind: str) -> None:
-    device = device_of(backend)
+    kind_of = {"dtype": single_precision(backend), "device": device_of(backend)}
     for batch, sites, heads in ((0, 3, 2), (2, 3, 0), (2, 0, 2)):
         case = Case(kind, 4, sites, batch=batch, heads=heads)
         if case.has_cls and sites == 0:  # refused: a cls token alone is no frame
             continue
-        qkv = torch.randn(batch, 4 * sites + case.has_cls, 3, heads, 8, device=device, requires_grad=True)
+        qkv = torch.randn(batch, 4 * sites + case.has_cls, 3, heads, 8, **kind_of, requires_grad=True)
         out = case.function()(qkv, **case.options(), backend=backend)
         assert out.numel() == 0 and out.shape[0] == batch
         (grad,) = torch.autograd.grad(out.sum(), qkv)
@@ -314,7 +323,7 @@ def test_seventy_thousand_groups(backend: str, kind: str) -> None:
     case = Case(kind, frames, sites, batch=2, heads=1, head_dim=2)
     if kind == "factorized":
         case = replace(case, batch=1, num_temporal_heads=0)
-    check(case, torch.float32, backend)
+    check(case, single_precision(backend), backend)
 
 
 @backends
@@ -340,7 +349,7 @@ def test_bitwise_repeatable(backend: str, kind: str) -> None:
     case = Case(kind, 9, 40, batch=3, heads=4, head_dim=16)
     if TRITON_INTERPRETED:
         case = replace(case, num_sites=10, batch=2, heads=2)
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         inputs = to(case.inputs(dtype), device_of(backend))
         options = dict(case.options(), backend=backend)
         threads = torch.get_num_threads()
@@ -381,7 +390,8 @@ def test_a_nan_stays_in_its_sequence_and_head(backend: str, dtype: torch.dtype, 
 def test_a_nan_of_a_gradient_stays_in_its_sequence_and_head(backend: str) -> None:
     """The same in the backward pass, for sequences that may share a tile."""
     for frames, sites in ((3, 8), (33, 2)):
-        qkv = torch.randn(1, sites * frames, 3, 2, 8, device=device_of(backend), requires_grad=True)
+        kind = {"dtype": single_precision(backend), "device": device_of(backend)}
+        qkv = torch.randn(1, sites * frames, 3, 2, 8, **kind, requires_grad=True)
         out = vidattn.temporal_attention(qkv, frames, token_order="hwt", backend=backend)
         grad_out = torch.zeros_like(out)
         grad_out[0, frames + 1, 3] = float("nan")  # frame 1 of site 1, head 0
@@ -425,9 +435,9 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
         token_order=("thw", "hwt")[pick(0, 1)],
         batch=pick(1, 3),
         heads=heads,
-        head_dim=pick(1, 128),
+        head_dim=pick(1, MAX_HEAD_DIM[backend]),
         scale=(None, 0.3)[pick(0, 1)],
-        dropout_p=(0.0, 0.2)[pick(0, 1)],
+        dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
         num_temporal_heads=pick(0, heads) if list(KINDS)[seed % len(KINDS)] == "factorized" else None,
     )
     check(case, dtype, backend, apart=pick(0, 1) == 1)

@@ -8,25 +8,32 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKENDS_OF_ALL_OPS,
+    BACKEND_DTYPES,
+    BACKENDS,
+    BACKENDS_WITH_FLOAT32,
     BACKENDS_WITH_FLOAT64,
-    DTYPES_OF_ALL_OPS,
+    DROPOUT_DTYPES,
+    HAS_DROPOUT,
+    MAX_HEAD_DIM,
     assert_same,
     device_of,
     evaluate,
     full_precision,
     half_precision,
+    single_precision,
     to,
+    with_head_dims,
 )
-from mixing_cases import Case, check, check_against_plain
+from mixing_cases import BACKENDS_THAT_SHIFT, Case, check, check_against_plain
 from torch import Tensor
 
 import vidattn
 from vidattn import reference
 from vidattn.backends import TRITON_INTERPRETED
 
-backends = pytest.mark.parametrize("backend", BACKENDS_OF_ALL_OPS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), DTYPES_OF_ALL_OPS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+shifting_backends = pytest.mark.parametrize("backend", BACKENDS_THAT_SHIFT)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 HEAD_DIMS = (1, 5, 6, 8, 12, 15, 16, 24, 32, 64, 96, 128)
 # Around what fits a vector, a tile and a whole row; Triton's interpreter takes a thousand times as long.
 LENGTHS = (1, 7, 15, 16, 17, 32, 33, 50, 64, 65, 128, 129, 197, 300)
@@ -47,8 +54,7 @@ SHIFTS = {
 }
 
 
-@backends_and_dtypes
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("backend", "dtype", "head_dim"), with_head_dims(HEAD_DIMS))
 def test_head_dims(backend: str, dtype: torch.dtype, head_dim: int) -> None:
     check(Case(head_dim=head_dim), dtype, backend)
 
@@ -77,7 +83,7 @@ def test_segments(backend: str, dtype: torch.dtype, num_frames: int) -> None:
 @backends
 def test_nothing_crosses_a_segment(backend: str) -> None:
     """A clip cut into segments is as many clips."""
-    qkv = torch.randn(8, 5, 3, 4, 8, device=device_of(backend))
+    qkv = torch.randn(8, 5, 3, 4, 8, dtype=single_precision(backend), device=device_of(backend))
     out = vidattn.space_time_mixing_attention(qkv, 4, shift_div=4, backend=backend)
     halves = [vidattn.space_time_mixing_attention(half, 4, shift_div=4, backend=backend) for half in qkv.chunk(2)]
     assert_same(backend, out, torch.cat(halves))
@@ -94,7 +100,7 @@ def test_tokens(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
 def test_every_short_sequence(backend: str) -> None:
     """Lengths around every multiple of a vector or tile."""
     for length in EVERY_LENGTH if backend != "reference" else (5,):
-        for dtype in (torch.float32, half_precision(backend)):
+        for dtype in (single_precision(backend), half_precision(backend)):
             check(Case(2, length, shift_div=3, clips=1, heads=2), dtype, backend)
 
 
@@ -105,7 +111,7 @@ def test_published_models(backend: str, shift_div: int) -> None:
     case = Case(4, 197, shift_div, clips=1, heads=12, head_dim=64)
     if TRITON_INTERPRETED:
         case = replace(case, num_frames=2, num_tokens=20)
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         check(case, dtype, backend)
 
 
@@ -115,7 +121,7 @@ def test_scale(backend: str, dtype: torch.dtype) -> None:
         check(Case(scale=scale), dtype, backend)
 
 
-@backends_and_dtypes
+@pytest.mark.parametrize(("backend", "dtype"), DROPOUT_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.9])
 def test_dropout(backend: str, dtype: torch.dtype, dropout_p: float) -> None:
     """The mask of the reference, in the forward and in the backward pass."""
@@ -136,7 +142,7 @@ def test_adversarial_logits(backend: str, dtype: torch.dtype) -> None:
     check(case, dtype, backend, inputs=inputs)
 
 
-@backends
+@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
 @pytest.mark.parametrize("spread", [2.0, 30.0])
 def test_saturated_softmax(backend: str, spread: float) -> None:
     """One key has nearly all the weight: the gradients of q and k are what rounding would hide first."""
@@ -146,13 +152,14 @@ def test_saturated_softmax(backend: str, spread: float) -> None:
 
 @backends
 def test_large_logits(backend: str) -> None:
-    check(Case(3, 20, head_dim=16, spread=60.0), torch.float32, backend)
+    check(Case(3, 20, head_dim=16, spread=60.0), single_precision(backend), backend)
 
 
 @backends
 def test_a_head_out_of_range_gives_zero(backend: str) -> None:
     """At the end of a segment a wholly shifted head has no keys but zeros: context 0, and q gets no gradient."""
-    qkv = torch.randn(4, 5, 3, 2, 8, device=device_of(backend), requires_grad=True)
+    kind = {"dtype": single_precision(backend), "device": device_of(backend)}
+    qkv = torch.randn(4, 5, 3, 2, 8, **kind, requires_grad=True)
     out = vidattn.space_time_mixing_attention(qkv, 4, channel_shifts=[(0, 8, 1)], backend=backend)
     assert (out[3, :, :8] == 0).all() and (out[:3, :, :8] != 0).all() and (out[..., 8:] != 0).all()
     (grad,) = torch.autograd.grad(out.square().sum() + out.sum(), qkv)
@@ -163,7 +170,7 @@ def test_a_head_out_of_range_gives_zero(backend: str) -> None:
 @backends
 def test_what_is_out_of_range_is_not_read(backend: str) -> None:
     """Channels that nobody takes may hold anything, and zeros are not made by multiplying."""
-    qkv = torch.randn(6, 5, 3, 2, 8, device=device_of(backend))
+    qkv = torch.randn(6, 5, 3, 2, 8, dtype=single_precision(backend), device=device_of(backend))
     expected = vidattn.space_time_mixing_attention(qkv, 3, channel_shifts=[(0, 8, 1), (9, 12, -1)], backend=backend)
     qkv[::3, :, 1:, 0] = float("nan")  # the first frames
     qkv[2::3, :, 1:, 1, 1:4] = float("inf")  # the last
@@ -192,7 +199,7 @@ def test_strides(backend: str, stride: str) -> None:
     """Strided inputs and gradients give what contiguous ones give."""
     case = Case()
     attend = case.function()
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         inputs = to(case.inputs(dtype), device_of(backend))
         options = dict(case.options(), backend=backend)
         expected = evaluate(attend, inputs, options)
@@ -209,7 +216,7 @@ def test_strides(backend: str, stride: str) -> None:
 def test_expanded_tensors(backend: str) -> None:
     """A frame that stands still, and the gradient of a sum, whose strides are zero."""
     case = Case(clips=1)
-    inputs = to(case.inputs(torch.float32), device_of(backend))
+    inputs = to(case.inputs(single_precision(backend)), device_of(backend))
     qkv = inputs["qkv"][:1].expand_as(inputs["qkv"]).requires_grad_()
     results = []
     for given, ones in ((qkv, None), (qkv.contiguous(), torch.ones_like(inputs["grad_out"]))):
@@ -220,10 +227,11 @@ def test_expanded_tensors(backend: str) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS_OF_ALL_OPS, "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_empty_inputs(backend: str) -> None:
     for clips, tokens, heads in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
-        qkv = torch.randn(clips * 4, tokens, 3, heads, 8, device=device_of(backend), requires_grad=True)
+        kind = {"dtype": single_precision(backend), "device": device_of(backend)}
+        qkv = torch.randn(clips * 4, tokens, 3, heads, 8, **kind, requires_grad=True)
         out = vidattn.space_time_mixing_attention(qkv, 4, backend=backend)
         assert out.shape == (clips * 4, tokens, heads * 8)
         (grad,) = torch.autograd.grad(out.sum(), qkv)
@@ -233,7 +241,7 @@ def test_empty_inputs(backend: str) -> None:
 @backends
 def test_seventy_thousand_frames(backend: str) -> None:
     """More groups than a 16-bit grid dimension counts."""
-    check(Case(70_000, 2, 4, clips=1, heads=1, head_dim=4), torch.float32, backend)
+    check(Case(70_000, 2, 4, clips=1, heads=1, head_dim=4), single_precision(backend), backend)
 
 
 @backends
@@ -255,7 +263,7 @@ def test_offsets_beyond_two_to_the_31(backend: str) -> None:
 def test_bitwise_repeatable(backend: str) -> None:
     """Outputs and gradients repeat bit by bit, whatever the number of threads."""
     case = Case(5, 20 if TRITON_INTERPRETED else 40, 3, head_dim=16)
-    for dtype in (torch.float32, half_precision(backend)):
+    for dtype in (single_precision(backend), half_precision(backend)):
         inputs = to(case.inputs(dtype), device_of(backend))
         options = dict(case.options(), backend=backend)
         threads = torch.get_num_threads()
@@ -295,7 +303,7 @@ def test_half_precision_full_precision_agree(backend: str) -> None:
 MOVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
 
-@backends
+@shifting_backends
 @pytest.mark.parametrize("dtype", MOVED_DTYPES, ids=str)
 def test_shift_dtypes(backend: str, dtype: torch.dtype) -> None:
     x = (torch.randn(6, 5, 32) * 40).to(torch.int64 if not dtype.is_floating_point else dtype).to(dtype)
@@ -306,7 +314,7 @@ def test_shift_dtypes(backend: str, dtype: torch.dtype) -> None:
         )
 
 
-@backends
+@shifting_backends
 @pytest.mark.parametrize(
     "shape", [(8, 12), (8, 12, 7), (8, 3, 12), (8, 12, 3, 5), (8, 2, 12, 5), (8, 2, 3, 12)], ids=str
 )
@@ -326,7 +334,7 @@ def test_shift_dimensions(backend: str, shape: tuple[int, ...]) -> None:
         assert torch.equal(vidattn.temporal_shift(x, 4, shifts, dim=axis, backend=backend), expected)
 
 
-@backends
+@shifting_backends
 def test_shift_is_its_own_adjoint(backend: str) -> None:
     """Its gradient is the shift with the offsets negated, to any order."""
     shifts = [(0, 3, 1), (3, 6, -1), (7, 8, 2)]
@@ -342,7 +350,7 @@ def test_shift_is_its_own_adjoint(backend: str) -> None:
         assert torch.autograd.gradgradcheck(lambda x: vidattn.temporal_shift(x, 3, shifts, backend=backend), (wide,))
 
 
-@backends
+@shifting_backends
 def test_shift_keeps_the_memory_format(backend: str) -> None:
     x = torch.randn(8, 16, 6, 5, device=device_of(backend)).to(memory_format=torch.channels_last)
     shifts = [(0, 4, 1), (4, 8, -1)]
@@ -351,7 +359,7 @@ def test_shift_keeps_the_memory_format(backend: str) -> None:
     assert torch.equal(out, vidattn.temporal_shift(x.contiguous(), 4, shifts, dim=1, backend=backend))
 
 
-@backends
+@shifting_backends
 def test_shift_of_strided_tensors(backend: str) -> None:
     shifts = [(0, 4, 1), (4, 8, -1)]
     x = torch.randn(8, 6, 16, device=device_of(backend))
@@ -364,7 +372,7 @@ def test_shift_of_strided_tensors(backend: str) -> None:
     assert torch.equal(vidattn.temporal_shift(expanded, 4, shifts, backend=backend), expected[:, :1].expand(8, 6, 16))
 
 
-@backends
+@shifting_backends
 def test_shift_of_nothing(backend: str) -> None:
     for shape in ((0, 5, 8), (4, 0, 8), (4, 5, 0)):
         x = torch.randn(shape, device=device_of(backend), requires_grad=True)
@@ -384,7 +392,7 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=draw))
 
-    heads, head_dim, frames = pick(1, 5), pick(1, 128), pick(1, 9)
+    heads, head_dim, frames = pick(1, 5), pick(1, MAX_HEAD_DIM[backend]), pick(1, 9)
     cuts = sorted(pick(0, heads * head_dim) for _ in range(6))
     shifts = tuple((cuts[i], cuts[i + 1], pick(-frames - 1, frames + 1)) for i in (0, 2, 4))
     case = Case(
@@ -396,6 +404,6 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
         heads=heads,
         head_dim=head_dim,
         scale=(None, 0.3)[pick(0, 1)],
-        dropout_p=(0.0, 0.2)[pick(0, 1)],
+        dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
     )
     check(case, dtype, backend, apart=pick(0, 1) == 1)
