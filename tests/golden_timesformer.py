@@ -70,7 +70,8 @@ def _block(case: GoldenCase, config: dict[str, Any], run: dict[str, Any], inputs
         def keep(name: str, part: nn.Module, arguments: Any, output: Tensor) -> None:
             seen[f"{name}_out"] = output
 
-        plain = type(module) is timesformer.Block  # its twin calls no attention, or with hooks is no different
+        # Its twin calls no attention, or with hooks is no different. The tolerance is one of float32 and float64.
+        plain = type(module) is timesformer.Block and inputs["x"].dtype.itemsize > 2
         parts = {name: part for name, part in module.named_children() if plain and f"{name}_out" in inside}
         hooks = [part.register_forward_hook(partial(keep, name)) for name, part in parts.items()]
         output = module(inputs["x"], run["B"], run["T"], run["W"])

@@ -108,11 +108,12 @@ def test_too_wide_heads_fall_back() -> None:
         vidattn.window3d_attention(qkv, window_size=2, backend="cpu")
 
 
-def test_why_not() -> None:
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vidattn.why_not("window3d_attention", backend="reference") == []
     assert vidattn.why_not(vidattn.window3d_attention, QKV, window_size=2, backend="reference") == []
-    assert vidattn.why_not(vidattn.temporal_attention, backend="cuda") == [
-        "this version has no cuda kernels for temporal_attention"
+    monkeypatch.delitem(backends._kernel_missing, ("temporal_shift", "cuda"), raising=False)
+    assert vidattn.why_not(vidattn.temporal_shift, backend="cuda") == [
+        "this version has no cuda kernels for temporal_shift"
     ]
     with vidattn.use_backend("cuda"):
         assert vidattn.why_not("window3d_attention", QKV, window_size=2) != []
@@ -212,7 +213,7 @@ NO_GRADIENT = "gives no gradient of a dense bias, which this call may need"
 @pytest.fixture
 def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backend "cuda" be judged, though not run, on tensors of the CPU."""
-    for op in ("window3d_attention", "window_attention"):
+    for op in ("window3d_attention", "window_attention", "spatial_attention", "space_time_mixing_attention"):
         monkeypatch.setitem(backends._kernel_missing, (op, "cuda"), lambda: None)
     monkeypatch.setitem(backends._BACKENDS, "cuda", backends.Backend("cuda", ("cuda", "cpu")))
 
@@ -255,9 +256,9 @@ def test_which_gpus_and_drivers_run_the_cuda_kernels(
 def test_each_gpu_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpu(monkeypatch, [(7, 5), (9, 0)], 13000, "13.0")
     assert _library._cuda_gpu_missing() is None
-    call = ON_CUDA._replace(dtype=torch.float16)
-    assert _library._check_cuda(call._replace(device_index=1)) == []
-    (reason,) = _library._check_cuda(call._replace(device_index=0))
+    check, call = backends._kernel_check["window3d_attention", "cuda"], ON_CUDA._replace(dtype=torch.float16)
+    assert check(call._replace(device_index=1)) == []
+    (reason,) = check(call._replace(device_index=0))
     assert "got 7.5" in reason
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "needs an NVIDIA GPU" in str(_library._cuda_gpu_missing())
@@ -281,18 +282,16 @@ def test_triton_is_judged_by_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPa
     assert _library._triton_missing() is None
 
 
-@pytest.mark.parametrize(
-    ("answer", "check"), [("_why_not_gpus", "_check_cuda"), ("_why_no_triton_on_gpus", "_check_triton")]
-)
+@pytest.mark.parametrize(("answer", "backend"), [("_why_not_gpus", "cuda"), ("_why_no_triton_on_gpus", "triton")])
 def test_compiled_code_takes_the_answers_about_gpus_as_constants(
-    monkeypatch: pytest.MonkeyPatch, answer: str, check: str
+    monkeypatch: pytest.MonkeyPatch, answer: str, backend: str
 ) -> None:
     monkeypatch.setattr(_library, answer, lambda: tuple(reversed((None, f"no {sys.platform}"))))
     torch._dynamo.reset()
 
     def reasons(index: int) -> int:
         call = AttentionCall("window3d_attention", "cuda", torch.float16, 8, index)
-        found = getattr(_library, check)
+        found = backends._kernel_check["window3d_attention", backend]
         count = torch.compile(lambda x: x + len(found(call)), fullgraph=True, backend="eager")
         return int(count(torch.zeros(())))
 
@@ -327,8 +326,31 @@ def test_the_limits_of_the_cuda_kernels() -> None:
         "has no dropout, got dropout_p 0.1",
     ]
     plan = (Path(__file__).parent.parent / "csrc" / "cuda" / "plan.h").read_text()
-    (limits,) = re.findall(r"kMaxTokens = (\d+), kMaxHeadDim = (\d+);", plan)
-    assert tuple(map(int, limits)) == (_library._CUDA_TOKENS, _library._CUDA_HEAD_DIM)
+    limits = [re.search(rf"kMax{name} = (\d+)", plan) for name in ("Tokens", "HeadDim", "Sequence", "Ranges")]
+    ours = (_library.CUDA_WINDOW, _library._CUDA_HEAD_DIM, _library.CUDA_SEQUENCE, _library._CUDA_RANGES)
+    assert tuple(int(limit[1]) for limit in limits if limit) == ours
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_the_limits_of_sequences() -> None:
+    def reasons(sites: int, **options: Any) -> list[str]:
+        qkv = torch.zeros(1, 2 * sites + 1, 3, 1, 8, dtype=torch.bfloat16)
+        return vidattn.why_not(vidattn.spatial_attention, qkv, 2, cls_token="mean", **options, backend="cuda")
+
+    assert reasons(399) == []
+    assert reasons(400) == ["runs groups of up to 400 tokens, got 401"]
+    assert reasons(7, dropout_p=0.1) == ["has no dropout, got dropout_p 0.1"]
+
+    def mixing_reasons(tokens: int, count: int) -> list[str]:
+        qkv = torch.zeros(2, tokens, 3, 2, 64, dtype=torch.bfloat16)
+        ranges = [(channel, channel + 1, 1) for channel in range(count)]
+        return vidattn.why_not(vidattn.space_time_mixing_attention, qkv, 2, channel_shifts=ranges, backend="cuda")
+
+    assert mixing_reasons(400, 64) == []
+    assert mixing_reasons(401, 65) == [
+        "runs groups of up to 400 tokens, got 401",
+        "runs up to 64 ranges of channels, got 65",
+    ]
 
 
 def _dense(bias: torch.Tensor = DENSE, windows: torch.Tensor = WINDOWS) -> list[str]:
@@ -392,6 +414,10 @@ def test_auto_tries_cuda_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend(call) == "cuda"
     assert choose_backend(call._replace(head_dim=80)) == choose_backend(call._replace(dropout_p=0.5)) == "triton"
     assert choose_backend(CALL._replace(dtype=torch.float64)) == "reference"
+    monkeypatch.setitem(backends._kernel_missing, ("spatial_attention", "triton"), lambda: None)
+    frame = call._replace(op="spatial_attention", group_tokens=400)
+    assert choose_backend(frame) == "cuda"
+    assert choose_backend(frame._replace(group_tokens=401)) == "triton"
 
 
 def test_the_environment_chooses() -> None:

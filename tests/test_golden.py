@@ -37,14 +37,6 @@ def _device() -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-OPS = {
-    "video_swin": "window3d_attention",
-    "timesformer": "temporal_attention",
-    "vivit": "spatial_attention",
-    "xvit": "space_time_mixing_attention",
-}
-
-
 def _dtypes() -> list[torch.dtype]:
     """Dtypes of the accelerated run: float32 and float64, or those of 16 bits if the backend in force has no others."""
 
@@ -56,12 +48,6 @@ def _dtypes() -> list[torch.dtype]:
     return wide or [dtype for dtype in (torch.bfloat16, torch.float16) if runs(dtype)] or [torch.float32]
 
 
-def _has_kernels(case: GoldenCase) -> bool:
-    """Whether the backend in force knows the ops of a case; "auto" always finds one."""
-    op = OPS.get(case.architecture)
-    return op is None or vidattn.current_backend() == "auto" or not vidattn.why_not(op)
-
-
 def _runs() -> Iterator[Any]:
     for case in CASES:
         try:
@@ -71,7 +57,7 @@ def _runs() -> Iterator[Any]:
         kinds = [("function", torch.float32)]
         if level != "function":
             kinds = [("reference", dtype) for dtype in (torch.float32, torch.float64)]
-            kinds += [("accelerated", dtype) for dtype in _dtypes() if _has_kernels(case)]
+            kinds += [("accelerated", dtype) for dtype in _dtypes()]
         for kind, dtype in kinds:
             yield pytest.param(case, kind, dtype, id=f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}")
 
