@@ -1,0 +1,345 @@
+"""The CUDA kernels of sequences with one mistake each: every mistake must show, as a finding or in the numbers.
+
+As in test_cuda_mutants.py, whoever changes a statement that a mistake spoils chooses another one here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import divided_cases
+import mixing_cases
+import pytest
+import torch
+from cuda_mistakes import Edits, chosen_mistakes, compile_all, spoil
+from sequence_cases import BF16, KB, judge
+from tolerance import OUTPUT_FACTOR, assert_close
+
+import tests.cuda_emulator as emulated
+
+CASES: dict[str, Any] = {
+    "cls": divided_cases.Case("per_frame", 3, 40, "hwt", batch=2, heads=2, head_dim=24),
+    "mean": divided_cases.Case("mean", 3, 40, batch=2, heads=2, head_dim=24),
+    "heads": divided_cases.Case("factorized", 34, 35, heads=3, num_temporal_heads=1, batch=1, head_dim=16),
+    "pieces": mixing_cases.Case(5, 35, heads=2, head_dim=24, channel_shifts=((0, 8, 1), (16, 40, -2))),
+    "channels": mixing_cases.Case(5, 35, heads=2, head_dim=24, channel_shifts=((1, 6, 1), (9, 40, -2))),
+    "far": mixing_cases.Case(3, 35, heads=2, head_dim=24, channel_shifts=((0, 8, 3), (16, 40, -(2**45)))),
+    "blocks": divided_cases.Case("temporal", 200, 1, batch=2, heads=1, head_dim=24),
+}
+LIMITS = {"blocks": 40 * KB}  # of shared memory
+
+# How it shows, in which case, and what is spoiled: the file, a pattern in it, what stands in place of the first match.
+FORWARD: dict[str, tuple[str, str, str, str, str]] = {
+    "no barrier behind the rows": (
+        "race|uninitialised",
+        "cls",
+        "forward.cuh",
+        r"(Share::find\(.*?\);)\s*__syncthreads\(\);",
+        r"\1",
+    ),
+    "the cls token of the first clip": (
+        "off by",
+        "cls",
+        "sequences.cuh",
+        r"clip_ \* rows\.cls_stride\[0\]",
+        "0 * rows.cls_stride[0]",
+    ),
+    "the cls token of the next head": (
+        "off by",
+        "cls",
+        "sequences.cuh",
+        r"head_ \* rows\.cls_head_stride",
+        "(head_ + 1) * rows.cls_head_stride",
+    ),
+    "the cls token takes no place": (
+        "off by|out of bounds|unwritten",
+        "cls",
+        "sequences.cuh",
+        r"a_\.cls \* rows\.row_stride",
+        "0 * rows.row_stride",
+    ),
+    "sequences a row apart": (
+        "off by|race|unwritten",
+        "mean",
+        "sequences.cuh",
+        r"sequence_ \* rows\.sequence_stride",
+        "sequence_ * rows.row_stride",
+    ),
+    "a query too many": (
+        "race|out of bounds",
+        "cls",
+        "sequences.cuh",
+        r"n < keys\(\) \? n : kNoToken",
+        "n <= keys() ? n : kNoToken",
+    ),
+    "one context of a cls token for all frames": (
+        "race|unwritten",
+        "cls",
+        "sequences.cuh",
+        r"divisor\(\) \+ sequence_;",
+        "divisor();",
+    ),
+    "one log-sum-exp of a cls token for all frames": (
+        "race|unwritten",
+        "mean",
+        "sequences.cuh",
+        r"\+ sequence_ \* a_\.all_heads",
+        "",
+    ),
+    "a range is a channel too long": (
+        "off by",
+        "channels",
+        "sequences.cuh",
+        r"channel < a_\.range\[r\]\.last",
+        "channel <= a_.range[r].last",
+    ),
+    "a range begins a channel late": (
+        "off by",
+        "channels",
+        "sequences.cuh",
+        r"channel >= a_\.range\[r\]\.first",
+        "channel > a_.range[r].first",
+    ),
+    "channels of the first piece": ("off by", "pieces", "sequences.cuh", r"source\[piece \* 8\]", "source[0]"),
+    "a segment has a frame more": (
+        "off by|out of bounds|race",
+        "pieces",
+        "sequences.cuh",
+        r"(uint32_t\(sequence_ \+ frames\)) <",
+        r"\1 <=",
+    ),
+    "too little shared memory": (
+        "out of bounds",
+        "cls",
+        "sequences.cu",
+        r"size_t\(a\.plan\.shared_bytes\)",
+        "size_t(a.plan.shared_bytes - 128)",
+    ),
+}
+BACKWARD: dict[str, tuple[str, str, str, str, str]] = {
+    "no barrier behind the rows, backward": (
+        "race|uninitialised",
+        "cls",
+        "backward.cuh",
+        r"group\.find_rows\(\);\s*__syncthreads\(\);",
+        "group.find_rows();",
+    ),
+    "gradients go to frames the other way": (
+        "off by",
+        "pieces",
+        "sequences.cuh",
+        r"\(sequence_ \+ frames\) % count",
+        "(sequence_ - frames) % count",
+    ),
+    "gradients stay in the frame that reads": (
+        "off by",
+        "channels",
+        "sequences.cuh",
+        r"row \+ turn\(frames\) \* (.*?) \+ 2 \* \(at \+ i\)",
+        r"row + 0 * \1 + 2 * (at + i)",
+    ),
+    "what nobody reads has a gradient": (
+        "off by",
+        "pieces",
+        "sequences.cuh",
+        r"is_inside\(frames\) \? pair : 0\)",
+        "pair)",
+    ),
+    "what nobody reads is not written": (
+        "unwritten",
+        "channels",
+        "sequences.cuh",
+        r"\*reinterpret_cast<uint16_t\*>\(element\) = is_inside\(frames\)",
+        "if (is_inside(frames)) *reinterpret_cast<uint16_t*>(element) = is_inside(frames)",
+    ),
+    "two channels have one gradient": ("off by", "channels", "sequences.cuh", r"pair >> 16 \* i", "pair"),
+    "one gradient of a cls token for q, k and v": (
+        "race|uninitialised",
+        "cls",
+        "sequences.cuh",
+        r"frame \* 3 \+ slot - kDq",
+        "frame * 3",
+    ),
+    "dQ of the last block of keys": (
+        "off by",
+        "blocks",
+        "backward.cuh",
+        r"value\.x \+= before\.x, value\.y \+= before\.y",
+        "(void)before",
+    ),
+    "a place for the dQ of one sequence": (
+        "out of bounds",
+        "blocks",
+        "sequences_backward.cu",
+        r"blocks \* round_up\(keys, 32\)",
+        "round_up(keys, 32)",
+    ),
+}
+# Of files that take no time to compile.
+OTHERS: dict[str, tuple[str, str, str, str, str]] = {
+    "the last frame has no share in a cls token": (
+        "off by",
+        "cls",
+        "divided.cu",
+        r"frame < a\.frames; \+\+frame",
+        "frame + 1 < a.frames; ++frame",
+    ),
+    "shares of the next frames for the next clip": (
+        "off by",
+        "cls",
+        "divided.cu",
+        r"clip \* a\.frames \* a\.num_parts",
+        "clip * a.num_parts",
+    ),
+    "the mean is a sum": ("off by", "mean", "divided.cu", r"1\.0f / float\(call\.frames\)", "1.0f"),
+    "the gradient of the first frame for all": (
+        "off by",
+        "cls",
+        "divided.cu",
+        r"frame % a\.frames \* a\.gradient_stride\[1\]",
+        "0 * a.gradient_stride[1]",
+    ),
+    "a context and its gradient in each other's place": (
+        "off by",
+        "cls",
+        "divided.cu",
+        r"\(slot == kOut \? row : 0\)",
+        "(slot == kOut ? 0 : row)",
+    ),
+    "log-sum-exps of a cls token have no room": (
+        "race|unwritten",
+        "cls",
+        "divided.cu",
+        r"\(patches \+ call\.cls \* call\.frames\) \* call\.heads",
+        "patches * call.heads",
+    ),
+    "the first heads over both axes": (
+        "unwritten|uninitialised",
+        "heads",
+        "divided.cu",
+        r"a\.first_head = int\(call\.first_head\)",
+        "a.first_head = 0",
+    ),
+    "an offset of 64 bits": ("off by", "far", "mixing.cu", r"int\(clamp\(shift\.offset\)\)", "int(shift.offset)"),
+    "segments a frame apart": (
+        "race|unwritten|off by",
+        "pieces",
+        "mixing.cu",
+        r"call\.segment \* t\.stride\[0\], t\.stride\[0\]",
+        "t.stride[0], t.stride[0]",
+    ),
+}
+MISTAKES = FORWARD | BACKWARD | OTHERS
+
+# The others take as long again.
+DEFAULT = (
+    *("no barrier behind the rows", "the cls token of the first clip", "a range is a channel too long"),
+    *("gradients go to frames the other way", "one gradient of a cls token for q, k and v"),
+    *("the last frame has no share in a cls token", "a context and its gradient in each other's place"),
+    *("shares of the next frames for the next clip", "the mean is a sum", "the first heads over both axes"),
+    *("log-sum-exps of a cls token have no room", "an offset of 64 bits", "segments a frame apart"),
+)
+CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
+
+
+def one_kernel(name: str) -> Callable[[str], str]:
+    """Give the edit that leaves the one instance that the cases run, which compiles in a fraction of the time."""
+
+    def edit(text: str) -> str:
+        text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", rf"\1\n  return {name}<__nv_bfloat16, 32>;\n}}", text)
+        return text.replace("kernel_for<__half>", "kernel_for<__nv_bfloat16>")
+
+    return edit
+
+
+def no_windows(text: str) -> str:
+    """Leave out the kernels of windows, which share files with those of sequences."""
+    return """#include "window3d_cuda.h"
+namespace vidattn::cuda {
+const char* window3d_forward(const Window3dArgs&, void*) { return "left out"; }
+int64_t window3d_backward_floats(const Window3dArgs&, bool, bool) { return 0; }
+const char* window3d_backward(const Window3dArgs&, const SharedGradients&, float*, void*) { return "left out"; }
+}  // namespace vidattn::cuda
+"""
+
+
+def no_backward(text: str) -> str:
+    """Leave out the backward pass."""
+    return """#include "sequences_host.h"
+namespace vidattn::cuda {
+int64_t sequences_backward_floats(int64_t, int64_t, int64_t) { return 0; }
+const char* launch_sequences_backward(SequenceArguments, int64_t, Element, float*, void*) { return "left out"; }
+}  // namespace vidattn::cuda
+"""
+
+
+KERNELS: Edits = {
+    "sequences.cu": one_kernel("sequence_forward"),
+    "sequences_backward.cu": one_kernel("sequence_backward"),
+    "window3d.cu": no_windows,
+    **dict.fromkeys(
+        ("window3d_backward.cu", "window3d_backward_depth.cu", "window3d_backward_short.cu"), lambda text: ""
+    ),
+}
+
+
+def edits(mistake: str | None) -> Edits:
+    """Give what is done to the files."""
+    if mistake is None:
+        return KERNELS
+    _, _, file, pattern, spoiled = MISTAKES[mistake]
+    edit = spoil(mistake, file, pattern, spoiled)
+    if mistake in OTHERS:
+        return {file: edit}
+    kernels = KERNELS | {"sequences_backward.cu": no_backward} if mistake in FORWARD else KERNELS
+    before = kernels.get(file, lambda text: text)
+    return kernels | {file: lambda text: before(edit(text))}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    emulated.install()
+    compile_all(map(edits, (None, *chosen_mistakes(request))))
+    yield
+    emulated.uninstall()
+
+
+def check(mistake: str | None, name: str) -> None:
+    """Run a case, which all that a mistake spoils has a share in, and compare it with the reference."""
+    case, controls = CASES[name], {"shared_limit": LIMITS[name]} if name in LIMITS else {}
+    with emulated.edited(edits(mistake)), emulated.controls(**controls):
+        if mistake not in FORWARD:
+            judge(case)
+            return
+        qkv, options = case.inputs(BF16)["qkv"], case.options()
+        found = case.function()(qkv, **options, backend="cuda")
+    plain = case.function()(qkv, **options, backend="reference")
+    exact = case.function()(qkv.double(), **options, backend="reference")
+    assert_close("context", found, plain, exact, BF16, OUTPUT_FACTOR)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_without_a_mistake_pass(case: str) -> None:
+    check(None, case)
+
+
+@pytest.mark.parametrize("mistake", CHOICES)
+def test_a_mistake_shows(mistake: str) -> None:
+    shows, case = MISTAKES[mistake][:2]
+    with pytest.raises(AssertionError, match=shows):
+        check(mistake, case)
+
+
+def test_who_shares_the_queries_leaves_the_bits() -> None:
+    case, kernel = divided_cases.Case("temporal", 400, 1, batch=1, heads=2, head_dim=24), KERNELS["sequences.cu"]
+    pretend = spoil("many blocks", "sequences.cu", r"a\.head_dim, blocks, limit", "a.head_dim, 1000, limit")
+    qkv, found, blocks = torch.randn(1, 400, 3, 2, 24).to(BF16), [], []
+    for changes in (KERNELS, {"sequences.cu": lambda text: kernel(pretend(text))}):  # then none is split
+        before = emulated.blocks_run()
+        with emulated.edited(changes):
+            found.append(case.function()(qkv, **case.options(), backend="cuda"))
+        blocks.append(emulated.blocks_run() - before)
+    assert blocks == [6, 2]
+    assert torch.equal(*found)
