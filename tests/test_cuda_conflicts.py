@@ -1,11 +1,16 @@
-"""Conflicts of banks in the CUDA kernels of windows: the emulated GPU counts the turns that each access takes."""
+"""Conflicts of banks in the CUDA kernels: the emulated GPU counts the turns that each access takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
+import divided_cases
+import mixing_cases
 import pytest
 import torch
+from sequence_cases import BF16, attend
 
 import tests.cuda_emulator as emulated
 from vidattn import geometry as geo
@@ -50,3 +55,25 @@ def test_matrices_are_read_without_conflicts(grid, window, turns, head_dim, reco
     record_property("load_conflicts", found["load_conflicts"])
     print(f"{found['load_conflicts']} turns more in {loads:.0f} loads of the bias")
     assert found["load_conflicts"] <= turns.get(head_dim, 0) * loads
+
+
+SEQUENCES: dict[str, Any] = {
+    "a frame": divided_cases.Case("spatial", 1, 196, batch=1, heads=1),
+    "a frame and a cls token": divided_cases.Case("mean", 1, 196, "hwt", batch=1, heads=1),
+    "96 frames": divided_cases.Case("temporal", 96, 2, batch=1, heads=1),
+    "50 frames, read twice": divided_cases.Case("temporal", 50, 2, "hwt", batch=1, heads=1),
+    "two blocks of keys": divided_cases.Case("temporal", 400, 1, batch=1, heads=1),
+    "channels from other frames": mixing_cases.Case(2, 197, 8, clips=1, heads=1),
+    "odd channels": mixing_cases.Case(2, 97, clips=1, heads=1, channel_shifts=((3, 9, 1), (11, 14, -1))),
+}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences_meet_no_bank_twice(name, head_dim):
+    """In both passes."""
+    case = replace(SEQUENCES[name], head_dim=head_dim)
+    before = emulated.counts()
+    attend(case, **case.inputs(BF16))
+    found = {name: count - before[name] for name, count in emulated.counts().items()}
+    assert found["blocks"] > 1 and found["ldmatrix_conflicts"] == found["load_conflicts"] == 0

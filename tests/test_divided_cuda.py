@@ -241,13 +241,6 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(
 # ---- How a block's shared memory is used ----
 
 
-def test_matrices_meet_no_bank_twice() -> None:
-    before = emulated.counts()["ldmatrix_conflicts"]
-    judge(SPACE)
-    judge(Case("mean", 2, 99, batch=1, heads=1, head_dim=32))
-    assert emulated.counts()["ldmatrix_conflicts"] == before
-
-
 FORWARD = ("dim", "threads", "tiles", "splits", "block_keys", "resident", "shared_bytes")
 BACKWARD = (
     *("dim", "threads", "warps", "warp_keys", "query_tile", "block_keys", "blocks", "rows", "score_tiles"),

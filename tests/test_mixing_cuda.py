@@ -176,10 +176,3 @@ def test_what_is_not_finite_stays_in_the_frame_that_reads_it(channel: int, which
     assert not all(bool(x.isfinite().all()) for x in found.values())
     expected = case.function()(inputs["qkv"], **case.options(), backend="reference")
     assert torch.equal(found["out"].isfinite(), expected.isfinite())
-
-
-def test_matrices_meet_no_bank_twice() -> None:
-    before = emulated.counts()["ldmatrix_conflicts"]
-    judge(*CASES["X-ViT"])
-    judge(*CASES["400 tokens"])
-    assert emulated.counts()["ldmatrix_conflicts"] == before
