@@ -1,6 +1,7 @@
 """The CUDA kernels on the emulated GPU: the tests of all backends, in processes that VIDATTN_BACKEND=cuda puts there.
 
-By default a selection, which also has windows of 49, 144, 196, 343, 392 and 784 tokens; the whole of it is marked slow.
+By default a selection, which also has windows of 49, 144, 196, 343, 392 and 784 tokens and sequences of up to 198; the
+whole of it is marked slow.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ SOME = (
     " or each_input or pad_qkv or unused or real_windows or fully_masked or masks_repeat or bias_of"
     " or auto or scale or separate"
 )
+SHORT = "not (seventy or beyond or every or repeatable or published or 256 or 300)"  # what takes less than a second
 # By name: files, which tests, and how many must have passed at least.
 JOBS = {
     "numbers": (PARITY, f"cuda and ({SOME})", 120),
-    "golden": (["test_golden.py"], "accelerated", 22),
+    "divided": (["test_divided.py"], f"cuda and {SHORT}", 376),
+    "mixing": (["test_mixing.py"], f"cuda and {SHORT}", 97),
+    "golden": (["test_golden.py"], "accelerated", 54),
 }
 SLOW_JOBS = {
     "all_numbers": (PARITY, "cuda", 400),
-    "ops": (["test_window3d_op.py"], "cuda", 17),
+    "all_divided": (["test_divided.py"], "cuda", 546),
+    "all_mixing": (["test_mixing.py"], "cuda", 227),
+    "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),
 }
 
 
