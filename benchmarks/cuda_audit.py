@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -78,10 +78,31 @@ def has_backward() -> bool:
 def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
     """Audit the one launch of a forward pass."""
     plan, windows = plan_forward(case, arch), case.geometry
-    tokens, warps, splits = windows.num_tokens, plan["threads"] // LANES, max(1, plan["splits"])
-    table_rows, slots = num_bias_rows(case.window), math.ceil(tokens / 16) * 16
     resident = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward"
     name = resident if plan["resident"] else "streamed_window_forward", ELEMENTS[dtype], plan["dim"]
+    groups, tokens, table_rows = _groups(case), windows.num_tokens, num_bias_rows(case.window)
+    moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
+    shape = ForwardShape(tokens, groups, moved, table_rows, border_share(windows))
+    return (audit_forward_launch(name, plan, shape, arch, rates),)
+
+
+@dataclass(frozen=True)
+class ForwardShape:
+    """What a launch of a forward pass is for."""
+
+    tokens: int  # of a group
+    groups: int  # times heads
+    bytes: float  # each tensor once
+    table_rows: int = 0  # of the bias
+    border: float = 0.0  # share of the groups with two regions
+
+
+def audit_forward_launch(
+    name: tuple[Any, ...], plan: Mapping[str, int], shape: ForwardShape, arch: str, rates: Rates
+) -> CudaLaunchAudit:
+    """Audit a launch of csrc/cuda/forward.cuh, by its kernel and its plan."""
+    tokens, warps, splits = shape.tokens, plan["threads"] // LANES, max(1, plan["splits"])
+    slots = math.ceil(tokens / 16) * 16
     program, _ = _kernel(arch, *name)
     blocks = math.ceil(tokens / plan["block_keys"])
 
@@ -97,7 +118,7 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
             "keys": blocks,
             "scores": blocks,  # of keys, around the main loop
             "copy": of_warp(2 * slots * plan["dim"] * 2 // 16 / max(1, program.copies(body))),
-            "table": of_warp(table_rows / max(1, program.copies(body))),
+            "table": of_warp(shape.table_rows / max(1, program.copies(body))),
             "inner": 0,  # other strides than one
         }.get(kind, of_warp(slots))
 
@@ -111,18 +132,16 @@ def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates)
     counts = [tiles // (warps * splits) + (warp < tiles % (warps * splits)) for warp in range(warps * splits)]
     passes = sum(math.ceil(count * granule / rows) for count in counts) / len(counts)
 
-    groups = _groups(case)
+    groups, border = shape.groups, shape.border
     computed = groups * tiles * granule * math.ceil(tokens / 8) * 8
-    border = border_share(windows)
     hot = (1 - border) * loop.hot + border * masked.hot
     # A maximum is raised once for each tile of queries.
     walked = LANES * (computed * hot / scores + groups * tiles * granule / rows * (loop.all - loop.hot))
-    moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
     shared = LANES * computed / scores * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = _Work(moved, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
-    copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * table_rows
+    work = _Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
+    copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * shape.table_rows
     block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
-    return (_audit(name, arch, rates, rounds, work, block, (loop, scores), border),)
+    return _audit(name, arch, rates, rounds, work, block, (loop, scores), border)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:

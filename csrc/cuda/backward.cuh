@@ -102,8 +102,8 @@ template <class T, int kDim, class Group, int kKeys, int kQueries>
 struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
   using Base = BackwardRows<T, kDim, Group, kKeys, kQueries>;
   using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
-  using Base::at, Base::block_keys, Base::copy_queries, Base::count, Base::key, Base::pad, Base::records, Base::scores,
-      Base::slots, Base::table, Base::warp_count;
+  using Base::at, Base::block_keys, Base::copy_queries, Base::count, Base::key, Base::keys_place, Base::pad,
+      Base::records, Base::scores, Base::slots, Base::stage_of, Base::table, Base::values_place, Base::warp_count;
   using Base::kJobs, Base::kPieceJobs, Base::kSteps, Base::kTiles;
   using typename Base::Arguments;
   using typename Base::Layout;
@@ -117,14 +117,15 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
   // c += the rows of this warp's keys times 16 rows of a tile of queries; the addresses are of this lane's part of the
   // first two pieces of 16 rows of the ones, and of the first four of 8 rows of the others. As areas start at multiples
   // of 8 rows, other pieces of these rows differ from them in bits.
-  __device__ __forceinline__ void multiply(float (&c)[2][kTiles][4], uint32_t keys, uint32_t four) const {
+  template <int kUsed>
+  __device__ __forceinline__ void multiply(float (&c)[2][kUsed][4], uint32_t keys, uint32_t four) const {
 #pragma unroll
     for (int part = 0; part < kDim / 32; ++part) {
       uint32_t b[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) gpu::ldmatrix(b[half], (four ^ 64 * part) + 8 * half * Layout::kBytes);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t)
+      for (int t = 0; t < kUsed; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t a[4];
@@ -136,17 +137,18 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     }
   }
 
-  // The queries from `first` on, a tile, meet the keys of this warp. Plain: all of its tiles are keys.
-  template <Way kWay, class Table>
+  // The queries from `first` on, a tile, meet the keys of this warp, which are in the first kUsed of its tiles. Plain:
+  // these hold keys alone.
+  template <Way kWay, int kUsed = kTiles, class Table>
   __device__ __forceinline__ void meet_queries(Sums& sums, const Table& table, const uint32_t (&biases)[kTiles][2],
                                                int block, int count, int first) const {
     constexpr int kArea = kQueries * Layout::kBytes;
-    const int thread = thread_of_block(), lane = thread % 32, stage = first / kQueries % 2;
+    const int thread = thread_of_block(), lane = thread % 32, stage = stage_of(first);
     const uint32_t start = gpu::shared_address(at(0));
     const uint32_t four = start + plan.queries + 2 * stage * kArea + Layout::place(lane % 8, lane / 8);
     const uint32_t two = start + plan.queries + 2 * stage * kArea + Layout::place(lane % 16, lane / 16);
     const uint32_t keys =
-        start + kKeysPlace + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+        start + keys_place() + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const int column = lane % 4 * 2;
     const uint32_t record = start + plan.records + (first + column) * int(sizeof(QueryRecord));
     const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
@@ -154,19 +156,22 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         kWay != Way::kExact && kDim == 32 ? kSteps : 1;  // as far as registers go
 #pragma unroll kUnrolled
     for (int step = 0; step < kSteps; ++step) {
+      if (first + 16 * step >= group.keys()) break;
       const uint32_t rows_at = 16 * step * Layout::kBytes;
       const auto record_of = [&](int i) {  // of this lane's four queries
         return record + (16 * step + i / 2 * 8 + i % 2) * int(sizeof(QueryRecord));
       };
-      int2 added[4];  // the bias row, or the largest score; the region
-      float2 of[4];   // the log-sum-exp, minus delta
+      int2 added[4] = {};  // the bias row, or the largest score; the region
+      float2 of[4];        // the log-sum-exp, minus delta
 #pragma unroll
-      for (int i = 0; i < 4; ++i) added[i] = gpu::load_shared<int2>(record_of(i) + int(offsetof(QueryRecord, bias)));
-      float p[2][kTiles][4], ds[2][kTiles][4];  // (16 keys, 8 queries)
+      for (int i = 0; i < 4; ++i)
+        if (Group::kHasSums || kWay == Way::kExact)
+          added[i] = gpu::load_shared<int2>(record_of(i) + int(offsetof(QueryRecord, bias)));
+      float p[2][kUsed][4], ds[2][kUsed][4];  // (16 keys, 8 queries)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
+        for (int t = 0; t < kUsed; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             p[half][t][i] = kWay == Way::kExact ? 0.0f : group.bias_at(biases[t][i / 2], added[2 * half + i % 2].x);
@@ -174,7 +179,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t)
+          for (int t = 0; t < kUsed; ++t)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               p[half][t][i] += group.mask_of(key(block) + 16 * t + lane / 4 + i / 2 * 8, added[2 * half + i % 2].y);
@@ -185,7 +190,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
+        for (int t = 0; t < kUsed; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float2& query = of[2 * half + i % 2];
@@ -203,7 +208,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t)
+          for (int t = 0; t < kUsed; ++t)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               if (16 * t + lane / 4 + i / 2 * 8 >= count) p[half][t][i] = 0.0f;
@@ -211,13 +216,13 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) ds[half][t][0] = ds[half][t][1] = ds[half][t][2] = ds[half][t][3] = 0.0f;
+        for (int t = 0; t < kUsed; ++t) ds[half][t][0] = ds[half][t][1] = ds[half][t][2] = ds[half][t][3] = 0.0f;
       multiply(ds, keys + (plan.values - kKeysPlace), four + rows_at + kArea);
-      uint32_t p_packed[kTiles][4], ds_packed[kTiles][4];
+      uint32_t p_packed[kUsed][4], ds_packed[kUsed][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kUsed; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)  // a difference of equals is 0, as delta was no part of the product
             ds[half][t][i] = p[half][t][i] * (ds[half][t][i] + of[2 * half + i % 2].y);
@@ -240,7 +245,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         gpu::ldmatrix_transposed(g, (two ^ 32 * part) + rows_at + kArea);
         gpu::ldmatrix_transposed(q, (two ^ 32 * part) + rows_at);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kUsed; ++t) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float (&dv)[4] = sums.dv[t][2 * part + i], (&dk)[4] = sums.dk[t][2 * part + i];
@@ -254,31 +259,34 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
 
   // dQ of a tile of queries from this block's keys.
   __device__ __forceinline__ void sum_queries(int block, int query) const {
-    const int rows = (count(block) + 15) / 16 * 16, thread = thread_of_block(), lane = thread % 32;
-    for (int job = thread / 32; job < kJobs; job += plan.warps) {
-      const int step = job / 2, part = job % 2 * kPieceJobs;
-      float sum[2 * kPieceJobs][4];
+    for (int job = thread_of_block() / 32; job < kJobs; job += plan.warps) sum_queries(block, query, job);
+  }
+  // One of the jobs that this is divided into: half of the elements of 16 queries.
+  __device__ __forceinline__ void sum_queries(int block, int query, int job) const {
+    const int rows = (count(block) + 15) / 16 * 16, lane = thread_of_block() % 32;
+    const int step = job / 2, part = job % 2 * kPieceJobs;
+    if (query + 16 * step >= group.keys()) return;
+    float sum[2 * kPieceJobs][4];
 #pragma unroll
-      for (int j = 0; j < 2 * kPieceJobs; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
-      const uint32_t ds = gpu::shared_address(at(scores(query / kQueries))) +
-                          Scores::place(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
-      uint32_t k[kPieceJobs];
+    for (int j = 0; j < 2 * kPieceJobs; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
+    const uint32_t ds = gpu::shared_address(at(scores(query / kQueries))) +
+                        Scores::place(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
+    uint32_t k[kPieceJobs];
 #pragma unroll
-      for (int j = 0; j < kPieceJobs; ++j)
-        k[j] = gpu::shared_address(at(kKeysPlace)) + Layout::place(lane % 16, 2 * (part + j) + lane / 16);
+    for (int j = 0; j < kPieceJobs; ++j)
+      k[j] = gpu::shared_address(at(keys_place())) + Layout::place(lane % 16, 2 * (part + j) + lane / 16);
 #pragma unroll 2
-      for (int row = 0; row < rows; row += 16) {
-        uint32_t a[4], b[4];
-        gpu::ldmatrix_transposed(a, ds + row * Scores::kBytes);
+    for (int row = 0; row < rows; row += 16) {
+      uint32_t a[4], b[4];
+      gpu::ldmatrix_transposed(a, ds + row * Scores::kBytes);
 #pragma unroll
-        for (int j = 0; j < kPieceJobs; ++j) {
-          gpu::ldmatrix_transposed(b, k[j] + row * Layout::kBytes);
-          gpu::mma_16x8x16<T>(sum[2 * j], a, b[0], b[1], sum[2 * j]);
-          gpu::mma_16x8x16<T>(sum[2 * j + 1], a, b[2], b[3], sum[2 * j + 1]);
-        }
+      for (int j = 0; j < kPieceJobs; ++j) {
+        gpu::ldmatrix_transposed(b, k[j] + row * Layout::kBytes);
+        gpu::mma_16x8x16<T>(sum[2 * j], a, b[0], b[1], sum[2 * j]);
+        gpu::mma_16x8x16<T>(sum[2 * j + 1], a, b[2], b[3], sum[2 * j + 1]);
       }
-      write_queries(block, query + 16 * step, 16 * part, sum);
     }
+    write_queries(block, query + 16 * step, 16 * part, sum);
   }
 
   template <int kCount>
@@ -300,16 +308,51 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
         if (block + 1 < plan.blocks)
           *reinterpret_cast<float2*>(kept + column) = value;
         else
-          write_gradient(kDq, n, to, column, value.x * group.scale(), value.y * group.scale());
+          write_query(n, to, column, value.x * group.scale(), value.y * group.scale());
       }
     }
   }
 
-  // Two elements of token n's gradient, whose row is `row`.
-  __device__ __forceinline__ void write_gradient(Slot slot, int n, char* row, int at, float x, float y) const {
-    if constexpr (Group::kPlacesElements)
-      if (group.template place_elements<T>(slot, n, at, x, y)) return;
+  // Two elements of a query's gradient, whose row is `row`.
+  __device__ __forceinline__ void write_query(int n, char* row, int at, float x, float y) const {
+    if constexpr (Group::kSharesTokens)
+      if (group.is_shared(n)) return group.write_shared(kDq, at, x, y);
     write_pair(row, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(x, y));
+  }
+
+  // dK and dV of keys by way of their own rows in shared memory, which nobody needs any more: 16 bytes at a time. A
+  // token that other groups have too gets float32.
+  __device__ __forceinline__ void stage_keys(Sums& sums, int block) const {
+    const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
+    const int key = block * block_keys() + warp * kKeys, count = warp_count(block, warp);
+    const auto own = [&](int which, int row, int piece) {
+      return (which ? values_place() : keys_place()) + warp * kKeys * Layout::kBytes + Layout::place(row, piece);
+    };
+#pragma unroll
+    for (int which = 0; which < 2; ++which)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int i = 0; i < kDim / 8; ++i) {
+            const float scale = which ? 1.0f : group.scale();
+            const float* from = &(which ? sums.dv : sums.dk)[t][i][2 * half];
+            const float x = from[0] * scale, y = from[1] * scale;
+            if (t == 0 && half == 0 && lane < 4 && group.is_shared(key))
+              group.write_shared(which ? kDv : kDk, i * 8 + lane * 2, x, y);
+            const int place = own(which, 16 * t + lane / 4 + 8 * half, i) + lane % 4 * 4;
+            *reinterpret_cast<uint32_t*>(at(place)) = gpu::pack<T>(x, y);
+          }
+    __syncwarp();
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which)
+#pragma unroll 2
+      for (int piece = lane; piece < count * Layout::kPieces; piece += 32) {
+        const int row = piece / Layout::kPieces, column = piece % Layout::kPieces;
+        const uint4 words = *reinterpret_cast<const uint4*>(at(own(which, row, column)));
+        if (!group.is_shared(key + row)) group.write_piece_of_key(which ? kDv : kDk, key + row, column, words);
+      }
   }
 
   // Writes dK and dV of keys; those of padding are added to the sums of the warp.
@@ -332,17 +375,12 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
           float* k = &sums.dk[t][i][2 * half];
           k[0] *= group.scale(), k[1] *= group.scale();
           if (!dk) continue;
-          write_gradient(kDk, key + n, dk, at, k[0], k[1]);
-          write_gradient(kDv, key + n, dv, at, sums.dv[t][i][2 * half], sums.dv[t][i][2 * half + 1]);
+          write_pair(dk, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(k[0], k[1]));
+          write_pair(dv, at, group.head_dim(), arguments.gradient_unit,
+                     gpu::pack<T>(sums.dv[t][i][2 * half], sums.dv[t][i][2 * half + 1]));
         }
       }
-    if constexpr (Group::kHasSums)
-      if (arguments.pad_gradient && __any_sync(~0u, padded)) add_padding(sums, real, warp, lane);
-  }
-
-  // Adds dK and dV of those keys of a warp that are padding to its sums.
-  __device__ __forceinline__ void add_padding(const Sums& sums, const bool (&real)[kTiles][2], int warp,
-                                              int lane) const {
+    if (!arguments.pad_gradient || !__any_sync(~0u, padded)) return;
 #pragma unroll
     for (int which = 0; which < 2; ++which)
 #pragma unroll
@@ -388,7 +426,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     const auto table = row_sums(key, count);
 #pragma unroll 1
     for (int query = 0; query < group.keys(); query += kQueries) {
-      if (query + kQueries < group.keys()) copy_queries(query + kQueries, (query / kQueries + 1) % 2);
+      if (query + kQueries < group.keys()) copy_queries(query + kQueries);
       if constexpr (kFolded) {
         if (count == kKeys && !group.masks())
           meet_queries<Way::kPlain>(sums, table, biases, block, count, query);
@@ -402,7 +440,11 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
       sum_queries(block, int(gpu::keep(query)));
       if (plan.score_tiles == 1) __syncthreads();
     }
-    if (count > 0) write_keys(sums, block);
+    if (count == 0) return;
+    if constexpr (Group::kHasSums)
+      write_keys(sums, block);
+    else
+      stage_keys(sums, block);
   }
 
   // ---- What a share leaves behind ----

@@ -25,6 +25,7 @@ struct Progress {
   bool first;  // no window of the share has been done
   bool folds;
   int share;
+  int round;  // of a block that walks over sequences
 };
 static_assert(sizeof(Progress) <= kBasesPlace && kBasesPlace + kBaseBytes <= kKeysPlace);
 
@@ -37,7 +38,8 @@ __device__ __forceinline__ Progress first_progress(const Arguments& arguments) {
           begin + arguments.share_groups + (share < arguments.longer_shares),
           true,
           false,
-          share};
+          share,
+          0};
 }
 
 // Anew each time it is asked for: what follows from it would otherwise stay in registers.
@@ -82,6 +84,11 @@ struct BackwardRows {
   __device__ __forceinline__ int scores(int tile) const {
     return plan.scores + (plan.score_tiles == 2 && tile % 2 ? plan.rows * Scores::kBytes : 0);
   }
+  // Where keys and values lie: there may be two halves, of which a group has one.
+  __device__ __forceinline__ int keys_place() const { return kKeysPlace + group.half(); }
+  __device__ __forceinline__ int values_place() const { return plan.values + group.half(); }
+  // Which of two stages has a tile of queries.
+  __device__ __forceinline__ int stage_of(int query) const { return (query / kQueries + group.first_stage()) % 2; }
   __device__ __forceinline__ int slots() const { return arguments.slots; }
   __device__ __forceinline__ QueryRecord* records() const { return reinterpret_cast<QueryRecord*>(at(plan.records)); }
   __device__ __forceinline__ float* table(int warp) const {
@@ -104,7 +111,8 @@ struct BackwardRows {
 
   // ---- Copies ----
 
-  __device__ __forceinline__ void copy_queries(int first, int stage) const {
+  __device__ __forceinline__ void copy_queries(int first) const {
+    const int stage = stage_of(first);
     copy_rows<kDim>(group, kQ, kDout, first, group.keys() - first, kQueries, queries(stage, 0), queries(stage, 1),
                     thread_of_block());
     gpu::cp_async_commit();
@@ -113,8 +121,8 @@ struct BackwardRows {
   // A block of keys, zeros behind the last one, and the first queries.
   __device__ __forceinline__ void copy_block(int block) const {
     const int first = block * block_keys(), rows = min(plan.rows, (count(block) + kKeys % 16 + 31) / 32 * 32);
-    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(kKeysPlace), at(plan.values), thread_of_block());
-    copy_queries(0, 0);
+    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(keys_place()), at(values_place()), thread_of_block());
+    copy_queries(0);
   }
 
   // ---- Statistics of the rows of scores ----
@@ -179,8 +187,8 @@ struct BackwardRows {
           s[i] = group.bias_at(group.key_bias(key + i % 2), group.bias_offset(row + i / 2 * 8));
           if (group.masks()) s[i] += group.mask_of(key + i % 2, group.region(row + i / 2 * 8));
         }
-        multiply_rows(s, q, at(kKeysPlace), n);
-        multiply_rows(dp, g, at(plan.values), n);
+        multiply_rows(s, q, at(keys_place()), n);
+        multiply_rows(dp, g, at(values_place()), n);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float weight =
@@ -265,8 +273,8 @@ struct BackwardRows {
                                             int row, int first, int n, float (&top)[2], float (&sum)[2],
                                             float (&product)[2]) const {
     float s[4] = {0.0f, 0.0f, 0.0f, 0.0f}, dp[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    multiply_rows(s, q, at(kKeysPlace), n);
-    multiply_rows(dp, g, at(plan.values), n);
+    multiply_rows(s, q, at(keys_place()), n);
+    multiply_rows(dp, g, at(values_place()), n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = first + n + lane % 4 * 2 + i % 2;

@@ -182,6 +182,10 @@ struct BackwardPlan {
   // Where it begins in shared memory; keys come first, at kKeysPlace, tokens and the bias last.
   int values, queries, scores, records, buffers, table_sums, pad_sums, tokens;
   int64_t shared_bytes;  // of a block; more than the limit if there is no way
+  // Sequences: whether a block walks over several of them, and what only that needs (sequence_backward.cuh).
+  bool walks;
+  int half, contexts, log_sums;  // bytes of all keys and values of one; places
+  int job_warps[4];              // who makes which part of dq
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
@@ -382,16 +386,53 @@ constexpr ForwardPlan plan_sequence_forward(int64_t keys, int64_t head_dim, int6
   return plan;
 }
 
+// Shares the parts of dq among warps so that the partitions of a multiprocessor, which have their warps in turn, have
+// about the same to do. A warp's products with 16 keys count four, a part of dq one for each 64 keys.
+constexpr void share_jobs(BackwardPlan& plan, int64_t keys) {
+  int64_t load[4] = {};
+  for (int warp = 0; warp < plan.warps; ++warp) {
+    const int64_t own = keys - warp * plan.warp_keys;
+    load[warp % 4] += 16 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
+  }
+  for (int& warp : plan.job_warps) {
+    warp = 0;
+    for (int other = 1; other < plan.warps && other < 4; ++other)
+      if (load[other] < load[warp]) warp = other;
+    load[warp] += ceil_div(keys, 16);
+  }
+}
+
+// Keys and values of two sequences, one behind the other.
+constexpr BackwardPlan plan_sequence_walk(int64_t keys, int64_t head_dim) {
+  BackwardPlan plan{};
+  plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32, plan.blocks = plan.score_tiles = 1;
+  plan.warps = static_cast<int>(ceil_div(keys, 32)), plan.threads = 32 * plan.warps;
+  plan.rows = plan.block_keys = 32 * plan.warps, plan.walks = true;
+  const int row = 2 * plan.dim, keys_bytes = plan.rows * row, tile = plan.query_tile * row;
+  plan.half = 2 * keys_bytes, plan.values = kKeysPlace + keys_bytes;
+  plan.queries = kKeysPlace + 2 * plan.half, plan.contexts = plan.queries + 4 * tile;
+  plan.scores = plan.contexts + (keys > kWholeRowTokens ? 2 * tile : 0), plan.records = plan.scores + plan.rows * 64;
+  plan.log_sums = plan.records + 16 * plan.rows, plan.tokens = plan.log_sums + 2 * 4 * plan.rows;
+  plan.shared_bytes = plan.tokens + 2 * kSequenceBytes;
+  share_jobs(plan, keys);
+  return plan;
+}
+
 constexpr BackwardPlan plan_sequence_backward(int64_t keys, int64_t head_dim, int64_t limit) {
   BackwardShape s{};
   s.window[0] = s.window[1] = 1, s.window[2] = keys, s.head_dim = head_dim, s.is_sequence = true;
-  BackwardPlan plan{};
+  BackwardPlan plan = plan_sequence_walk(keys, head_dim);
+  if (plan.warps <= most_warps(plan.dim) && plan.shared_bytes <= limit) return plan;
+  plan = {};
   plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32;
   plan.score_tiles = 1;
-  const BackwardPlan one = fit_backward(s, plan, limit);
-  plan.score_tiles = 2;
-  const BackwardPlan two = fit_backward(s, plan, limit);
-  return two.shared_bytes <= limit && two.blocks == one.blocks ? two : one;
+  return fit_backward(s, plan, limit);
+}
+
+// Blocks that a multiprocessor has at a time, each of which walks over sequences.
+constexpr int64_t walking_blocks(const BackwardPlan& plan, int64_t limit) {
+  const int64_t by_memory = (limit + 1024) / (plan.shared_bytes + 1024), by_warps = most_warps(plan.dim) / plan.warps;
+  return by_memory < by_warps ? by_memory : by_warps;
 }
 
 }  // namespace vidattn::cuda

@@ -197,6 +197,14 @@ inline const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
   return cudaGetErrorString(error);
 }
 
+// Multiprocessors of the current device; 0 if that cannot be told.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+  return count;
+}
+
 // Shared memory that a block may have on the current device, in bytes; 0 if that cannot be told.
 inline int shared_memory_limit() {
   int device = 0, bytes = 0;

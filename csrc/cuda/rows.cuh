@@ -75,6 +75,25 @@ struct PieceOfRows {
   }
 };
 
+// The same for one tensor.
+template <int kDim, class Group>
+__device__ __forceinline__ void copy_rows(const Group& group, Slot x, int first, int count, int rows, unsigned char* to,
+                                          int thread) {
+  using Layout = Rows<kDim>;
+  const int step = int(blockDim.x) / Layout::kPieces, piece = thread % Layout::kPieces;
+  int row = thread / Layout::kPieces;
+  if (group.is_plain(x)) {
+    const auto from = group.piece(x, piece);
+    const auto tokens = group.tokens() + first;
+#pragma unroll 2
+    for (; row < rows; row += step) from.copy(to + Layout::place(row, piece), row < count ? tokens[row] : kNoToken);
+  } else {
+#pragma unroll 1
+    for (; row < rows; row += step)
+      group.copy_piece(x, row < count ? first + row : kNoToken, piece, to + Layout::place(row, piece));
+  }
+}
+
 // Starts to copy rows of two tensors into shared memory, those of `count` tokens from `first` on, and zeros up to
 // `rows` rows.
 template <int kDim, class Group>
@@ -153,20 +172,25 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[kDim / 16][4], const 
   }
 }
 
-// The sum of the squares of the two elements of a word.
+// The two elements of a word.
 template <class T>
-__device__ __forceinline__ float square_sum(uint32_t word);
+__device__ __forceinline__ float2 unpack(uint32_t word);
 template <>
-__device__ __forceinline__ float square_sum<__nv_bfloat16>(uint32_t word) {
-  const float low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000);
-  return fmaf(low, low, high * high);
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
 }
 template <>
-__device__ __forceinline__ float square_sum<__half>(uint32_t word) {
+__device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
   const uint16_t bits[2] = {uint16_t(word), uint16_t(word >> 16)};
-  const float low = __half2float(reinterpret_cast<const __half&>(bits[0]));
-  const float high = __half2float(reinterpret_cast<const __half&>(bits[1]));
-  return fmaf(low, low, high * high);
+  return make_float2(__half2float(reinterpret_cast<const __half&>(bits[0])),
+                     __half2float(reinterpret_cast<const __half&>(bits[1])));
+}
+
+// The sum of the squares of the two elements of a word.
+template <class T>
+__device__ __forceinline__ float square_sum(uint32_t word) {
+  const float2 x = unpack<T>(word);
+  return fmaf(x.x, x.x, x.y * x.y);
 }
 
 // The square of the length of a row in shared memory.

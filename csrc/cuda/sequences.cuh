@@ -43,6 +43,7 @@ struct SequenceArguments {
   ChannelRange range[kMaxRanges];
   bool whole_pieces;  // no range begins or ends within 8 channels of a head
   int bases;          // where the block's own numbers are in shared memory
+  int tasks;          // sequences times heads
 
   // Forward.
   Divisor splits, warps, shares;
@@ -51,7 +52,7 @@ struct SequenceArguments {
   BackwardPlan backward;
   int gradient_unit;
   bool whole_rows;  // whether statistics of rows come from all their scores, not from the forward pass
-  float* dq_sums;   // for each block its dq; null if keys come in one block
+  float* dq_sums;   // for each sequence and head its dq; null if keys come in one block
 };
 static_assert(sizeof(SequenceArguments) <= 4096);
 
@@ -65,16 +66,17 @@ static_assert(sizeof(SequenceBases) == kSequenceBytes);
 class SequenceGroup {
  public:
   using Arguments = SequenceArguments;
-  static constexpr bool kWholeChunks = false, kSharesTokens = true, kHasSums = false, kPlacesElements = true;
+  static constexpr bool kWholeChunks = false, kSharesTokens = true, kHasSums = false;
 
-  __device__ __forceinline__ SequenceGroup(const Arguments& arguments, int head, int group)
-      : a_(arguments), head_(arguments.first_head + head), clip_(group) {
+  // `bases`: where it keeps its own numbers in shared memory.
+  __device__ __forceinline__ SequenceGroup(const Arguments& arguments, int head, int group, int bases)
+      : a_(arguments), head_(arguments.first_head + head), clip_(group), bases_(bases) {
     sequence_ = arguments.sequences.split(clip_);
   }
   // As the blocks of the forward pass are numbered.
   __device__ __forceinline__ explicit SequenceGroup(const Arguments& arguments)
       : SequenceGroup(arguments, arguments.heads.remainder(int(blockIdx.x)),
-                      arguments.splits.quotient(arguments.heads.quotient(int(blockIdx.x)))) {}
+                      arguments.splits.quotient(arguments.heads.quotient(int(blockIdx.x))), arguments.bases) {}
   struct Kept {};
   __device__ __forceinline__ SequenceGroup(const Arguments& arguments, Kept) : SequenceGroup(arguments) {}
   __device__ __forceinline__ void keep() const {}
@@ -200,35 +202,30 @@ class SequenceGroup {
   }
   // Where a gradient goes.
   __device__ __forceinline__ char* gradient(Slot slot, int n) const { return row(slot, n); }
-  // Writes two elements of a gradient that have other places than a row. Returns whether that is so.
+  // Writes a piece of a key's gradient.
   //
   // Each run of channels goes back to the frame that it came from. Where there is none, the run of the frame that the
   // offset reaches around the end of the segment, which nobody has read, gets zeros: so each element is written once.
-  template <class T>
-  __device__ __forceinline__ bool place_elements(Slot slot, int n, int at, float x, float y) const {
-    if (is_shared(n)) {
-      write_shared(slot, at, x, y);
-      return true;
-    }
-    if (a_.ranges == 0 || slot == kDq) return false;
+  __device__ __forceinline__ void write_piece_of_key(Slot slot, int n, int piece, const uint4& words) const {
+    if (piece * 8 >= head_dim()) return;
     char* const row = this->row(slot, n);
-    const uint32_t pair = gpu::pack<T>(x, y);
-    if (a_.whole_pieces) {
-      if (at < head_dim()) {
-        const int frames = bases()->source[at];
-        write_pair(row + turn(frames) * a_.rows[slot].sequence_stride, at, head_dim(), a_.gradient_unit,
-                   is_inside(frames) ? pair : 0);
-      }
-      return true;
-    }
+    if (a_.ranges == 0) {
+      write_piece(row, piece, head_dim(), a_.gradient_unit, words);
+    } else if (a_.whole_pieces) {
+      const int frames = bases()->source[piece * 8];
+      write_piece(row + turn(frames) * a_.rows[slot].sequence_stride, piece, head_dim(), a_.gradient_unit,
+                  is_inside(frames) ? words : make_uint4(0, 0, 0, 0));
+    } else {
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (at + i >= head_dim()) break;
-      const int frames = bases()->source[at + i];
-      char* element = row + turn(frames) * a_.rows[slot].sequence_stride + 2 * (at + i);
-      *reinterpret_cast<uint16_t*>(element) = is_inside(frames) ? uint16_t(pair >> 16 * i) : uint16_t(0);
+      for (int i = 0; i < 8; ++i) {
+        const int channel = piece * 8 + i;
+        if (channel >= head_dim()) break;
+        const int frames = bases()->source[channel];
+        char* to = row + turn(frames) * a_.rows[slot].sequence_stride + 2 * channel;
+        *reinterpret_cast<uint16_t*>(to) = is_inside(frames) ? uint16_t(pairs[i / 2] >> i % 2 * 16) : uint16_t(0);
+      }
     }
-    return true;
   }
 
   // ---- Scores ----
@@ -262,7 +259,7 @@ class SequenceGroup {
 
  private:
   __device__ __forceinline__ SequenceBases* bases() const {
-    return reinterpret_cast<SequenceBases*>(gpu::shared_memory<unsigned char>() + a_.bases);
+    return reinterpret_cast<SequenceBases*>(gpu::shared_memory<unsigned char>() + bases_);
   }
   __device__ __forceinline__ char* first_row(Slot slot) const { return a_.rows[slot].data + bases()->row[slot]; }
   __device__ __forceinline__ char* cls_row(Slot slot) const { return a_.rows[slot].cls + bases()->cls[slot]; }
@@ -277,8 +274,12 @@ class SequenceGroup {
     return (frame < 0 ? frame + count : frame) - sequence_;
   }
 
+ protected:
   const Arguments& a_;
+
+ private:
   int head_, clip_, sequence_;  // clip_ is a segment of frames where channels are mixed
+  int bases_;
 };
 
 }  // namespace vidattn::cuda

@@ -1,5 +1,5 @@
 // The backward pass of sequences on CUDA: which kernel runs a call, and how.
-#include "backward.cuh"
+#include "sequence_backward.cuh"
 #include "sequences_host.h"
 
 namespace vidattn::cuda {
@@ -7,20 +7,28 @@ namespace {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * most_warps(kDim), 1)
+    walking_sequence_backward(const __grid_constant__ SequenceArguments arguments) {
+  walk_over_sequences<T, kDim>(arguments);
+}
+
+// A sequence a block, for what has no room for two.
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * most_warps(kDim), 1)
     sequence_backward(const __grid_constant__ SequenceArguments arguments) {
-  attention_backward_of_group<T, kDim, SequenceGroup, 32, 32>(arguments);
+  attention_backward_of_group<T, kDim, SequenceGradientGroup, 32, 32>(arguments);
 }
 
 template <class T>
 auto kernel_for(const BackwardPlan& plan) {
+  if (plan.walks) return plan.dim == 32 ? walking_sequence_backward<T, 32> : walking_sequence_backward<T, 64>;
   return plan.dim == 32 ? sequence_backward<T, 32> : sequence_backward<T, 64>;
 }
 
 }  // namespace
 
-int64_t sequences_backward_floats(int64_t keys, int64_t head_dim, int64_t blocks) {
+int64_t sequences_backward_floats(int64_t keys, int64_t head_dim, int64_t tasks) {
   const BackwardPlan plan = plan_sequence_backward(keys, head_dim, gpu::shared_memory_limit());
-  return plan.blocks > 1 ? blocks * round_up(keys, 32) * plan.dim : 0;
+  return plan.blocks > 1 ? tasks * round_up(keys, 32) * plan.dim : 0;
 }
 
 const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Element element, float* dq_sums,
@@ -31,9 +39,15 @@ const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Eleme
   if (plan.shared_bytes > limit) return "a block has too little shared memory";
   a.slots = int(round_up(a.keys, 32)), a.bases = plan.tokens, a.dq_sums = dq_sums;
   a.whole_rows = a.keys <= kWholeRowTokens;
+  a.tasks = int(groups * a.heads.divisor());
+  int64_t blocks = a.tasks;
+  if (plan.walks) {
+    const int64_t together = gpu::multiprocessors() * walking_blocks(plan, limit);
+    if (together > 0 && together < blocks) blocks = together;
+  }
   const auto kernel = element == Element::float16 ? kernel_for<__half>(plan) : kernel_for<__nv_bfloat16>(plan);
-  return gpu::launch(kernel, dim3(uint32_t(groups * a.heads.divisor())), dim3(uint32_t(plan.threads)),
-                     size_t(plan.shared_bytes), stream, a);
+  return gpu::launch(kernel, dim3(uint32_t(blocks)), dim3(uint32_t(plan.threads)), size_t(plan.shared_bytes), stream,
+                     a);
 }
 
 }  // namespace vidattn::cuda

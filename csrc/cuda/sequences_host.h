@@ -9,7 +9,7 @@ const char* launch_sequences_forward(SequenceArguments a, int64_t groups, Elemen
 const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Element element, float* dq_sums,
                                       void* stream);
 // How many floats of memory the backward pass works with.
-int64_t sequences_backward_floats(int64_t keys, int64_t head_dim, int64_t blocks);
+int64_t sequences_backward_floats(int64_t keys, int64_t head_dim, int64_t tasks);
 
 // Rows of a tensor, the steps in its rows.
 inline SequenceRows sequence_rows(const RowTensor& t, int64_t head_dim, int64_t clip_stride, int64_t sequence_stride,

@@ -35,7 +35,7 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
  public:
   using Base::keys, Base::is_real, Base::row, Base::middle_row, Base::tokens;
   using Arguments = WindowGradientArguments;
-  static constexpr bool kHasSums = true, kPlacesElements = false;
+  static constexpr bool kHasSums = true, kSharesTokens = false;
 
   __device__ WindowGradientGroup(const Arguments& arguments, int head, int group)
       : Base(arguments, head, group), arguments_(arguments) {}
@@ -88,6 +88,9 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
     return is_real(n) ? const_cast<char*>(row(slot, n)) : nullptr;
   }
   __device__ __forceinline__ float scale() const { return arguments_.scale; }
+  // Keys have one place, and tiles of queries begin with the first stage.
+  static constexpr __device__ int half() { return 0; }
+  static constexpr __device__ int first_stage() { return 0; }
 
   // Where the address of a key's bias starts from.
   __device__ __forceinline__ uint32_t key_bias(int n) const {

@@ -110,6 +110,10 @@ inline const char* launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sh
   return emulator::launch_kernel(kernel, grid, block, shared_bytes, std::forward<A>(arguments)...);
 }
 
+// So few that blocks have several tasks one after the other.
+inline int multiprocessors() {
+  return 2;
+}
 inline int shared_memory_limit() {
   return emulator::shared_memory_limit();
 }
