@@ -54,6 +54,7 @@ def judge(
     *,
     view: View = lambda x: x,
     view_gradient: View = lambda x: x,
+    inputs: dict[str, Tensor] | None = None,
     bits: list[Tensor] | None = None,
 ) -> None:
     """Compare context and gradients with those of the reference, in this dtype and in float64.
@@ -63,9 +64,10 @@ def judge(
         dtype: dtype of q, k and v.
         view: makes what the function is given of qkv.
         view_gradient: makes the gradient that comes in.
+        inputs: what to give instead of the case's own.
         bits: takes what the kernels gave.
     """
-    inputs = case.inputs(dtype)
+    inputs = case.inputs(dtype) if inputs is None else inputs
     inputs["grad_out"] = view_gradient(inputs["grad_out"])
     found = attend(case, **inputs, view=view)
     assert_all_close(found, *map(_parts, expected_and_exact(case, inputs)), dtype)

@@ -17,7 +17,8 @@ from torch import Tensor
 import tests.cuda_emulator as emulated
 import vidattn
 
-SMALL = Case(3, 19, heads=2, head_dim=16)
+# More frames than the blocks of an emulated GPU: in the backward pass each has several, one after the other.
+SMALL = Case(3, 19, clips=5, heads=2, head_dim=16)
 ODD = replace(SMALL, channel_shifts=((1, 6, 1), (6, 7, -1), (9, 21, 2), (27, 32, -2)))
 INF, NAN = float("inf"), float("nan")
 
@@ -112,6 +113,15 @@ def test_too_many_ranges_are_refused() -> None:
     with pytest.raises(ValueError, match="up to 64 ranges of channels, got 65"):
         vidattn.space_time_mixing_attention(qkv.view(2, 3, 3, 10, 13), 2, **call)
     judge(replace(SMALL, heads=10, head_dim=13, channel_shifts=singles(64)))
+
+
+def test_frames_with_huge_scores_among_others() -> None:
+    """A block takes them another way, between those that it takes as usual."""
+    for case in (ODD, replace(ODD, num_tokens=70)):
+        inputs = case.inputs(BF16)
+        for frame in (1, 2, 9):
+            inputs["qkv"][frame, :, :2] *= 1e4
+        judge(case, inputs=inputs)
 
 
 def check_many(bits: list[Tensor] | None = None) -> None:
