@@ -122,6 +122,12 @@ def test_many_blocks_of_keys(limit: int) -> None:
         judge(Case("temporal", 300, 2, "hwt", batch=1, heads=1, head_dim=30, spread=1e5))
 
 
+def test_short_sequences_in_blocks() -> None:
+    """Short enough for statistics from all scores, if all keys were there at a time."""
+    with emulated.controls(shared_limit=32 * KB):
+        judge(Case("per_frame", 3, 40, batch=1, heads=1, head_dim=50))
+
+
 @pytest.mark.parametrize("limit", [0, KB])  # 0: the device does not tell
 def test_too_little_shared_memory_is_an_error(limit: int) -> None:
     inputs = SMALL.inputs(BF16)

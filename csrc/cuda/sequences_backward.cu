@@ -38,7 +38,7 @@ const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Eleme
   const BackwardPlan& plan = a.backward;
   if (plan.shared_bytes > limit) return "a block has too little shared memory";
   a.slots = int(round_up(a.keys, 32)), a.bases = plan.tokens, a.dq_sums = dq_sums;
-  a.whole_rows = a.keys <= kWholeRowTokens;
+  a.whole_rows = a.keys <= kWholeRowTokens && plan.blocks == 1;
   a.tasks = int(groups * a.heads.divisor());
   int64_t blocks = a.tasks;
   if (plan.walks) {
