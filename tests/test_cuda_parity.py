@@ -33,7 +33,8 @@ JOBS = {
 }
 SLOW_JOBS = {
     "all_numbers": (PARITY, "cuda", 400),
-    "all_divided": (["test_divided.py"], "cuda", 546),
+    "all_divided": (["test_divided.py"], "cuda and not random", 426),
+    "random_divided": (["test_divided.py"], "cuda and random", 120),
     "all_mixing": (["test_mixing.py"], "cuda", 227),
     "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),
 }
