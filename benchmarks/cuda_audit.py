@@ -48,7 +48,7 @@ _BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares", "wh
 
 
 @cache
-def _kernel(arch: str, *name: object) -> tuple[CudaProgram, Resources]:
+def kernel(arch: str, *name: object) -> tuple[CudaProgram, Resources]:
     program, resources = cubins.kernels(arch)[tuple(map(str, name))]
     return CudaProgram(program, backward=str(name[0]).endswith("backward")), resources
 
@@ -103,7 +103,7 @@ def audit_forward_launch(
     """Audit a launch of csrc/cuda/forward.cuh, by its kernel and its plan."""
     tokens, warps, splits = shape.tokens, plan["threads"] // LANES, max(1, plan["splits"])
     slots = math.ceil(tokens / 16) * 16
-    program, _ = _kernel(arch, *name)
+    program, _ = kernel(arch, *name)
     blocks = math.ceil(tokens / plan["block_keys"])
 
     def of_warp(work: float) -> float:
@@ -138,10 +138,10 @@ def audit_forward_launch(
     # A maximum is raised once for each tile of queries.
     walked = LANES * (computed * hot / scores + groups * tiles * granule / rows * (loop.all - loop.hot))
     shared = LANES * computed / scores * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = _Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
+    work = Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * shape.table_rows
-    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
-    return _audit(name, arch, rates, rounds, work, block, (loop, scores), border)
+    block = Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
+    return audit_launch(name, arch, rates, rounds, work, block, (loop, scores), border)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -163,7 +163,7 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         name = "depth_fastest_window_backward", *name[1:]
     elif plan["short_window"]:
         name = "short_window_backward", ELEMENTS[dtype], tile
-    program, _ = _kernel(arch, *name)
+    program, _ = kernel(arch, *name)
 
     def copies(body: frozenset[int]) -> float:
         """Of two copies in a row the first one is of keys and values, the other of queries."""
@@ -249,24 +249,26 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
     shared = rounds_of_main * LANES * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = _Work(moved, walked, computed, loop.flops / scores, traffic, shared)
+    work = Work(moved, walked, computed, loop.flops / scores, traffic, shared)
     copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
     if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
         copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
         products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
         tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
-    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
-    whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
+    block = Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
+    whole = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
 
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
     parts = 4.0 * (shares + 1) * columns
-    block = _Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
-    total = _audit(name, arch, rates, lambda _: math.ceil(shares / 8), _Work(parts, 0, 0, 0, parts, 0), block, None)
+    block = Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
+    total = audit_launch(
+        name, arch, rates, lambda _: math.ceil(shares / 8), Work(parts, 0, 0, 0, parts, 0), block, None
+    )
     return whole, total
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a launch does, apart from what is around the products."""
 
     bytes: float  # each tensor once
@@ -278,7 +280,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """How a launch lies on the GPU."""
 
     blocks: int
@@ -289,13 +291,13 @@ class _Block:
     turns: bool = False  # whether other warps have them in each block
 
 
-def _audit(
+def audit_launch(
     name: tuple[Any, ...],
     arch: str,
     rates: Rates,
     rounds: Rounds,
-    work: _Work,
-    block: _Block,
+    work: Work,
+    block: Block,
     loop: tuple[MainLoop, float] | None,
     border: float = 1.0,
 ) -> CudaLaunchAudit:
@@ -303,7 +305,7 @@ def _audit(
 
     ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions.
     """
-    program, resources = _kernel(arch, *name)
+    program, resources = kernel(arch, *name)
     way, lanes = program.way(rounds, border), block.blocks * block.warps * LANES
     around = sum(times for _, times in way)
     cost = Cost(
@@ -339,7 +341,7 @@ def _audit(
         warps=block.warps,
         registers=resources.registers,
         shared_bytes=block.shared_bytes,
-        spills_on_sm_80=spills(_kernel("sm_80", *name)[0].program.executed()),
+        spills_on_sm_80=spills(kernel("sm_80", *name)[0].program.executed()),
         hot_instructions_per_score=per_score[0],
         instructions_around=around,
         wide_copies=wide if loop else None,

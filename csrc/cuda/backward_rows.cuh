@@ -114,14 +114,15 @@ struct BackwardRows {
   __device__ __forceinline__ void copy_queries(int first) const {
     const int stage = stage_of(first);
     copy_rows<kDim>(group, kQ, kDout, first, group.keys() - first, kQueries, queries(stage, 0), queries(stage, 1),
-                    thread_of_block());
+                    thread_of_block(), int(blockDim.x));
     gpu::cp_async_commit();
   }
 
   // A block of keys, zeros behind the last one, and the first queries.
   __device__ __forceinline__ void copy_block(int block) const {
     const int first = block * block_keys(), rows = min(plan.rows, (count(block) + kKeys % 16 + 31) / 32 * 32);
-    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(keys_place()), at(values_place()), thread_of_block());
+    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(keys_place()), at(values_place()), thread_of_block(),
+                    int(blockDim.x));
     copy_queries(0);
   }
 

@@ -185,7 +185,7 @@ struct BackwardPlan {
   // Sequences: whether a block walks over several of them, and what only that needs (sequence_backward.cuh).
   bool walks;
   int half, contexts, log_sums;  // bytes of all keys and values of one; places
-  int job_warps[4];              // who makes which part of dq
+  int job_warps[2];              // who makes which half of dq
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
@@ -387,12 +387,12 @@ constexpr ForwardPlan plan_sequence_forward(int64_t keys, int64_t head_dim, int6
 }
 
 // Shares the parts of dq among warps so that the partitions of a multiprocessor, which have their warps in turn, have
-// about the same to do. A warp's products with 16 keys count four, a part of dq one for each 64 keys.
+// about the same to do. In halves of a product with 16 keys, a warp does eight with each 16 of its own.
 constexpr void share_jobs(BackwardPlan& plan, int64_t keys) {
   int64_t load[4] = {};
   for (int warp = 0; warp < plan.warps; ++warp) {
     const int64_t own = keys - warp * plan.warp_keys;
-    load[warp % 4] += 16 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
+    load[warp % 4] += 8 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
   }
   for (int& warp : plan.job_warps) {
     warp = 0;
