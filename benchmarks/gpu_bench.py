@@ -29,10 +29,10 @@ def steps(setting: Setting, results: Results, built: Results) -> list[Step]:
     main = [(case, "bfloat16") for case in setting.cases if case in MAIN_CASES]
     others = other_calls(setting.cases)
     return [
-        build_step(setting, built, main),
+        build_step(setting, built, main, 210),
         calibration_step(setting),
         speed_step("speed", setting, results, main, 250),
-        build_step(setting, built, others, name="build_more"),
+        build_step(setting, built, others, 0, name="build_more"),
         speed_step("more", setting, results, others, 0),
     ]
 

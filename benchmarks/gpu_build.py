@@ -78,15 +78,17 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def program_tasks(cache: Cache, arch: str, processes: int) -> Iterator[Task]:
+def program_tasks(cache: Cache, arch: str, processes: int, extension: bool) -> Iterator[Task]:
     """Give what nvcc compiles, what takes longest first.
 
     Args:
         cache: where it goes.
         arch: of the GPU, "90" say.
         processes: for the compilation of the extension.
+        extension: whether to build that.
     """
-    yield _task("extension", "extension", build_extension, cache.extension, processes)
+    if extension:
+        yield _task("extension", "extension", build_extension, cache.extension, processes)
     yield _task("conformance", "program", build_conformance, cache.conformance, arch)
     yield _task("calibration", "program", build_calibration, cache.calibration, arch)
 
@@ -201,10 +203,15 @@ def compile_kernels(function: str, arguments: Sequence[Any], arch: str, compiles
 
 def compile_rival(case: str, direction: str, dtype: str, contender: str, device: str) -> None:
     """Run a contender that torch compiles once."""
+    import torch
+
     from benchmarks import gpu_timing
 
     reason = gpu_timing.why_not(case, direction, dtype, contender)
     if reason is not None:
         raise Skip(reason)
-    with gpu_timing.skipping_rivals(contender):
-        gpu_timing.build_copies(case, direction, dtype, contender, device)[0]()
+    try:
+        with gpu_timing.skipping_rivals(contender):
+            gpu_timing.build_copies(case, direction, dtype, contender, device)[0]()
+    finally:
+        torch.cuda.empty_cache()  # other processes need the memory

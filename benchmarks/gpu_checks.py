@@ -7,6 +7,7 @@ with the backend's own reasons.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -384,10 +385,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("check", nargs="+", choices=sorted(CHECKS))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=vidattn.list_backends())
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: on a GPU that is not there")
     options = parser.parse_args(arguments)
-    for line in run_numbers(options.check, options.backends, options.device):
-        print(f"ran {line}", flush=True)
+    machine: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if options.device == "cpu":
+        from benchmarks.mocked_machine import mocked_machine
+
+        machine = mocked_machine()
+    with machine:
+        for line in run_numbers(options.check, options.backends, options.device):
+            print(f"ran {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.calibration import slug, write_json
+from benchmarks.gpu_build import ROOT
 from benchmarks.gpu_plans import all_pairs_floor, window3d_floor
 from benchmarks.gpu_steps import Line, Results
 from benchmarks.gpu_timing import CASES, OURS, Case
@@ -117,6 +119,18 @@ def checks(results: Sequence[Results], steps: Sequence[str]) -> dict[str, dict[s
     return found
 
 
+def _public(value: Any) -> Any:
+    """Take names of folders out of what is to be sent."""
+    if isinstance(value, str):
+        for path, name in ((ROOT, "."), (sys.prefix, "python"), (sys.base_prefix, "python"), (Path.home(), "~")):
+            value = value.replace(str(path), name)
+    elif isinstance(value, dict):
+        value = {key: _public(inner) for key, inner in value.items()}
+    elif isinstance(value, list):
+        value = [_public(inner) for inner in value]
+    return value
+
+
 def write(
     out: Path, machine: Mapping[str, Any], results: Sequence[Results], steps: Sequence[str], left: Mapping[str, int]
 ) -> tuple[Path, dict[str, Any]]:
@@ -145,7 +159,7 @@ def write(
         "speedups": speedups(entries),
     }
     path = out / f"{slug(machine['gpu'])}.json"
-    write_json(path, result)
+    write_json(path, _public(result))
     if measured:
         write_json(out / "gpu-calibration.json", {"machine": dict(machine), **measured})
     return path, result
@@ -179,6 +193,15 @@ def show(result: Mapping[str, Any]) -> None:
         machine = result["machine"]
         title = f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"
         print_table(title, COLUMNS, lines)
+
+
+def extension(line: Line | None) -> str:
+    """Say how long the extension took to build."""
+    if line is None:
+        return "the extension has not been built here"
+    if line["status"] != "passed":
+        return f"the extension was not built: {line['reason'].splitlines()[0]}"
+    return f"the extension took {line['found']['build_s']} s to build and has {line['found']['bytes']} bytes"
 
 
 def failures(result: Mapping[str, Any]) -> list[Line]:

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-LOG_LINES = 6  # of a worker's output that are kept when it dies
+LOG_LINES = 16  # of a worker's output that are kept when it dies
 TRACE_CHARACTERS = 1500
 LEAST_SECONDS = 1.0  # below it no task is started
 
@@ -68,6 +68,7 @@ class Step:
         processes: tasks at a time; None for as many as the run has.
         results: where its lines are; None for the file of the run.
         anew: whether it needs workers that were started after the step before it.
+        ready: tells whether it may start: what it needs has been built, or cannot be.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Step:
     processes: int | None = None
     results: Results | None = None
     anew: bool = False
+    ready: Callable[[], bool] = lambda: True
 
 
 def first_line(error: BaseException) -> str:
@@ -356,17 +358,17 @@ class Run:
         return counts + Counter(left=left)
 
     def _do(self, step: Step, deadline: float) -> None:
-        if time.monotonic() + LEAST_SECONDS >= deadline or next(self.left(step), None) is None:
+        if step.anew:
+            self._pool.stop()
+        if time.monotonic() + LEAST_SECONDS >= deadline or not step.ready() or next(self.left(step), None) is None:
             return
         results = step.results or self._results
         start = time.monotonic()
-        if step.anew:
-            self._pool.stop()
 
         def done(task: Task, line: Line) -> None:
             results.add(step.name, task.name, line)
             if line["status"] in ("failed", "timed out"):
-                say(f"    {step.name}: {task.name}: {line['status']}: {line['reason']}")
+                say(f"    {step.name}: {task.name}: {line['status']}: {line['reason'].splitlines()[0]}")
 
         self._pool.run(self.left(step), step.processes or self._processes, deadline, done)
         counts = ", ".join(f"{count} {status}" for status, count in self.status(step).items())

@@ -49,6 +49,8 @@ NORMAL = (0, 1, 5)  # exit statuses of pytest: all passed, some failed, none in 
 
 def pytest_collection_finish(session: Any) -> None:
     """Keep the tests of this shard that have no result: every so-manieth, so that neighbours, alike, spread."""
+    if not session.items:
+        _write_line({"test": "selection", "outcome": "failed", "message": "no test selected"})
     index, count = map(int, os.environ[SHARD].split("/"))
     known = results([Path(os.environ[LINES])])
     session.items[:] = [item for item in session.items[index::count] if item.nodeid not in known]
@@ -102,7 +104,7 @@ def _last_lines(files: Iterable[Path]) -> dict[str, dict[str, str]]:
         for text in file.read_text().splitlines() if file.exists() else ():
             with contextlib.suppress(ValueError, KeyError):  # the last line of a killed process
                 line = json.loads(text)
-                if found.get(line["test"], line)["outcome"] != "failed":  # a test may fail when it is torn down
+                if found.get(line["test"], {}).get("outcome") != "failed":  # a test may fail when it is torn down
                     found[line["test"]] = line
     return found
 
