@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -202,6 +203,8 @@ def check_conformance(program: Path) -> dict[str, Any]:
     """Compare what the primitives give here with what they give on the emulated GPU."""
     if not program.exists():
         raise Skip(f"{program.name} was not built")
+    if importlib.util.find_spec("numpy") is None:
+        raise Skip("not installed: numpy")
     from tests.cuda_emulator import conformance
 
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)

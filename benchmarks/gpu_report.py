@@ -103,12 +103,14 @@ def speedups(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]
     }
 
 
-def checks(results: Sequence[Results], steps: Sequence[str]) -> dict[str, dict[str, Any]]:
+def checks(results: Sequence[Results]) -> dict[str, dict[str, Any]]:
     """Say of each step what came of its tasks, by status: all names of what passed, a reason for all else."""
     found: dict[str, dict[str, Any]] = {}
-    for step in steps:
-        lines = {task: line for of in results for task, line in of.of(step).items()}
-        if lines and step not in SPEED:
+    for of in results:
+        for step in of.steps():
+            if step in SPEED:
+                continue
+            lines = of.of(step)
             found[step] = {
                 "passed": {task: line.get("found", {}) for task, line in lines.items() if line["status"] == "passed"},
                 **{
@@ -132,7 +134,7 @@ def _public(value: Any) -> Any:
 
 
 def write(
-    out: Path, machine: Mapping[str, Any], results: Sequence[Results], steps: Sequence[str], left: Mapping[str, int]
+    out: Path, machine: Mapping[str, Any], results: Sequence[Results], left: Mapping[str, int]
 ) -> tuple[Path, dict[str, Any]]:
     """Write the result file.
 
@@ -140,7 +142,6 @@ def write(
         out: its folder.
         machine: what ``describe_gpu`` says.
         results: the lines of the run, and of what was built.
-        steps: names of all steps.
         left: how many tasks are not done, by step.
 
     Returns:
@@ -154,7 +155,7 @@ def write(
         "code": results[0].code,
         "left": {step: count for step, count in left.items() if count},
         "rates": asdict(rates),
-        "checks": checks(results, steps),
+        "checks": checks(results),
         "measurements": entries,
         "speedups": speedups(entries),
     }
@@ -204,16 +205,17 @@ def extension(line: Line | None) -> str:
     return f"the extension took {line['found']['build_s']} s to build and has {line['found']['bytes']} bytes"
 
 
-def failures(result: Mapping[str, Any]) -> list[Line]:
-    """Give what did not pass: step, task and reason. A rival that cannot run has not failed; one of ours has."""
+def failures(result: Mapping[str, Any], steps: Sequence[str]) -> list[Line]:
+    """Give what did not pass in some steps: step, task and reason. A rival may crash; it is no failure of ours."""
     found = [
         {"step": step, "task": task, "reason": reason}
         for step, of in result["checks"].items()
+        if step in steps
         for status in ("failed", "timed out")
         for task, reason in of.get(status, {}).items()
         if not task.startswith("rival ")
     ]
-    for entry in result["measurements"]:
+    for entry in result["measurements"] if set(SPEED).intersection(steps) else ():
         reason = entry.get("failed") or entry.get("timed out")
         wrong = entry.get("agrees", True)
         if entry["contender"] in OURS and (reason or wrong is not True):

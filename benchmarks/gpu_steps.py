@@ -67,7 +67,7 @@ class Step:
             ``processes`` is 1, it looks when it is asked for the next.
         processes: tasks at a time; None for as many as the run has.
         results: where its lines are; None for the file of the run.
-        anew: whether it needs workers that were started after the step before it.
+        renews: whether what it does makes workers old: those after it are started anew.
         ready: tells whether it may start: what it needs has been built, or cannot be.
     """
 
@@ -76,7 +76,7 @@ class Step:
     tasks: Callable[[], Iterable[Task]]
     processes: int | None = None
     results: Results | None = None
-    anew: bool = False
+    renews: bool = False
     ready: Callable[[], bool] = lambda: True
 
 
@@ -139,6 +139,10 @@ class Results:
     def forget(self, step: str, task: str) -> None:
         """Have a task done again."""
         self._lines.pop((step, task), None)
+
+    def steps(self) -> list[str]:
+        """Name the steps that have lines."""
+        return list(dict.fromkeys(step for step, _ in self._lines))
 
     def of(self, step: str) -> dict[str, Line]:
         """Give the lines of a step by task."""
@@ -358,8 +362,6 @@ class Run:
         return counts + Counter(left=left)
 
     def _do(self, step: Step, deadline: float) -> None:
-        if step.anew:
-            self._pool.stop()
         if time.monotonic() + LEAST_SECONDS >= deadline or not step.ready() or next(self.left(step), None) is None:
             return
         results = step.results or self._results
@@ -371,6 +373,8 @@ class Run:
                 say(f"    {step.name}: {task.name}: {line['status']}: {line['reason'].splitlines()[0]}")
 
         self._pool.run(self.left(step), step.processes or self._processes, deadline, done)
+        if step.renews:
+            self._pool.stop()
         counts = ", ".join(f"{count} {status}" for status, count in self.status(step).items())
         say(f"{step.name:16} {time.monotonic() - start:6.1f} s  {counts}")
         self._after_step()

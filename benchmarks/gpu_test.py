@@ -52,6 +52,7 @@ MAIN_CASES = (
 )
 # Limits of a task: of a contender, and of one that torch compiles.
 CONTENDER_SECONDS = {False: 60.0, True: 150.0}
+SHOWN = 20  # failures that are printed at the end
 CHECK_SECONDS, SANITIZER_SECONDS, CALIBRATION_SECONDS = 120.0, 300.0, 60.0
 
 
@@ -121,7 +122,7 @@ def build_step(
             yield from program_tasks(setting.cache, setting.arch, setting.processes, extension)
         yield from call_tasks(setting.arch, kernels, rivals, compiles=setting.setup is None)
 
-    return Step(name, seconds, tasks, results=built)
+    return Step(name, seconds, tasks, results=built, renews=name == BUILD)  # workers that have no extension
 
 
 def speed_step(name: str, setting: Setting, results: Results, calls: Sequence[tuple[str, str]], seconds: float) -> Step:
@@ -182,7 +183,7 @@ def check_steps(setting: Setting) -> list[Step]:
             yield Task(f"{tool} {check}", "benchmarks.gpu_checks:check_memory", arguments, SANITIZER_SECONDS)
 
     return [
-        Step("conformance", 10, conformance, anew=True),  # after the extension has been built
+        Step("conformance", 10, conformance),
         Step("numbers", 60, numbers),
         Step("opcheck", 20, each("check_ops", ONE_SMALL_EACH)),
         Step("sanitizer", 30, sanitizer),
@@ -207,6 +208,9 @@ def suite_step(setting: Setting, code: str) -> Step:
 def all_steps(setting: Setting, results: Results, built: Results) -> list[Step]:
     """Give the steps in the order of importance."""
     conformance, numbers, *rest = check_steps(setting)
+    suite = (
+        [suite_step(setting, results.code)] if setting.setup is None else []
+    )  # its processes need a GPU that is there
     calls = [(case, "bfloat16") for case in setting.cases]
     return [
         build_step(setting, built, calls, 210, checks=True),
@@ -215,7 +219,7 @@ def all_steps(setting: Setting, results: Results, built: Results) -> list[Step]:
         calibration_step(setting),
         speed_step("speed", setting, results, calls, 110),
         *rest,
-        suite_step(setting, results.code),
+        *suite,
     ]
 
 
@@ -288,7 +292,7 @@ def carry_out(
 
     def save() -> tuple[Path, dict[str, Any]]:
         left = {step.name: run.status(step)["left"] for step in chosen}
-        return gpu_report.write(setting.out, machine, (results, built), names, left)
+        return gpu_report.write(setting.out, machine, (results, built), left)
 
     run = Run(chosen, results, options.seconds, processes, setting.out / "logs", setting.setup, save)
     try:
@@ -297,9 +301,11 @@ def carry_out(
         path, result = save()
     gpu_report.show(result)
     say(gpu_report.extension(built.find(BUILD, "extension")))
-    failed = gpu_report.failures(result)
-    for line in failed:
+    failed = gpu_report.failures(result, [step.name for step in chosen])
+    for line in failed[:SHOWN]:
         say(f"FAILED {line['step']}: {line['task']}: {line['reason'].splitlines()[0]}")
+    if failed[SHOWN:]:
+        say(f"and {len(failed[SHOWN:])} more")
     left = sum(result["left"].values())
     say(f"{len(failed)} failed; {f'{left} tasks are left: run it again' if left else 'all is done'}; {path}")
     return 1 if failed else 0

@@ -116,7 +116,7 @@ def test_tasks_run_beside_each_other_where_they_may(run, tmp_path):
 
 
 def test_workers_are_set_up_and_started_anew_where_a_step_asks_for_it(run, tmp_path):
-    first, second, third = (step(task("fine", name=name), name=name, anew=name == "c") for name in "abc")
+    first, second, third = (step(task("fine", name=name), name=name, renews=name == "b") for name in "abc")
     run(first, second, third, setup=f"{MODULE}:marked")
     lines = lines_of(tmp_path / "lines")
     pids = [lines[name]["found"]["pid"] for name in "abc"]
