@@ -233,7 +233,7 @@ def check_numbers(check: str, dtype: str, backend: str, device: str) -> dict[str
 
 
 class _OpsCalled(TorchDispatchMode):
-    """Notes the calls of our ops, with tensors that may require a gradient if those of the caller do."""
+    """Notes the calls of our ops, those forward with tensors that require a gradient if the caller's do."""
 
     def __init__(self, learnt: Sequence[Tensor]) -> None:
         super().__init__()
@@ -242,13 +242,14 @@ class _OpsCalled(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "vidattn":
-            self.calls.append((func, tuple(map(self._own, args))))
+            forward = not func._schema.name.endswith("_backward")  # second derivatives are the reference's
+            self.calls.append((func, tuple(self._own(x, forward) for x in args)))
         return func(*args, **(kwargs or {}))
 
-    def _own(self, x: Any) -> Any:
+    def _own(self, x: Any, forward: bool) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.detach().clone().requires_grad_(x.untyped_storage().data_ptr() in self._learnt)
+        return x.detach().clone().requires_grad_(forward and x.untyped_storage().data_ptr() in self._learnt)
 
 
 def check_ops(check: str, dtype: str, backend: str, device: str) -> dict[str, Any]:

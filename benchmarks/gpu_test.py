@@ -223,6 +223,13 @@ def all_steps(setting: Setting, results: Results, built: Results) -> list[Step]:
     ]
 
 
+def after_extension(steps: Sequence[Step], built: Results) -> list[Step]:
+    """Let steps wait for the extension, if it is among them: its kernels would count as skipped, or be Triton's."""
+    if steps[0].name != BUILD:
+        return list(steps)
+    return [steps[0], *(replace(step, ready=lambda: built.find(BUILD, "extension") is not None) for step in steps[1:])]
+
+
 # ---- The program ----
 
 
@@ -285,9 +292,8 @@ def carry_out(
     if unknown:
         parser.error(f"--step: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     chosen = [step for step in every if not options.step or step.name in options.step]
-    if chosen[0].name == BUILD and setting.setup is None:
-        # What the extension's kernels are asked for before they are there would count as skipped, or be Triton's.
-        chosen[1:] = [replace(step, ready=lambda: built.find(BUILD, "extension") is not None) for step in chosen[1:]]
+    if setting.setup is None:
+        chosen = after_extension(chosen, built)
     say(f"{describe()}; {machine['gpu']}, {processes} processes, results in {setting.out}")
 
     def save() -> tuple[Path, dict[str, Any]]:
