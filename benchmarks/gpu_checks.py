@@ -54,6 +54,11 @@ class Check(NamedTuple):
     options: dict[str, Any]
     float32: bool = False
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options that are no tensors."""
+        return {name: value for name, value in self.options.items() if name != "mask"}
+
 
 def _windows(grid: Any, window: Any, shift: Any, heads: int, head_dim: int, **more: Any) -> Check:
     rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
@@ -160,7 +165,7 @@ def evaluate(function: Callable[..., Tensor], check: str, inputs: dict[str, Tens
         The result as "out", and gradients by argument.
     """
     backend = more.get("backend", "reference")
-    options = {name: value for name, value in CHECKS[check].options.items() if name != "mask"} | more
+    options = CHECKS[check].arguments | more
     leaves = {name: x.detach().clone() for name, x in inputs.items() if name != "grad_out"}
     learnt = [leaves[name].requires_grad_() for name in _learnt(check, backend)]
     out = function(**leaves, **options)
@@ -185,8 +190,7 @@ def require(check: str, dtype: str, backend: str, device: str) -> dict[str, Tens
     inputs = {name: x.to(device) for name, x in make_inputs(check, dtype).items()}
     given = CHECKS[check]
     tensors = {name: x for name, x in inputs.items() if name != "grad_out"}
-    options = {name: value for name, value in given.options.items() if name != "mask"}
-    reasons = vidattn.why_not(given.function, **tensors, **options, backend=backend)
+    reasons = vidattn.why_not(given.function, **tensors, **given.arguments, backend=backend)
     if reasons:
         raise Skip("; ".join(reasons))
     return inputs
@@ -255,7 +259,7 @@ class _OpsCalled(TorchDispatchMode):
 def check_ops(check: str, dtype: str, backend: str, device: str) -> dict[str, Any]:
     """Have torch look at the ops that a call is made of, forward and backward."""
     inputs = require(check, dtype, backend, device)
-    options = {name: value for name, value in CHECKS[check].options.items() if name != "mask"}
+    options = CHECKS[check].arguments
     leaves = {name: x for name, x in inputs.items() if name != "grad_out"}
     learnt = [leaves[name].requires_grad_() for name in _learnt(check, backend)]
     with _OpsCalled(learnt) as called:
@@ -280,7 +284,7 @@ def check_graph(check: str, dtype: str, backend: str, device: str) -> None:
     others = {name: x.to(device) for name, x in make_inputs(check, dtype, seed=1).items()}
     expected = evaluate(_function(check), check, others, backend=backend)
     leaves = {name: x for name, x in static.items() if name != "grad_out"}
-    options = {name: value for name, value in CHECKS[check].options.items() if name != "mask"}
+    options = CHECKS[check].arguments
     names = _learnt(check, backend)
     learnt = [leaves[name].requires_grad_() for name in names]
 
