@@ -173,6 +173,7 @@ def _do(task: Task) -> Line:
     line: Line = {"status": "passed", "seconds": 0.0}
     try:
         found = resolve(task.function)(*task.arguments)
+        json.dumps(found)  # what a line cannot hold fails here
         line |= {"found": found} if found else {}
     except Skip as skip:
         line |= {"status": "skipped", "reason": str(skip)}
@@ -283,7 +284,8 @@ class Pool:
             worker.stop()
         self._started += 1
         worker = _Worker(self._logs / f"worker-{self._started}.log", self._setup)
-        worker.connection.send(task)
+        with contextlib.suppress(OSError):  # it has died at once, which the answer tells
+            worker.connection.send(task)
         return worker
 
     def _answer(self, worker: _Worker) -> Line:

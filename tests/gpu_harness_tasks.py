@@ -25,6 +25,10 @@ def fail() -> None:
     raise ValueError("expected nothing,\ngot this")
 
 
+def say_too_much() -> dict[str, Any]:
+    return {"what no file can hold": object()}
+
+
 def skip() -> None:
     raise Skip("there is none of it")
 

@@ -66,6 +66,7 @@ def test_a_task_ends_in_every_way_and_the_others_go_on(run, tmp_path, capsys):
     tasks = [
         task("fine", 1, name="before"),
         task("fail"),
+        task("say_too_much"),
         task("skip"),
         task("fine", name="same worker"),
         task("crash"),
@@ -77,6 +78,7 @@ def test_a_task_ends_in_every_way_and_the_others_go_on(run, tmp_path, capsys):
     assert {name: line["status"] for name, line in lines.items()} == {
         "before": "passed",
         "fail": "failed",
+        "say_too_much": "failed",
         "skip": "skipped",
         "same worker": "passed",
         "crash": "failed",
@@ -86,6 +88,7 @@ def test_a_task_ends_in_every_way_and_the_others_go_on(run, tmp_path, capsys):
     assert lines["before"]["found"]["given"] == [1] and lines["after"]["found"]["given"] == [2]
     assert lines["before"]["found"]["pid"] == lines["same worker"]["found"]["pid"] != lines["after"]["found"]["pid"]
     assert lines["fail"]["reason"] == "ValueError: expected nothing," and "got this" in lines["fail"]["trace"]
+    assert lines["say_too_much"]["reason"].startswith("TypeError")
     assert lines["skip"]["reason"] == "there is none of it"
     assert lines["crash"]["reason"].startswith("the process ended with exit status -6\nthe last words\n")
     assert "in crash" in lines["crash"]["reason"]
@@ -94,7 +97,7 @@ def test_a_task_ends_in_every_way_and_the_others_go_on(run, tmp_path, capsys):
     assert not is_alive(worker) and not is_alive(child)
     printed = capsys.readouterr().out
     assert "some: crash: failed: the process ended" in printed
-    assert "3 passed, 2 failed, 1 skipped, 1 timed out" in printed
+    assert "3 passed, 3 failed, 1 skipped, 1 timed out" in printed
 
 
 def test_a_worker_that_leaves_the_gpu_unusable_is_replaced_and_its_result_stays(run, tmp_path):
