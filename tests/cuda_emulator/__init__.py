@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vidattn import backends
-from vidattn.ops import window, window3d
+from vidattn.ops import mixing, window, window3d
 
 from . import build
 
@@ -43,7 +43,7 @@ __all__ = [
     "view",
 ]
 
-_READ, _WRITE, _INITIALISED = 1, 2, 4  # rights, as in machine.h
+_READ, _WRITE, _INITIALISED, _SINGLE_BYTE = 1, 2, 4, 8  # rights, as in machine.h
 
 _libraries: dict[str, torch.library.Library] = {}  # of the ops, by namespace
 _undo: list[Callable[[], Any]] = []
@@ -191,7 +191,7 @@ def _native_ops() -> list[str]:
     """Name the native ops of all families."""
     names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     private = {op for namespace, op in names if namespace == "vidattn" and op.startswith("_")}
-    return sorted(op for op in private if op.endswith(("_forward", "_backward")))
+    return sorted(op for op in private if op.endswith(("_forward", "_backward", "_shift")))
 
 
 # ---- Calls ----
@@ -202,8 +202,9 @@ def _route_calls() -> None:
     if _undo:
         return
     _replace(backends._BACKENDS, "cuda", backends.Backend("cuda", ("cuda",), when_named=("cpu",)))
-    for module, (function, *ops) in _PASSES.items():
-        _replace(backends._kernel_missing, (function, "cuda"), lambda: None)
+    for module, (functions, *ops) in _PASSES.items():
+        for function in functions:
+            _replace(backends._kernel_missing, (function, "cuda"), lambda: None)
         _undo.append(functools.partial(setattr, module, "launch_functions", module.launch_functions))
         passes = tuple(functools.partial(_launch, op) for op in ops)
         module.launch_functions = functools.partial(_launch_functions, module.launch_functions, passes)
@@ -218,14 +219,16 @@ def _launch_functions(otherwise: Callable[[str], Any], passes: tuple[Callable[..
     return passes if backend == "cuda" else otherwise(backend)
 
 
-def _launch(op: str, call: Any, *rest: Any) -> None:
-    """Run a native op on the emulated GPU."""
+def _launch(op: str, *arguments: Any) -> None:
+    """Run a native op on the emulated GPU; the first argument of a pass is a call, which stands for many."""
+    if isinstance(arguments[0], tuple):
+        arguments = (*arguments[0], *arguments[1:])
     ops, name = getattr(torch.ops, _namespace or ""), f"{_namespace}::{op}"
     if not hasattr(ops, op) or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
         raise NotImplementedError(f"{op}: expected a pass that has CUDA kernels, got one that has none yet")
     native = getattr(ops, op).default
     inputs, outputs = {}, {}
-    for argument, value in zip(native._schema.arguments, (*call, *rest), strict=True):
+    for argument, value in zip(native._schema.arguments, arguments, strict=True):
         if isinstance(value, Tensor):
             written = argument.alias_info is not None and argument.alias_info.is_write
             (outputs if written else inputs)[argument.name] = value
@@ -234,7 +237,7 @@ def _launch(op: str, call: Any, *rest: Any) -> None:
     regions = _add_memory(inputs, outputs)
     blocks = blocks_run()
     try:
-        native(*call, *rest)
+        native(*arguments)
     finally:
         _raise_findings()
     if blocks_run() == blocks:
@@ -274,7 +277,7 @@ def _add_memory(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> 
         begin = min(_span(tensor)[0] for _, tensor, _ in members)
         memory = np.zeros(max(_span(tensor)[1] for _, tensor, _ in members) - begin, np.uint8)
         for _, tensor, rights in members:
-            _bytes_of(tensor, memory, begin)[...] |= rights
+            _bytes_of(tensor, memory, begin)[...] |= rights | (_SINGLE_BYTE if tensor.element_size() == 1 else 0)
         piece = ", ".join(name for name, _, _ in members)
         build.emulator().add_memory(piece, begin, memory)
         found.update({name: (piece, begin) for name, _, _ in members})
@@ -311,7 +314,11 @@ def _describe(finding: Any) -> str:
     return f"{text}; {where}" if where else text
 
 
-_PASSES: dict[Any, tuple[str, ...]] = {  # public function, native ops in the order of launch_functions
-    window3d: ("window3d_attention", "_window3d_attention_forward", "_window3d_attention_backward"),
-    window: ("window_attention", "_window3d_attention_forward", "_window3d_attention_backward"),
+_WINDOWS = ("_window3d_attention_forward", "_window3d_attention_backward")
+_MIXING = ("_space_time_mixing_attention_forward", "_space_time_mixing_attention_backward", "_temporal_shift")
+# Public functions, native ops in the order of launch_functions.
+_PASSES: dict[Any, tuple[Any, ...]] = {
+    window3d: (("window3d_attention",), *_WINDOWS),
+    window: (("window_attention",), *_WINDOWS),
+    mixing: (("temporal_shift",), *_MIXING),
 }

@@ -155,7 +155,8 @@ def register_function(
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else _check_triton_gpu)
     if has_cuda:
         cuda_missing = native_kernel_missing(native, "CUDA")
-        register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), _check_cuda)
+        check = _check_cuda if attends else _check_cuda_gpu
+        register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), check)
 
 
 def register_attention(
@@ -398,7 +399,7 @@ def _cuda_gpu_missing() -> str | None:
 
 
 def _check_cuda(call: AttentionCall) -> list[str]:
-    reasons = _of_device(call, _cuda_gpus())
+    reasons = _check_cuda_gpu(call)
     if call.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
     if call.head_dim > _CUDA_HEAD_DIM:
@@ -410,6 +411,10 @@ def _check_cuda(call: AttentionCall) -> list[str]:
     if call.bias == "dense" and call.needs_bias_grad:
         reasons.append("gives no gradient of a dense bias, which this call may need")
     return reasons
+
+
+def _check_cuda_gpu(call: AttentionCall) -> list[str]:
+    return _of_device(call, _cuda_gpus())
 
 
 def _check_triton(call: AttentionCall) -> list[str]:

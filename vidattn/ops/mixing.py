@@ -384,7 +384,7 @@ register_attention(
     flops=_flops,
     save=_save,
 )
-register_function(temporal_shift, native=NATIVE_SHIFT, attends=False)
+register_function(temporal_shift, native=NATIVE_SHIFT, attends=False, has_cuda=True)
 register_transforms(
     LIBRARY,
     "temporal_shift",
