@@ -27,6 +27,8 @@ class Arguments {
     return torch::stable::detail::to<T>(*stack_++);
   }
   const Tensor& tensor() { return tensors_.emplace_back(take<Tensor>()); }
+  // Of those that have been taken.
+  const Tensor& first() const { return tensors_.front(); }
   // Null for None.
   const Tensor* maybe_tensor() {
     auto given = take<std::optional<Tensor>>();

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vidattn import backends
-from vidattn.ops import mixing, window, window3d
+from vidattn.ops import divided, mixing, window, window3d
 
 from . import build
 
@@ -315,10 +315,12 @@ def _describe(finding: Any) -> str:
 
 
 _WINDOWS = ("_window3d_attention_forward", "_window3d_attention_backward")
+_DIVIDED = ("temporal_attention", "spatial_attention", "factorized_dot_product_attention")
 _MIXING = ("_space_time_mixing_attention_forward", "_space_time_mixing_attention_backward", "_temporal_shift")
 # Public functions, native ops in the order of launch_functions.
 _PASSES: dict[Any, tuple[Any, ...]] = {
     window3d: (("window3d_attention",), *_WINDOWS),
     window: (("window_attention",), *_WINDOWS),
+    divided: (_DIVIDED, "_divided_attention_forward", "_divided_attention_backward"),
     mixing: (("temporal_shift",), *_MIXING),
 }

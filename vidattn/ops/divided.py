@@ -319,7 +319,9 @@ def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
     time_keys = frames if options.temporal_heads > 0 else 0
     space_keys = tokens - patches + patches // frames if options.temporal_heads < heads else 0
-    rows = patches + cls_frames if tensors.keeps_lse(max(time_keys, space_keys), backend) else 0
+    whole_row_keys = tensors.CUDA_WHOLE_ROW_KEYS if cls_token is None else 0
+    kept = tensors.keeps_lse(max(time_keys, space_keys), backend, whole_row_keys)
+    rows = patches + cls_frames if kept else 0
     lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
 
@@ -399,7 +401,7 @@ def _flops(shape: Sequence[int], options: Options) -> int:
 
 
 for function in (temporal_attention, spatial_attention, factorized_dot_product_attention):
-    register_function(function, native=NATIVE_FORWARD)
+    register_function(function, native=NATIVE_FORWARD, has_cuda=True)
 register_attention(
     "divided_attention",
     inputs=Inputs,
