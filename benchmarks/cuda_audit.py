@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import cubins
+from benchmarks import cubins, cuda_single_pass
 from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
+from benchmarks.cuda_single_pass import ELEMENTS
 from benchmarks.gpu_plans import FAMILIES
 from benchmarks.prediction import PARTITIONS, SMS, Cost, Grid, Rates
 from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
 from benchmarks.shapes import WindowCase
 from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
 
-ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a block
 # What makes a plan of the numbers of a case (see _numbers).
 _SHAPE = """
@@ -379,9 +379,9 @@ def audit_cuda(
             audited["backward"] = audit_backward(case, dtype, arch, rates)
         for direction, launches in audited.items():
             floor = family.floor(case, direction, dtype).microseconds(rates)
-            result = CaseAudit("cuda", "window3d", name, direction, launches, floor)
-            found.append(replace(result, triton_microseconds=triton.get(("window3d", name, direction))))
-    return found
+            found.append(CaseAudit("cuda", "window3d", name, direction, launches, floor))
+    found += cuda_single_pass.audit(names, arch, dtype, rates)
+    return [replace(x, triton_microseconds=triton.get((x.family, x.case, x.direction))) for x in found]
 
 
 def _groups(case: WindowCase) -> int:

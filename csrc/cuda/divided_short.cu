@@ -9,20 +9,19 @@ namespace {
 constexpr int kWarps = 4;  // of a block; they share nothing
 
 template <class T, int kDim, int kRows>
-__global__ void __launch_bounds__(32 * kWarps) divided_short_forward_kernel(const __grid_constant__ ShortArguments a) {
+__global__ void __launch_bounds__(32 * kWarps) short_forward(const __grid_constant__ ShortArguments a) {
   run_tile(a, [&](int tile, int only) { return ShortTile<T, kDim, kRows>(a, tile, only).forward(); });
 }
 
 template <class T, int kDim, int kRows>
-__global__ void __launch_bounds__(32 * kWarps) divided_short_backward_kernel(const __grid_constant__ ShortArguments a) {
+__global__ void __launch_bounds__(32 * kWarps) short_backward(const __grid_constant__ ShortArguments a) {
   run_tile(a, [&](int tile, int only) { return ShortTile<T, kDim, kRows>(a, tile, only).backward(); });
 }
 
 template <class T, int kDim>
 auto kernel_for(int rows, bool backward) {
-  if (backward)
-    return rows == 16 ? divided_short_backward_kernel<T, kDim, 16> : divided_short_backward_kernel<T, kDim, 32>;
-  return rows == 16 ? divided_short_forward_kernel<T, kDim, 16> : divided_short_forward_kernel<T, kDim, 32>;
+  if (backward) return rows == 16 ? short_backward<T, kDim, 16> : short_backward<T, kDim, 32>;
+  return rows == 16 ? short_forward<T, kDim, 16> : short_forward<T, kDim, 32>;
 }
 
 template <class T>
@@ -52,7 +51,7 @@ const char* start(const DividedArgs& call, bool backward, void* stream) {
   a.call = call, a.unit = unit_of(call), a.scale = float(call.scale);
   const int64_t sequences = call.batch * call.groups, per_tile = rows / call.patches;
   const int64_t tiles = ceil_div(sequences, per_tile) * call.num_heads;
-  if (sequences > INT32_MAX - 32 || tiles > INT32_MAX || call.frames * call.sites > INT32_MAX)
+  if (sequences > INT32_MAX - 32 || tiles > INT32_MAX - kWarps || call.frames * call.sites > INT32_MAX)
     return "more than 2^31 sequences, or tokens of a clip";
   a.sequences = int(sequences), a.per_tile = int(per_tile), a.tiles = int(tiles);
   a.length = Divisor(call.patches), a.groups = Divisor(call.groups), a.heads = Divisor(call.num_heads);

@@ -56,7 +56,7 @@ class ShortTile {
     }
   }
 
-  // Returns whether a number that is none came out.
+  // Returns whether something may not be finite.
   __device__ __forceinline__ bool forward() const {
     Matrix q, k, v;
     load([&](auto unit) { load(q, kQ, unit), load(k, kK, unit), load(v, kV, unit); });
@@ -71,22 +71,22 @@ class ShortTile {
     }
     Weights weights;
     round(weights, scores);
-    float inverse[kEights], found = 0.0f;
+    float inverse[kEights];
 #pragma unroll
     for (int e = 0; e < kEights; ++e) inverse[e] = inverse_of(sum[e]);
-    write(kOut, weights, v, inverse, found);
-    return found != found;
+    return !(write(kOut, weights, v, inverse) * 0.0f == 0.0f);
   }
 
-  // The same of the gradients.
+  // The same of the gradients. What is not finite in a row makes a product of the row with itself so.
   __device__ __forceinline__ bool backward() const {
     Matrix q, k, v, dout;
     load([&](auto unit) { load(q, kQ, unit), load(k, kK, unit), load(v, kV, unit), load(dout, kDout, unit); });
     Scores p, ds;
     multiply(p, q, k);
-    float maximum[kEights], sum[kEights], factor[kEights], found = 0.0f;
-    soften(p, maximum, sum);
     multiply(ds, dout, v);
+    float maximum[kEights], sum[kEights], factor[kEights];
+    const bool finite = (total(p) + total(ds)) * 0.0f == 0.0f;
+    soften(p, maximum, sum);
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
       const float inverse = inverse_of(sum[e]);
@@ -112,15 +112,15 @@ class ShortTile {
     Weights weights;
     round(weights, p);
     transpose(weights);
-    write(kDv, weights, dout, factor, found);
+    write(kDv, weights, dout, factor);
     const float size = bring_into_range(ds);
 #pragma unroll
     for (int e = 0; e < kEights; ++e) factor[e] = a.scale * size;
     round(weights, ds);
-    write(kDq, weights, k, factor, found);
+    write(kDq, weights, k, factor);
     transpose(weights);
-    write(kDk, weights, q, factor, found);
-    return found != found;
+    write(kDk, weights, q, factor);
+    return !finite;
   }
 
  private:
@@ -192,6 +192,13 @@ class ShortTile {
       }
   }
 
+  static __device__ __forceinline__ float total(const Scores& scores) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEights * kEights * 2; ++i) sum += (&scores[0][0][0])[i];
+    return sum;
+  }
+
   // Makes exp(score - maximum of the row) of products, 0 between sequences, and sums of rows. The maximum of a row of
   // -inf alone reads 0.
   __device__ __forceinline__ void soften(Scores& scores, float (&maximum)[kEights], float (&sum)[kEights]) const {
@@ -221,7 +228,7 @@ class ShortTile {
     }
   }
   // A row without any weight has the sum 0, and no weight then either.
-  static __device__ __forceinline__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  static __device__ __forceinline__ float inverse_of(float sum) { return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum); }
 
   template <class Combine>
   static __device__ __forceinline__ float of_quad(float x, Combine combine) {
@@ -266,9 +273,10 @@ class ShortTile {
     }
   }
 
-  // Writes factor * weights * x to the rows of a tensor, and adds all of it to `found`.
-  __device__ __forceinline__ void write(Slot slot, const Weights& weights, const Matrix& x,
-                                        const float (&factor)[kEights], float& found) const {
+  // Writes factor * weights * x to the rows of a tensor. Returns the sum of all.
+  __device__ __forceinline__ float write(Slot slot, const Weights& weights, const Matrix& x,
+                                         const float (&factor)[kEights]) const {
+    float all = 0.0f;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       Sums sums;
@@ -295,7 +303,7 @@ class ShortTile {
         for (int i = 0; i < 4; ++i) {
           const float first = sums[e / 2][i][e % 2 * 2] * factor[e];
           const float second = sums[e / 2][i][e % 2 * 2 + 1] * factor[e];
-          found += first, found += second;
+          all += first, all += second;
           words[i] = gpu::pack<T>(first, second);
         }
         if (token_[e] < 0) continue;
@@ -303,6 +311,7 @@ class ShortTile {
                     make_uint4(words[0], words[1], words[2], words[3]));
       }
     }
+    return all;
   }
 
   const ShortArguments& a;
@@ -316,12 +325,11 @@ class ShortTile {
 // tile take turns.
 template <class Pass>
 __device__ __forceinline__ void run_tile(const ShortArguments& a, Pass pass) {
-  const int warps = int(blockDim.x) / 32;
-  const int64_t tile = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
+  const int tile = int(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32);
   if (tile >= a.tiles) return;
 #pragma unroll 1
   for (int only = -1; only < a.per_tile; ++only) {
-    const bool bad = pass(int(tile), only);
+    const bool bad = pass(tile, only);
     if (only == -1 && (a.per_tile == 1 || !__any_sync(~0u, bad))) return;
   }
 }
