@@ -111,8 +111,8 @@ def test_too_wide_heads_fall_back() -> None:
 def test_why_not() -> None:
     assert vidattn.why_not("window3d_attention", backend="reference") == []
     assert vidattn.why_not(vidattn.window3d_attention, QKV, window_size=2, backend="reference") == []
-    assert vidattn.why_not(vidattn.temporal_attention, backend="cuda") == [
-        "this version has no cuda kernels for temporal_attention"
+    assert vidattn.why_not(vidattn.space_time_mixing_attention, backend="cuda") == [
+        "this version has no cuda kernels for space_time_mixing_attention"
     ]
     with vidattn.use_backend("cuda"):
         assert vidattn.why_not("window3d_attention", QKV, window_size=2) != []
