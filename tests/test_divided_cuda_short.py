@@ -93,6 +93,7 @@ ADVERSARIAL = {
     "a tiny scale": (Case("spatial", 3, 12, scale=1e-6, spread=1e3), BF16, (1, 1, 1, 1)),
     "gradients of scores past float16": (Case("temporal", 8, 3, head_dim=32), F16, (1e-2, 1e-2, 300, 300)),
     "gradients of scores below float16": (Case("temporal", 20, 3, head_dim=16), F16, (0.03, 0.03, 1e-3, 1e-3)),
+    "hardly any gradients": (Case("temporal", 8, 3, head_dim=16), F16, (0.0, 1, 1e-7, 1e-7)),
     "values past the square root of float32": (Case("temporal", 8, 3), BF16, (1, 1, 1e30, 1e-30)),
 }
 

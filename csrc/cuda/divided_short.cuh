@@ -236,8 +236,8 @@ class ShortTile {
     return combine(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  // Multiplies by a power of 2, so that the largest number is one that float16 has, and what is 2^28 times smaller not
-  // less exact. Returns what makes that undone.
+  // float16 ends where gradients of scores need not: multiplies them by the power of 2 that brings the largest near its
+  // end, which leaves 2^28 for smaller ones of full precision. Returns what undoes it.
   static __device__ __forceinline__ float bring_into_range(Scores& scores) {
     if constexpr (!std::is_same_v<T, __half>) return 1.0f;
     float most = 0.0f;
@@ -245,7 +245,7 @@ class ShortTile {
     for (int i = 0; i < kEights * kEights * 2; ++i) most = fmaxf(most, fabsf((&scores[0][0][0])[i]));
 #pragma unroll
     for (int bits = 1; bits < 32; bits *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, bits));
-    const int exponent = max(__float_as_int(most) >> 23, 14);  // 127 and more for 1 and more
+    const int exponent = max(__float_as_int(most) >> 23, 15);  // plus 127; what undoes it has one too
     if (exponent == 255) return 1.0f;
     const float up = __int_as_float((127 + 14 + 127 - exponent) << 23);  // to 2^14 or more, below 2^15
 #pragma unroll
