@@ -56,7 +56,7 @@ test-all: $(VENV)/.built ## run the slow sweeps too
 	$(BIN)/pytest -m "" $(ARGS)
 
 test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels, on an emulated GPU
-	$(BIN)/pytest -m "" tests/test_cuda_*.py tests/test_window3d_cuda*.py $(ARGS)
+	$(BIN)/pytest -m "" tests/test_cuda_*.py tests/test_*_cuda*.py $(ARGS)
 
 lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Audits the kernels of csrc/cuda: which one a case launches and how, and what that costs."""
+"""Audits the kernels of csrc/cuda for windows: which one a case launches and how, and what that costs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from benchmarks import cubins
 from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
+from benchmarks.cuda_single_pass import ELEMENTS
 from benchmarks.gpu_plans import FAMILIES
 from benchmarks.prediction import PARTITIONS, SMS, Cost, Grid, Rates
 from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
 from benchmarks.shapes import WindowCase
 from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
 
-ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a block
 # What makes a plan of the numbers of a case (see _numbers).
 _SHAPE = """
@@ -68,11 +68,6 @@ def plan_forward(case: WindowCase, arch: str) -> dict[str, int]:
 def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
     """The same of the backward pass, with the gradient of the table."""
     return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
-
-
-def has_backward() -> bool:
-    """Tell whether csrc/cuda has a backward pass."""
-    return (cubins.CSRC / "cuda" / "window3d_backward.cu").is_file()
 
 
 def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -377,31 +372,23 @@ def border_share(windows: WindowGeometry) -> float:
     return 1 - math.prod(inner)
 
 
-def audit_cuda(
-    names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates, others: Iterable[CaseAudit]
-) -> list[CaseAudit]:
-    """Audit the cases that csrc/cuda has kernels for.
+def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates) -> list[CaseAudit]:
+    """Audit the cases of windows.
 
     Args:
         names: cases; all by default.
         arch: "sm_80" or "sm_90".
         dtype: float16 or bfloat16.
         rates: what predictions divide by.
-        others: the same cases by the Triton kernels.
     """
-    triton = {(case.family, case.case, case.direction): case.microseconds for case in others}
-    family = FAMILIES["window3d"]
-    found = []
+    family, found = FAMILIES["window3d"], []
     for name, case in family.cases.items():
         if names is not None and name not in names:
             continue
-        audited = {"forward": audit_forward(case, dtype, arch, rates)}
-        if has_backward():
-            audited["backward"] = audit_backward(case, dtype, arch, rates)
-        for direction, launches in audited.items():
+        for direction, audited in (("forward", audit_forward), ("backward", audit_backward)):
+            launches = audited(case, dtype, arch, rates)
             floor = family.floor(case, direction, dtype).microseconds(rates)
-            result = CaseAudit("cuda", "window3d", name, direction, launches, floor)
-            found.append(replace(result, triton_microseconds=triton.get(("window3d", name, direction))))
+            found.append(CaseAudit("cuda", "window3d", name, direction, launches, floor))
     return found
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks import cubins
-from benchmarks.audited import CudaLaunchAudit
+from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_audit import (
-    ELEMENTS,
     SHARED_LIMITS,
     Block,
     ForwardShape,
@@ -19,11 +19,14 @@ from benchmarks.cuda_audit import (
     audit_launch,
     kernel,
 )
+from benchmarks.cuda_single_pass import ELEMENTS, SHORT, audit_short
+from benchmarks.gpu_plans import FAMILIES
 from benchmarks.prediction import SMS, Rates
 from benchmarks.sass import LANES
 from benchmarks.shapes import DividedCase, MixingCase
 
 _FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "shared_bytes")
+LONGEST = 400
 _BACKWARD = """const auto plan = plan_sequence_backward(n[0], n[1], n[2]);
   struct : BackwardPlan { int64_t per_sm, job0, job1; } p{
     plan, walking_blocks(plan, n[2]), plan.job_warps[0], plan.job_warps[1]};"""
@@ -54,6 +57,39 @@ def sequences_of(case: DividedCase | MixingCase) -> list[Sequences]:
         if heads:
             found.append(Sequences(keys, case.batch * groups * heads, case.head_dim, heads / case.heads))
     return found
+
+
+def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates) -> list[CaseAudit]:
+    """Audit the cases that have sequences of more rows than a warp has at a time.
+
+    Args:
+        names: cases; all by default.
+        arch: "sm_80" or "sm_90".
+        dtype: float16 or bfloat16.
+        rates: what predictions divide by.
+    """
+    found = []
+    for family in ("divided", "mixing"):
+        for name, case in FAMILIES[family].cases.items():
+            sequences = sequences_of(case)
+            longest = max(of.keys for of in sequences)
+            if (names is not None and name not in names) or not SHORT < longest <= LONGEST:
+                continue
+            for direction, audited in (("forward", audit_forward), ("backward", audit_backward)):
+                launches = tuple(
+                    audited(case, of, dtype, arch, rates)
+                    if of.keys > SHORT
+                    else audit_short(time_alone(case), direction, arch, dtype, rates)
+                    for of in sequences
+                )
+                floor = FAMILIES[family].floor(case, direction, dtype).microseconds(rates)
+                found.append(CaseAudit("cuda", family, name, direction, launches, floor))
+    return found
+
+
+def time_alone(case: DividedCase) -> DividedCase:
+    """Give the heads of a case that attend over time."""
+    return replace(case, kind="temporal", heads=case.temporal_heads)
 
 
 def audit_forward(
