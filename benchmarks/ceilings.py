@@ -37,6 +37,7 @@ class Ceiling:
 _N392 = "cuda/window3d/swin_[tb]_stage*"
 _GENERIC = ("swin_2d_window7", "swin_2d_window12", "swin_t_8frames_stage1", "swinunetr")  # 49, 144, 196, 343 tokens
 _SHORT = ("timesformer_b", "timesformer_hr", "timesformer_32_frames", "vivit_b_model3")  # 8, 16, 32, 16 frames
+_SPACE = ("divided/timesformer_?_space", "divided/vivit_b_model3_space", "divided/vivit_b_model4", "mixing/*")
 _SPILLS = ("spill_instructions", "local_bytes", "spills_on_sm_80")
 CUDA_CEILINGS = (
     Ceiling("cuda/window3d/*", "matrix_instructions", "mma.sync"),
@@ -55,6 +56,17 @@ CUDA_CEILINGS = (
     Ceiling(f"{_N392}/backward", "hot_instructions_per_score", 16.0),
     Ceiling("cuda/*/backward", "blocks_per_sm", 1, at_least=True),
     *(Ceiling(f"cuda/window3d/{case}/backward", "hot_instructions_per_score", 17.0) for case in _GENERIC[2:]),
+    # Sequences of 96, 196 and 197 tokens.
+    *(
+        ceiling
+        for case in (*_SPACE, "divided/timesformer_l_time")
+        for ceiling in (
+            *(Ceiling(f"cuda/{case}/*", figure, 0) for figure in _SPILLS),
+            Ceiling(f"cuda/{case}/*", "times_triton", 1.0),
+            Ceiling(f"cuda/{case}/forward", "times_the_floor", 1.25),
+            Ceiling(f"cuda/{case}/backward", "times_the_floor", 1.8),
+        )
+    ),
     # What reads all it needs before it uses it.
     *(
         ceiling
@@ -77,6 +89,7 @@ GOALS = (
     *(Ceiling("cuda/*/backward", figure, 0) for figure in _SPILLS),
     Ceiling(f"{_N392}/backward", "hot_instructions_per_score", 12.0),
     Ceiling("cuda/window3d/swin_t_stage1/backward", "microseconds", 430.0),
+    *(Ceiling(f"cuda/{case}/backward", "times_the_floor", 1.7) for case in _SPACE),
     *(Ceiling(f"cuda/window3d/{case}/backward", "hot_instructions_per_score", 17.0) for case in _GENERIC[:2]),
 )
 CEILED = ("sm_90", "bfloat16")  # what the ceilings are for
