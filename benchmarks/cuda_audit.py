@@ -190,20 +190,22 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
 
     def meet(body: frozenset[int]) -> float:
-        """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
-        if depth_fastest:
-            return 4 / 7 * block_keys / plan["warp_keys"]
-        return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+        """Depth fastest, a row of queries comes eight at a time, one for each depth."""
+        return tile / 8 if depth_fastest else scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+
+    def jobs(body: frozenset[int]) -> float:
+        """Products that are written, of a tile of queries: depth fastest, 32 queries of one or two rows."""
+        return 2 / 7 if depth_fastest else tile / 8 / warps
 
     def steps(body: frozenset[int]) -> float:
-        """The keys of a block, for half of the elements of 16 queries."""
-        at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
+        """The keys of a block, for half of the elements of 16 queries; depth fastest, a row of them at a time."""
+        at_a_time = plan["warp_keys"] if depth_fastest else program.flops(body) / (2 * 16 * plan["dim"] / 2)
         return math.ceil(block_keys / at_a_time)
 
     def rounds(body: frozenset[int]) -> float:
         """As in a forward pass; no padding, and each tensor has one stride from token to token."""
         kind = program.kind(body)
-        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "jobs": jobs, "steps": steps}
         of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
@@ -214,7 +216,6 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "records": tokens <= 64,
-            "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
 
@@ -232,10 +233,12 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     shared = rounds_of_main * LANES * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
     work = _Work(moved, walked, computed, loop.flops / scores, traffic, shared)
     copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
-    if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
+    if depth_fastest:  # delta is found beside the products, but for the first row of queries; dq is work for four warps
         copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
-        products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
-        tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
+        products, queries = round((2 * 64 / 56 + 2) * scores), 2 * 16 * tokens
+        tasks = [products * owners * (warp < owners) for warp in range(warps)]  # of a window
+        for warp in range(4):
+            tasks[warp] += queries * (owners // 2 + owners % 2 * (warp < 2))
     block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
     whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
 
