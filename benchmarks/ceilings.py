@@ -52,7 +52,7 @@ CUDA_CEILINGS = (
     *(Ceiling(f"cuda/window3d/{case}/forward", "hot_instructions_per_score", 9.0) for case in _GENERIC),
     Ceiling(f"{_N392}/backward", "warps", 7, at_least=True),
     *(Ceiling(f"{_N392}/backward", figure, 0) for figure in _SPILLS),
-    Ceiling(f"{_N392}/backward", "hot_instructions_per_score", 16.5),
+    Ceiling(f"{_N392}/backward", "hot_instructions_per_score", 16.0),
     Ceiling("cuda/window3d/swin_t_stage1/backward", "microseconds", 430.0),
     Ceiling("cuda/*/backward", "blocks_per_sm", 1, at_least=True),
     *(Ceiling(f"cuda/window3d/{case}/backward", "hot_instructions_per_score", 17.0) for case in _GENERIC[2:]),

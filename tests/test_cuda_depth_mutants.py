@@ -17,7 +17,7 @@ FILES = ("depth_fastest.cuh", "depth_fastest_rows.cuh")
 MISTAKES = {
     "no barrier before dQ": (
         "race|uninitialised",
-        r"__syncthreads\(\);(\s*if \(!kExact && !two.*continue;)",
+        r"__syncthreads\(\);(\s*if \(next >= group.*continue;)",
         r"\1",
     ),
     "no barrier behind dQ": ("race", r"(again\(\)\.write_queries\(.*\);)\s*__syncthreads\(\);", r"\1"),
@@ -51,6 +51,12 @@ MISTAKES = {
     "dS of two rows in one place": ("off by|race", r"kExact \? 0 : kScoresDistance", "0"),
     "dQ of one row twice": ("off by", r"kScoresDistance - kPlaces \* 16", "-kPlaces * 16"),
     "the last keys for their values": ("off by", r"lane / 8 % 2 \* kValuesDistance", "0"),
+    "dQ goes to the next window": (
+        "off by|race",
+        r"written_tokens\(\)\[(first \+ place \* 8 \+ lane / 4)\]",
+        r"this->token(\1)",
+    ),
+    "no barrier behind the next tables": ("race|off by", r"(next\.find_rows\(\);)\s*__syncthreads\(\);", r"\1"),
     "padding has no gradient": ("off by", r"padded \|= token < 0;", ""),
     "the last row of the table is left out": ("off by", r"key < min\(8, 8 - depth\)", "key < min(7, 8 - depth)"),
 }

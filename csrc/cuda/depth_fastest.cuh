@@ -9,7 +9,8 @@
 //
 // While the warps multiply, the next row of queries, the gradients of its context and the context are on their way to
 // shared memory; who has copied a piece of them then finds its part of delta. dq of a row needs all keys: the warps
-// leave dS of two rows, and four of them sum over the keys.
+// leave dS of two rows, and four of them sum over the keys. Before dq of a window's last rows, the next window begins:
+// all of it but its keys is on its way while dq, dk and dv of this one are written.
 //
 // Without more ado, shared memory would be what takes longest. So a warp keeps its keys and values in registers, as
 // operands of the products. Then there are registers for one place of queries at a time, not for two: products that sum
@@ -64,14 +65,11 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ uint32_t piece_place() const { return Layout::place(row_token(), piece()); }
   __device__ __forceinline__ int token(int n) const { return group.tokens()[n]; }
 
-  __device__ __forceinline__ void copy_keys() const {
-    const PieceOfRows key = group.piece(kK, piece()), value = group.piece(kV, piece());
+  __device__ __forceinline__ void copy_keys(Slot slot, int place) const {
+    const PieceOfRows rows = group.piece(slot, piece());
 #pragma unroll 1
-    for (int row = 0; row < rows(); ++row) {
-      const int token = this->token(row * kRowTokens + row_token());
-      key.copy(at(kKeysPlace) + row * kRowBytes + piece_place(), token);
-      value.copy(at(Place::kValues) + row * kRowBytes + piece_place(), token);
-    }
+    for (int row = 0; row < this->rows(); ++row)
+      rows.copy(at(place) + row * kRowBytes + piece_place(), this->token(row * kRowTokens + row_token()));
   }
 
   // Of the queries from `first` on, with the gradients of their context and, to find delta, the context.
@@ -102,6 +100,35 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       minus = -this->sum_of_quad(sum);
     }
     if (piece() == 0) pairs()[n / 2].minus_delta[n % 2] = minus;
+  }
+
+  // Whether the place of the values is free as soon as the last row of queries has met the keys: dS of one row alone is
+  // elsewhere.
+  __device__ __forceinline__ bool values_are_early() const { return rows() % 2; }
+  // Brings to shared memory what has room while gradients of the window before are written; the tables of the tokens
+  // are this one's. Returns whether this thread met moderate numbers only.
+  __device__ __forceinline__ bool begin_window() const {
+    if (threadIdx.x == 0) *reinterpret_cast<uint32_t*>(at(Place::kMasks)) = group.masks();
+    if (values_are_early()) copy_keys(kV, Place::kValues);
+    copy_row<false>(0);
+    return read_log_sums();
+  }
+  // Brings the rest, when those are written.
+  __device__ __forceinline__ void bring_keys() const {
+    for (int n = threadIdx.x; n < group.keys(); n += blockDim.x) written_tokens()[n] = token(n);
+    if (threadIdx.x < 3) {
+      const Slot slot = Slot(kDq + threadIdx.x);
+      starts()[threadIdx.x] = group.plain_rows(slot).first - arguments.call.tensor[slot].data;
+    }
+    copy_keys(kK, kKeysPlace);
+    if (!values_are_early()) copy_keys(kV, Place::kValues);
+    gpu::cp_async_commit();
+  }
+  // For writing gradients when the tables are those of the next window: the tokens, and where rows of dq, dk and dv
+  // start.
+  __device__ __forceinline__ int* written_tokens() const { return reinterpret_cast<int*>(at(Place::kWritten)); }
+  __device__ __forceinline__ int64_t* starts() const {
+    return reinterpret_cast<int64_t*>(at(Place::kWritten + 4 * Place::kTokens));
   }
 
   // Returns whether this thread met moderate numbers only. A query that is none has no weights.
@@ -186,14 +213,15 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
 #pragma unroll
         for (int n = 0; n < 4; ++n)
           words[n] = gpu::pack<T>(dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
-        write_words(kDq, place < places ? this->token(first + place * 8 + lane / 4) : kNoToken, words);
+        write_words(kDq, place < places ? written_tokens()[first + place * 8 + lane / 4] : kNoToken, words);
       }
     }
   }
   // A row of a gradient, of which a lane has two neighbouring elements of each eight; nothing for a token below 0.
   __device__ __forceinline__ void write_words(Slot slot, int token, const uint32_t (&words)[4]) const {
-    const char* row = group.plain_rows(slot).at(max(token, 0));
-    uint32_t* to = reinterpret_cast<uint32_t*>(const_cast<char*>(row)) + lane % 4;
+    const PlainRows<const char> rows{arguments.call.tensor[slot].data + starts()[slot - kDq],
+                                     arguments.token_stride[slot]};
+    uint32_t* to = reinterpret_cast<uint32_t*>(const_cast<char*>(rows.at(max(token, 0)))) + lane % 4;
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       if (token >= 0 && n * 8 < group.head_dim()) to[4 * n] = words[n];
@@ -204,7 +232,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     bool padded = false;
 #pragma unroll
     for (int place = 0; place < kPlaces; ++place) {
-      const int token = this->token(warp * kRowTokens + place * 8 + lane / 4);
+      const int token = written_tokens()[warp * kRowTokens + place * 8 + lane / 4];
       padded |= token < 0;
       uint32_t words[4];
 #pragma unroll
@@ -230,7 +258,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
         float total = 0.0f;
 #pragma unroll
         for (int place = 0; place + 1 < kPlaces; ++place)
-          total += group.is_real(start + place * 8 + lane / 4) ? 0.0f : sum[place / 2][n][place % 2 * 2 + j];
+          total += written_tokens()[start + place * 8 + lane / 4] >= 0 ? 0.0f : sum[place / 2][n][place % 2 * 2 + j];
 #pragma unroll
         for (int bits = 4; bits < 32; bits *= 2) total += __shfl_xor_sync(~0u, total, bits);
         if (lane < 4) to[n * 8 + column + j] += total;
@@ -241,7 +269,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       float total = 0.0f;
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        total += group.is_real(start + (kPlaces - 1) * 8 + column + j) ? 0.0f : last[n / 2][n % 2 * 2 + j];
+        total += written_tokens()[start + (kPlaces - 1) * 8 + column + j] >= 0 ? 0.0f : last[n / 2][n % 2 * 2 + j];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       if (lane % 4 == 0) to[n * 8 + lane / 4] += total;
@@ -249,9 +277,10 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     __syncwarp();
   }
 
-  // All queries of a window meet its keys, which are on their way to shared memory.
+  // All queries of a window meet its keys, which are on their way to shared memory. Begins the next window, and returns
+  // what that does.
   template <bool kExact>
-  __device__ __forceinline__ void run_window() const {
+  __device__ __forceinline__ bool run_window() const {
     gpu::cp_async_wait<0>();
     find_deltas<kExact>(0);
     __syncthreads();
@@ -275,17 +304,27 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       gpu::cp_async_wait<0>();
       const int next = first_query(to);
       if (next < group.keys()) again().template find_deltas<kExact>(next);
-      const bool two = !kExact && !is_odd_row(next);  // rows of queries whose dS is there
+      const int last = kExact || is_odd_row(next) ? 1 : 2;  // rows of queries whose dS is there
       to.next_row(!is_odd_row(next), again().bias_step(), kExact ? 0 : kScoresDistance);
       __syncthreads();
-      if (!kExact && !two && next < group.keys()) continue;
-      again().write_queries(next - (two ? 2 : 1) * kRowTokens, two ? 2 : 1);
+      if (next >= group.keys() || (!kExact && last == 1)) continue;
+      again().write_queries(next - last * kRowTokens, last);
       __syncthreads();
     }
+    bool moderate = true;
+    if (const Progress* now = gpu::shared_memory<Progress>(); now->group + 1 < now->end) {
+      const Group next(arguments, now->head, now->group + 1);
+      next.find_rows();
+      __syncthreads();
+      moderate = DepthFastestBackward(arguments, next).begin_window();
+    }
+    const int rows = kExact || this->rows() % 2 ? 1 : 2;
+    again().write_queries(group.keys() - rows * kRowTokens, rows);
     if (const DepthFastestBackward last = again(); last.owns_keys()) {
       last.write_keys(kDk, keys.dk, keys.dk_last, group.scale());
       last.write_keys(kDv, keys.dv, keys.dv_last, 1.0f);
     }
+    return moderate;
   }
 
   // The share's sums of the table's gradient. Lanes with one difference of depth are added in their order.
@@ -309,13 +348,13 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
 
 // Not the usual way through a window: a function of its own, so that the latter has all registers.
 template <class T>
-__device__ __attribute__((noinline)) void run_window_exactly(const WindowGradientArguments& arguments, int head,
+__device__ __attribute__((noinline)) bool run_window_exactly(const WindowGradientArguments& arguments, int head,
                                                              int g) {
   const WindowGradientGroup<true> group(arguments, head, g);
   const DepthFastestBackward<T> backward(arguments, group);
   backward.scan_rows();
   __syncthreads();
-  backward.template run_window<true>();
+  return backward.template run_window<true>();
 }
 
 template <class T>
@@ -323,30 +362,27 @@ __device__ __forceinline__ void depth_fastest_backward(const WindowGradientArgum
   using B = DepthFastestBackward<T>;
   using Group = WindowGradientGroup<true>;
   Progress* const now = gpu::shared_memory<Progress>();
+  bool moderate;
   {
     const Progress start = first_progress(arguments);
     const Group group(arguments, start.head, start.group);
-    const bool folds = B(arguments, group).begin();
+    const B backward(arguments, group);
+    const bool folds = backward.begin();
     if (threadIdx.x == 0) *now = start, now->folds = folds;
+    group.find_rows();
+    __syncthreads();
+    moderate = backward.begin_window();
   }
-  __syncthreads();
   while (now->group < now->end) {
-    bool moderate;
     {
-      Group group(arguments, now->head, now->group);
-      const B backward(arguments, group);
-      group.find_rows();
-      __syncthreads();
-      if (threadIdx.x == 0) *reinterpret_cast<uint32_t*>(backward.at(DepthFastestPlaces::kMasks)) = group.masks();
-      backward.copy_keys();
-      backward.template copy_row<false>(0);
-      moderate = __syncthreads_and(backward.read_log_sums());
-    }
-    if (moderate && now->folds) {
       const Group group(arguments, now->head, now->group);
-      B(arguments, group).template run_window<false>();
+      B(arguments, group).bring_keys();
+    }
+    if (__syncthreads_and(moderate) && now->folds) {
+      const Group group(arguments, now->head, now->group);
+      moderate = B(arguments, group).template run_window<false>();
     } else {
-      run_window_exactly<T>(arguments, now->head, now->group);
+      moderate = run_window_exactly<T>(arguments, now->head, now->group);
     }
     __syncthreads();
     if (threadIdx.x == 0) ++now->group;

@@ -249,8 +249,9 @@ struct DepthFastestPlaces {
   static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = (13 * 14 + 1) * 13 * 4;
   static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
   static constexpr int kPads = kTable + 4 * kTableFloats;
-  static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;  // whether the window has several regions
-  static constexpr int kTables = kMasks + 16;            // of the tokens
+  static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;        // whether the window has several regions
+  static constexpr int kWritten = kMasks + 16;                 // tokens whose gradients are written, and where to
+  static constexpr int kTables = kWritten + 4 * kTokens + 32;  // of the tokens
   static constexpr int kBytes = kTables + kSlots * (4 + 4 + 2);
 };
 constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&axes)[3]) {
