@@ -48,11 +48,11 @@ MISTAKES = {
         r"find_deltas<kExact>\(next\)",
         "find_deltas<kExact>(next - kRowTokens)",
     ),
-    "dS of two rows in one place": ("off by|race", r"kExact \? 0 : kScoresDistance", "0"),
+    "dS of two rows in one place": ("off by|uninitialised", r"kExact \? 0 : kScoresDistance", "0"),
     "dQ of one row twice": ("off by", r"kScoresDistance - kPlaces \* 16", "-kPlaces * 16"),
     "the last keys for their values": ("off by", r"lane / 8 % 2 \* kValuesDistance", "0"),
     "dQ goes to the next window": (
-        "off by|race",
+        "off by|unwritten",
         r"written_tokens\(\)\[(first \+ place \* 8 \+ lane / 4)\]",
         r"this->token(\1)",
     ),

@@ -49,7 +49,7 @@ static_assert(sizeof(PairRecord) * kRowTokens * kPlaces / 2 == DepthFastestPlace
 //   exact   step by step, as the reference does it
 template <bool kExact, bool kMasked, class Group>
 struct RowScores {
-  static constexpr bool kIsExact = kExact, kIsMasked = kMasked;
+  static constexpr bool kIsExact = kExact;
   const Group& group;
   // Exact:
   const QueryRecord* records;  // from this lane's first query of place 0 on
