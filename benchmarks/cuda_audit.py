@@ -160,16 +160,22 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         name = "short_window_backward", ELEMENTS[dtype], tile
     program, _ = kernel(arch, *name)
 
+    scores = tile * plan["warp_keys"]
+    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
+    last_jobs = 2 if owners % 2 else 4  # depth fastest: 32 queries each
+
     def copies(body: frozenset[int]) -> float:
         """Of two copies in a row the first one is of keys and values, the other of queries."""
+        if depth_fastest:  # a row at a time, of keys, of values late or early; of the first window early
+            alike, early = program.siblings(body), owners % 2
+            return owners * ([1, 1 - early, early] if len(alike) > 1 else [early])[alike.index(body)]
         in_main = program.is_in("main", body)
         aligned = [loop for loop in program.siblings(body) if program.is_aligned(loop)]
         if body not in aligned:
             return 0
         of_queries = in_main or aligned.index(body) % 2 == 1
         at_a_time = threads * max(1, program.copies(body))
-        keys = tokens if depth_fastest else slots
-        copied = math.ceil(2 * (tile if of_queries else keys) * row_bytes // 16 / at_a_time)
+        copied = math.ceil(2 * (tile if of_queries else slots) * row_bytes // 16 / at_a_time)
         if in_main:  # of the next tile
             return copied * (tiles - 1) / tiles
         return copied * (blocks - 1) / blocks if program.is_in("keys", body) else copied
@@ -199,25 +205,29 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return math.ceil(slots * (1 if whole_rows else 4) / threads)
 
     def scores_of_rows(body: frozenset[int]) -> float:
-        """A warp has 16 rows at a time and goes over the keys by 8."""
+        """A warp has 16 rows at a time and goes over the keys by 8; depth fastest, dq of the last rows of queries."""
         inner = program.is_in("scores", body)
+        if depth_fastest:
+            return owners if inner else last_jobs / warps
         return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
 
     def meet(body: frozenset[int]) -> float:
-        """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
-        if depth_fastest:
-            return 4 / 7 * block_keys / plan["warp_keys"]
-        return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+        """Depth fastest, a row of queries comes eight at a time, one for each depth."""
+        return tile / 8 if depth_fastest else scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+
+    def jobs(body: frozenset[int]) -> float:
+        """Products that are written, of a tile of queries: depth fastest, four for two rows, but for the last ones."""
+        return (owners - 1) // 2 * 4 / (tiles * owners) if depth_fastest else tile / 8 / warps
 
     def steps(body: frozenset[int]) -> float:
-        """The keys of a block, for half of the elements of 16 queries."""
-        at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
+        """The keys of a block, for half of the elements of 16 queries; depth fastest, a row of them at a time."""
+        at_a_time = plan["warp_keys"] if depth_fastest else program.flops(body) / (2 * 16 * plan["dim"] / 2)
         return math.ceil(block_keys / at_a_time)
 
     def rounds(body: frozenset[int]) -> float:
         """As in a forward pass; no padding, and each tensor has one stride from token to token."""
         kind = program.kind(body)
-        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "jobs": jobs, "steps": steps}
         of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
@@ -228,15 +238,12 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "records": tokens <= 64,
-            "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
 
-    scores = tile * plan["warp_keys"]
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None
     windows_and_heads = _groups(case)
-    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
     rounds_of_main = windows_and_heads * blocks * tiles * owners
     computed = rounds_of_main * scores
     border = border_share(windows)
@@ -244,12 +251,17 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
     shared = rounds_of_main * LANES * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = Work(moved, walked, computed, loop.flops / scores, traffic, shared)
+    flops = loop.flops / scores
+    if depth_fastest:  # dq of the last one or two rows of queries is behind the loop
+        flops += last_jobs * 32 * block_keys * 2 * plan["dim"] / (tiles * owners * scores)
+    work = Work(moved, walked, computed, flops, traffic, shared)
     copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
-    if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
-        copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
-        products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
-        tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
+    if depth_fastest:  # delta is found beside the products, but for the first row of queries; dq is work for four warps
+        copy_in = (2 * tokens + 3 * tile + (walk - 1) * tokens * (2 - owners % 2)) * row_bytes  # the rest comes early
+        products, queries = round((2 * 64 / 56 + 2) * scores), 2 * 16 * tokens
+        tasks = [products * owners * (warp < owners) for warp in range(warps)]  # of a window
+        for warp in range(4):
+            tasks[warp] += queries * (owners // 2 + owners % 2 * (warp < 2))
     block = Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
     whole = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
 

@@ -68,7 +68,7 @@ class CudaProgram:
     def product_loops(self) -> list[frozenset[int]]:
         """The loops over scores: next to their own products, those of loops within are few."""
         if self.backward:
-            most = 0.9 * self._products(self._body)  # a few are for statistics of rows
+            most = 0.75 * self._products(self._body)  # some are for statistics of rows, or dq of the last ones
             return sorted((body for body in self.loops if self._products(body) >= most), key=len)[:1]
         found = []
         for body in self.loops:
@@ -232,10 +232,10 @@ class CudaProgram:
 
         Returns:
             Outside of the main loop "group" for the outermost of those around it, "keys" for those within, and "scores"
-            for other products: of whole rows, for their statistics. Within it "meet" for products of queries with keys,
-            "jobs" whose products are written and, in these, "steps". Where the main loop is that over windows, it is
-            "group", and what is around it "restart". For those without products "copy" into shared
-            memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
+            for other products: of whole rows, for their statistics, or dq of the last ones. Within it "meet" for
+            products of queries with keys, "jobs" whose products are written and, in these, "steps". Where the main loop
+            is that over windows, it is "group", and what is around it "restart". For those without products "copy" into
+            shared memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
             "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
         around = self._around(body)

@@ -228,7 +228,8 @@ struct BackwardRows {
 #pragma unroll 1
     for (int pass = 0; pass < slots(); pass += 16 * warps) {
       const int first = pass + 16 * warp, row = first + lane / 4;
-      uint32_t q[kDim / 16][4], g[kDim / 16][4];
+      // Zeros, lest the compiler takes what is there before for theirs, and the callers have fewer registers.
+      uint32_t q[kDim / 16][4] = {}, g[kDim / 16][4] = {};
       float top[2] = {kLowest, kLowest}, sum[2] = {0.0f, 0.0f}, product[2] = {0.0f, 0.0f};
       if (first < group.keys()) {
         load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.unit(kQ));
