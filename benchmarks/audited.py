@@ -47,6 +47,7 @@ class CudaLaunchAudit(LaunchAudit):
     instructions_around: float  # of a thread, outside of the products
     wide_copies: int | None  # reads of global memory of 16 bytes a lane
     ldmatrix: int | None
+    bytes_under_way: int | None = None  # on an SM: what is read before the first of it is used
 
     @property
     def registers_of_block(self) -> int:

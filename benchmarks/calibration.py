@@ -1,26 +1,24 @@
-"""What a GPU can do, unit by unit: ``python -m benchmarks.calibration [--out FILE]``.
+"""What a GPU can do, unit by unit.
 
 The rates that limit attention, each measured by a loop that does nothing else: matrix products (mma.sync, wgmma),
 exponentials with the clock of the SM meanwhile, instructions, maxima and packing to bfloat16, reads of shared memory
 and of the L2 cache, and copies, plain and in the short segments that the heads of a qkv row are. The result replaces
-the assumed rates of ``benchmarks.gpu_audit --rates FILE``; it is written after every step.
+the assumed rates of ``benchmarks.gpu_audit --rates FILE``.
 
 The loops are CUDA C++ (``gpu_calibration.cu``), built by the nvcc that is there; without one, the steps that torch can
-measure remain.
+measure remain. Each step is a task of ``gpu_steps``.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
+import functools
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,15 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.gpu_steps import Skip
+
 SOURCE = Path(__file__).with_name("gpu_calibration.cu")
 BUFFER_BYTES = 1 << 30  # far beyond any L2 cache
 L2_BYTES = 7 << 20  # the dense bias of 3 heads and 8 border types
 WINDOW_TOKENS = 392  # as in gpu_calibration.cu
-
-
-class CalibrationError(RuntimeError):
-    """A step cannot be measured here; the message says why."""
+GEMM_SIZE = 8192
 
 
 class Measured(NamedTuple):
@@ -91,34 +87,15 @@ def describe_gpu() -> dict[str, Any]:
     return found
 
 
-def build_library(folder: Path, architecture: str) -> Path:
-    """Compile the kernels.
+def nvcc_arguments(arch: str) -> list[str]:
+    """Give what nvcc takes to compile the loops to a shared library, but for its name.
 
     Args:
-        folder: where the library goes.
-        architecture: "90a", "80", ...
-
-    Returns:
-        Path of the shared library.
-
-    Raises:
-        CalibrationError: there is no nvcc, or it fails.
+        arch: of the GPU, "80" say.
     """
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=str(Path(CUDA_HOME, "bin"))))
-    if not nvcc:
-        raise CalibrationError("no nvcc")
-    target = folder / "calibration.so"
-    command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-allow-unsupported-compiler"]
-    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-o", str(target), str(SOURCE)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CalibrationError(f"nvcc: {error}") from error
-    if child.returncode:
-        raise CalibrationError(f"nvcc failed: {(child.stderr or child.stdout)[-500:]}")
-    return target
+    arch = {"90": "90a"}.get(arch, arch)  # which has wgmma
+    arguments = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-allow-unsupported-compiler"]
+    return [*arguments, "-gencode", f"arch=compute_{arch},code=sm_{arch}", str(SOURCE)]
 
 
 class Kernels:
@@ -147,7 +124,7 @@ class Kernels:
             segment: of ``segments``: 16-byte words of a head in q, k or v.
 
         Raises:
-            CalibrationError: CUDA reports an error.
+            RuntimeError: CUDA reports an error.
         """
         self.clocks.zero_()
         if self.clocks.is_cuda:
@@ -163,7 +140,7 @@ class Kernels:
             *(ctypes.byref(value) for value in (fastest, mean, amount)),
         )
         if error:
-            raise CalibrationError(f"{name}: {error.decode()}")
+            raise RuntimeError(f"{name}: {error.decode()}")
         timed = [(cycles, time) for cycles, time in self.clocks[: min(blocks, 1 << 20)].tolist() if time > 0]
         clock = statistics.median(cycles / time for cycles, time in timed) * 1e9 if timed else 0.0
         return Measured(fastest.value, mean.value, amount.value, clock)
@@ -185,7 +162,7 @@ def mma_sync(kernels: Kernels, sms: int) -> dict[str, float]:
 
 def wgmma(kernels: Kernels, sms: int) -> dict[str, float]:
     if torch.cuda.get_device_capability() != (9, 0):
-        raise CalibrationError("wgmma exists on compute capability 9.0 only")
+        raise Skip("wgmma exists on compute capability 9.0 only")
     measured = kernels.measure("wgmma", 2 * sms, repeats=200)
     return {
         "wgmma_flops_per_s": measured.amount / measured.fastest,
@@ -219,7 +196,7 @@ def shared_memory(kernels: Kernels, sms: int) -> dict[str, float]:
         measured = kernels.measure(name, 8 * sms)
         per_clock = _per_clock(measured, sms)
         if not per_clock:
-            raise CalibrationError("the clock of the SM is not known")
+            raise RuntimeError("the clock of the SM is not known")
         clocks[name] = found[f"{name}_clocks"] = 1 / per_clock
         if name == "lds64":
             found["shared_bytes_per_s"] = 32 * 8 * measured.amount / measured.fastest
@@ -254,85 +231,43 @@ def _fastest(call: Callable[[], object], repeats: int = 20) -> float:
     return min(times[2:])
 
 
-def plain_copy() -> dict[str, float]:
-    source = torch.randn(BUFFER_BYTES // 2, device="cuda", dtype=torch.bfloat16)
+def plain_copy(device: str) -> dict[str, float]:
+    source = torch.randn(BUFFER_BYTES // 2, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return {"copy_bytes_per_s": 2 * BUFFER_BYTES / _fastest(lambda: target.copy_(source))}
 
 
-def gemm() -> dict[str, float]:
+def gemm(device: str) -> dict[str, float]:
     """The library's own matrix product, for comparison: what a whole kernel can reach on random data."""
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {"gemm_flops_per_s": 2 * size**3 / _fastest(lambda: left @ right)}
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return {"gemm_flops_per_s": 2 * GEMM_SIZE**3 / _fastest(lambda: left @ right)}
 
 
-TORCH_STEPS: tuple[Callable[[], dict[str, float]], ...] = (plain_copy, gemm)
-KERNEL_STEPS: tuple[Callable[[Kernels, int], dict[str, float]], ...] = (
-    exponentials,
-    instructions,
-    mma_sync,
-    wgmma,
-    shared_memory,
-    l2_reads,
-    segment_copies,
-)
+TORCH_STEPS = {step.__name__: step for step in (plain_copy, gemm)}
+KERNEL_STEPS = {
+    step.__name__: step
+    for step in (exponentials, instructions, mma_sync, wgmma, shared_memory, l2_reads, segment_copies)
+}
 
 
-def calibrate(target: Path, build: Callable[[Path], Kernels]) -> dict[str, Any]:
-    """Measure everything, writing what is known after every step.
+@functools.cache
+def _kernels(library: Path, device: str) -> Kernels:
+    return Kernels(library, device)
+
+
+def measure(step: str, library: Path, device: str) -> dict[str, float]:
+    """Measure one thing.
 
     Args:
-        target: JSON file.
-        build: makes the kernels in a folder; may raise ``CalibrationError``.
+        step: a key of ``TORCH_STEPS`` or ``KERNEL_STEPS``.
+        library: the loops, compiled.
+        device: where.
 
     Returns:
-        What is in the file: rates, ``machine``, and under ``skipped`` the reason of each step without a result.
+        Rates by name; all of a run together are what ``Rates.load`` reads.
     """
-    result: dict[str, Any] = {"machine": describe_gpu(), "skipped": {}}
-
-    def step(name: str, measure: Callable[[], dict[str, float]]) -> None:
-        try:
-            result.update(measure())
-        except Exception as error:  # whatever it is, the other steps are worth having
-            result["skipped"][name] = (str(error).splitlines() or [type(error).__name__])[0]
-        write_json(target, result)
-
-    for measure in TORCH_STEPS:
-        step(measure.__name__, measure)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            kernels = build(Path(folder))
-        except Exception as error:
-            result["skipped"]["kernels"] = str(error)
-            write_json(target, result)
-            return result
-        sms = result["machine"].get("sms", 1)
-        for measure_kernel in KERNEL_STEPS:
-            step(measure_kernel.__name__, lambda: measure_kernel(kernels, sms))  # noqa: B023 - called at once
-    return result
-
-
-def _build_here(folder: Path) -> Kernels:
-    if not torch.cuda.is_available():
-        raise CalibrationError("no GPU")
-    major, minor = torch.cuda.get_device_capability()
-    return Kernels(build_library(folder, "90a" if (major, minor) == (9, 0) else f"{major}{minor}"))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.calibration", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu-calibration.json", help="JSON file (%(default)s)")
-    options = parser.parse_args(arguments)
-    result = calibrate(options.out, _build_here)
-    for name, value in result.items():
-        if isinstance(value, float):
-            print(f"{name:36} {value:.4g}")
-    for name, reason in result["skipped"].items():
-        print(f"{name:36} skipped: {reason}")
-
-
-if __name__ == "__main__":
-    main()
+    if step in TORCH_STEPS:
+        return TORCH_STEPS[step](device)
+    if not library.exists():
+        raise Skip(f"{library.name} was not built")
+    return KERNEL_STEPS[step](_kernels(library, device), torch.cuda.get_device_properties(0).multi_processor_count)

@@ -1,16 +1,75 @@
-"""The calls to time of ops that take a packed qkv alone: inputs made once, forward, and forward with backward."""
+"""What contenders of several families share: calls to time, kernels of SDPA that are pinned, who is here.
+
+The calls are of ops that take a packed qkv alone: inputs made once, forward, and forward with backward.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vidattn
 
 Attend = Callable[[Tensor], Tensor]
 # The contender that all others are compared with: the reference, in float64 on the numbers that the others are given.
 EXACT = "exact"
+# On a GPU, SDPA with its kernels pinned: it raises where they do not take a call.
+SDPA = {
+    "sdpa_math": SDPBackend.MATH,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+PACKAGES = {"flash_attn": "flash_attn", "natten": "natten", "cuequivariance": "cuequivariance_torch"}
+
+
+def pinned_sdpa(contender: str) -> Callable[..., Tensor]:
+    """Give SDPA with the kernels that the name of a contender pins, else with those that it chooses itself."""
+    if contender not in SDPA:
+        return F.scaled_dot_product_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        with sdpa_kernel(SDPA[contender]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+
+    return attend
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Call the package flash-attention on (G, h, n, d), as SDPA is called."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a contender: every case counts as the first, without a limit of recompilations or dynamic shapes."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[no-any-return]
+
+
+def why_absent(contender: str, function: str, *arguments: Any, **options: Any) -> str | None:
+    """Say why a contender cannot run here, or is no other than "vidattn"; None if it takes part.
+
+    Args:
+        contender: its name.
+        function: the public function of the call.
+        *arguments: what vidattn takes; tensors without memory will do.
+        **options: further arguments.
+    """
+    package = PACKAGES.get(contender)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"not installed: {package}"
+    if contender == "triton" and vidattn.why_not(function, *arguments, **options, backend="cuda"):
+        return "it is what vidattn takes here"
+    return None
 
 
 def build_calls(

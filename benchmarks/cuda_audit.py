@@ -1,4 +1,4 @@
-"""Audits the kernels of csrc/cuda: which one a case launches and how, and what that costs."""
+"""Audits the kernels of csrc/cuda for windows: which one a case launches and how, and what that costs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from benchmarks import cubins
 from benchmarks.audited import CaseAudit, CudaLaunchAudit
 from benchmarks.cuda_kernels import CudaProgram, MainLoop, Rounds
+from benchmarks.cuda_single_pass import ELEMENTS
 from benchmarks.gpu_plans import FAMILIES
 from benchmarks.prediction import PARTITIONS, SMS, Cost, Grid, Rates
 from benchmarks.sass import LANES, Resources, exponentials, resident_warps, spills
 from benchmarks.shapes import WindowCase
 from vidattn.geometry import WindowGeometry, bias_extents, num_bias_rows
 
-ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a block
 # What makes a plan of the numbers of a case (see _numbers).
 _SHAPE = """
@@ -48,7 +48,7 @@ _BACKWARD_FIELDS += ("short_window", "block_keys", "shared_bytes", "shares", "wh
 
 
 @cache
-def _kernel(arch: str, *name: object) -> tuple[CudaProgram, Resources]:
+def kernel(arch: str, *name: object) -> tuple[CudaProgram, Resources]:
     program, resources = cubins.kernels(arch)[tuple(map(str, name))]
     return CudaProgram(program, backward=str(name[0]).endswith("backward")), resources
 
@@ -68,11 +68,6 @@ def plan_forward(case: WindowCase, arch: str) -> dict[str, int]:
 def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
     """The same of the backward pass, with the gradient of the table."""
     return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
-
-
-def has_backward() -> bool:
-    """Tell whether csrc/cuda has a backward pass."""
-    return (cubins.CSRC / "cuda" / "window3d_backward.cu").is_file()
 
 
 def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -103,7 +98,7 @@ def audit_forward_launch(
     """Audit a launch of csrc/cuda/forward.cuh, by its kernel and its plan."""
     tokens, warps, splits = shape.tokens, plan["threads"] // LANES, max(1, plan["splits"])
     slots = math.ceil(tokens / 16) * 16
-    program, _ = _kernel(arch, *name)
+    program, _ = kernel(arch, *name)
     blocks = math.ceil(tokens / plan["block_keys"])
 
     def of_warp(work: float) -> float:
@@ -138,10 +133,10 @@ def audit_forward_launch(
     # A maximum is raised once for each tile of queries.
     walked = LANES * (computed * hot / scores + groups * tiles * granule / rows * (loop.all - loop.hot))
     shared = LANES * computed / scores * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = _Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
+    work = Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * shape.table_rows
-    block = _Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
-    return _audit(name, arch, rates, rounds, work, block, (loop, scores), border)
+    block = Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
+    return audit_launch(name, arch, rates, rounds, work, block, (loop, scores), border)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
@@ -163,18 +158,24 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         name = "depth_fastest_window_backward", *name[1:]
     elif plan["short_window"]:
         name = "short_window_backward", ELEMENTS[dtype], tile
-    program, _ = _kernel(arch, *name)
+    program, _ = kernel(arch, *name)
+
+    scores = tile * plan["warp_keys"]
+    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
+    last_jobs = 2 if owners % 2 else 4  # depth fastest: 32 queries each
 
     def copies(body: frozenset[int]) -> float:
         """Of two copies in a row the first one is of keys and values, the other of queries."""
+        if depth_fastest:  # a row at a time, of keys, of values late or early; of the first window early
+            alike, early = program.siblings(body), owners % 2
+            return owners * ([1, 1 - early, early] if len(alike) > 1 else [early])[alike.index(body)]
         in_main = program.is_in("main", body)
         aligned = [loop for loop in program.siblings(body) if program.is_aligned(loop)]
         if body not in aligned:
             return 0
         of_queries = in_main or aligned.index(body) % 2 == 1
         at_a_time = threads * max(1, program.copies(body))
-        keys = tokens if depth_fastest else slots
-        copied = math.ceil(2 * (tile if of_queries else keys) * row_bytes // 16 / at_a_time)
+        copied = math.ceil(2 * (tile if of_queries else slots) * row_bytes // 16 / at_a_time)
         if in_main:  # of the next tile
             return copied * (tiles - 1) / tiles
         return copied * (blocks - 1) / blocks if program.is_in("keys", body) else copied
@@ -204,25 +205,29 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         return math.ceil(slots * (1 if whole_rows else 4) / threads)
 
     def scores_of_rows(body: frozenset[int]) -> float:
-        """A warp has 16 rows at a time and goes over the keys by 8."""
+        """A warp has 16 rows at a time and goes over the keys by 8; depth fastest, dq of the last rows of queries."""
         inner = program.is_in("scores", body)
+        if depth_fastest:
+            return owners if inner else last_jobs / warps
         return math.ceil(tokens / 8) if inner else math.ceil(slots / 16 / warps) * whole_rows
 
     def meet(body: frozenset[int]) -> float:
-        """Depth fastest, the sum over all keys that makes dq of 16 queries, by four of seven warps: a row at a time."""
-        if depth_fastest:
-            return 4 / 7 * block_keys / plan["warp_keys"]
-        return scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+        """Depth fastest, a row of queries comes eight at a time, one for each depth."""
+        return tile / 8 if depth_fastest else scores / (program.flops(body) / (4 * 2 * plan["dim"]))
+
+    def jobs(body: frozenset[int]) -> float:
+        """Products that are written, of a tile of queries: depth fastest, four for two rows, but for the last ones."""
+        return (owners - 1) // 2 * 4 / (tiles * owners) if depth_fastest else tile / 8 / warps
 
     def steps(body: frozenset[int]) -> float:
-        """The keys of a block, for half of the elements of 16 queries."""
-        at_a_time = program.flops(body) / (2 * 16 * plan["dim"] / 2)
+        """The keys of a block, for half of the elements of 16 queries; depth fastest, a row of them at a time."""
+        at_a_time = plan["warp_keys"] if depth_fastest else program.flops(body) / (2 * 16 * plan["dim"] / 2)
         return math.ceil(block_keys / at_a_time)
 
     def rounds(body: frozenset[int]) -> float:
         """As in a forward pass; no padding, and each tensor has one stride from token to token."""
         kind = program.kind(body)
-        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "steps": steps}
+        of_its_own = {"copy": copies, "sums": sums, "rows": rows, "meet": meet, "jobs": jobs, "steps": steps}
         of_its_own |= {"statistics": statistics, "scores": scores_of_rows}
         if kind in of_its_own:
             return of_its_own[kind](body)
@@ -233,15 +238,12 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
             "restart": 1,
             "table": math.ceil(table_rows / (threads * max(1, program.copies(body)))),
             "records": tokens <= 64,
-            "jobs": tile / 8 / warps,
             "inner": differences if program.is_in("sums", body) or program.is_in("records", body) else 0,
         }[kind]
 
-    scores = tile * plan["warp_keys"]
     loop, masked = program.main_loop(rounds), program.main_loop(rounds, masked=True)
     assert loop is not None and masked is not None
     windows_and_heads = _groups(case)
-    owners = block_keys // plan["warp_keys"] if depth_fastest else warps  # of keys
     rounds_of_main = windows_and_heads * blocks * tiles * owners
     computed = rounds_of_main * scores
     border = border_share(windows)
@@ -249,24 +251,31 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     moved = FAMILIES["window3d"].floor(case, "backward", dtype).bytes + 4 * shares * case.heads * table_rows
     traffic = rounds_of_main * LANES * loop.bytes
     shared = rounds_of_main * LANES * ((1 - border) * loop.shared_bytes + border * masked.shared_bytes)
-    work = _Work(moved, walked, computed, loop.flops / scores, traffic, shared)
+    flops = loop.flops / scores
+    if depth_fastest:  # dq of the last one or two rows of queries is behind the loop
+        flops += last_jobs * 32 * block_keys * 2 * plan["dim"] / (tiles * owners * scores)
+    work = Work(moved, walked, computed, flops, traffic, shared)
     copy_in, tasks = walk * 4 * slots * row_bytes, [1] * warps  # keys, values; context and its gradient, for delta
-    if depth_fastest:  # delta is found beside the products, but for the first row of queries; four warps make dq
-        copy_in = walk * (2 * tokens + 3 * tile) * row_bytes
-        products, queries = round((2 * 64 / 56 + 2) * scores), 16 * tokens
-        tasks = [products * (warp < owners) + queries * (warp < 4) for warp in range(warps)]
-    block = _Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
-    whole = _audit(name, arch, rates, rounds, work, block, (loop, scores))
+    if depth_fastest:  # delta is found beside the products, but for the first row of queries; dq is work for four warps
+        copy_in = (2 * tokens + 3 * tile + (walk - 1) * tokens * (2 - owners % 2)) * row_bytes  # the rest comes early
+        products, queries = round((2 * 64 / 56 + 2) * scores), 2 * 16 * tokens
+        tasks = [products * owners * (warp < owners) for warp in range(warps)]  # of a window
+        for warp in range(4):
+            tasks[warp] += queries * (owners // 2 + owners % 2 * (warp < 2))
+    block = Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
+    whole = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
 
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
     parts = 4.0 * (shares + 1) * columns
-    block = _Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
-    total = _audit(name, arch, rates, lambda _: math.ceil(shares / 8), _Work(parts, 0, 0, 0, parts, 0), block, None)
+    block = Block(math.ceil(columns / 32), threads // LANES, 8 * threads, 0, [1] * (threads // LANES))
+    total = audit_launch(
+        name, arch, rates, lambda _: math.ceil(shares / 8), Work(parts, 0, 0, 0, parts, 0), block, None
+    )
     return whole, total
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What a launch does, apart from what is around the products."""
 
     bytes: float  # each tensor once
@@ -278,7 +287,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """How a launch lies on the GPU."""
 
     blocks: int
@@ -289,13 +298,13 @@ class _Block:
     turns: bool = False  # whether other warps have them in each block
 
 
-def _audit(
+def audit_launch(
     name: tuple[Any, ...],
     arch: str,
     rates: Rates,
     rounds: Rounds,
-    work: _Work,
-    block: _Block,
+    work: Work,
+    block: Block,
     loop: tuple[MainLoop, float] | None,
     border: float = 1.0,
 ) -> CudaLaunchAudit:
@@ -303,7 +312,7 @@ def _audit(
 
     ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions.
     """
-    program, resources = _kernel(arch, *name)
+    program, resources = kernel(arch, *name)
     way, lanes = program.way(rounds, border), block.blocks * block.warps * LANES
     around = sum(times for _, times in way)
     cost = Cost(
@@ -339,7 +348,7 @@ def _audit(
         warps=block.warps,
         registers=resources.registers,
         shared_bytes=block.shared_bytes,
-        spills_on_sm_80=spills(_kernel("sm_80", *name)[0].program.executed()),
+        spills_on_sm_80=spills(kernel("sm_80", *name)[0].program.executed()),
         hot_instructions_per_score=per_score[0],
         instructions_around=around,
         wide_copies=wide if loop else None,
@@ -375,31 +384,23 @@ def border_share(windows: WindowGeometry) -> float:
     return 1 - math.prod(inner)
 
 
-def audit_cuda(
-    names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates, others: Iterable[CaseAudit]
-) -> list[CaseAudit]:
-    """Audit the cases that csrc/cuda has kernels for.
+def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates) -> list[CaseAudit]:
+    """Audit the cases of windows.
 
     Args:
         names: cases; all by default.
         arch: "sm_80" or "sm_90".
         dtype: float16 or bfloat16.
         rates: what predictions divide by.
-        others: the same cases by the Triton kernels.
     """
-    triton = {(case.family, case.case, case.direction): case.microseconds for case in others}
-    family = FAMILIES["window3d"]
-    found = []
+    family, found = FAMILIES["window3d"], []
     for name, case in family.cases.items():
         if names is not None and name not in names:
             continue
-        audited = {"forward": audit_forward(case, dtype, arch, rates)}
-        if has_backward():
-            audited["backward"] = audit_backward(case, dtype, arch, rates)
-        for direction, launches in audited.items():
+        for direction, audited in (("forward", audit_forward), ("backward", audit_backward)):
+            launches = audited(case, dtype, arch, rates)
             floor = family.floor(case, direction, dtype).microseconds(rates)
-            result = CaseAudit("cuda", "window3d", name, direction, launches, floor)
-            found.append(replace(result, triton_microseconds=triton.get(("window3d", name, direction))))
+            found.append(CaseAudit("cuda", "window3d", name, direction, launches, floor))
     return found
 
 

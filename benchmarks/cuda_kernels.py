@@ -10,7 +10,7 @@ and those of rows that are not aligned.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,7 +68,7 @@ class CudaProgram:
     def product_loops(self) -> list[frozenset[int]]:
         """The loops over scores: next to their own products, those of loops within are few."""
         if self.backward:
-            most = 0.9 * self._products(self._body)  # a few are for statistics of rows
+            most = 0.75 * self._products(self._body)  # some are for statistics of rows, or dq of the last ones
             return sorted((body for body in self.loops if self._products(body) >= most), key=len)[:1]
         found = []
         for body in self.loops:
@@ -110,12 +110,15 @@ class CudaProgram:
         within = (body for main in self.main_loops for body in self.loops if body < main)
         return self.backward and not any(map(self._products, within))
 
-    def main_loop(self, rounds: Rounds, *, masked: bool = False) -> MainLoop | None:
+    def main_loop(
+        self, rounds: Rounds, *, masked: bool = False, shares: tuple[float, float] = (1.0, 1.0)
+    ) -> MainLoop | None:
         """Give the loop over scores; None for a kernel without.
 
         Args:
             rounds: how often loops within it run.
             masked: the one for windows at a border, which looks at regions too.
+            shares: how often a warp comes to copies, and to products, where a branch leads to these.
         """
         if not self.main_loops:
             return None
@@ -125,7 +128,9 @@ class CudaProgram:
         usual = body & self._without_unaligned()
         if self._of_windows:
             usual &= self._between(self._forward)
-        way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds)
+        times = dict.fromkeys(self._apart_with(self._products) - self._within(body) if shares[1] < 1 else (), shares[1])
+        times |= dict.fromkeys(self._apart_with(self._copies) if shares[0] < 1 else (), shares[0])
+        way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds, times)
         hot = sum(times for _, times in way)
         return MainLoop(
             body,
@@ -227,10 +232,10 @@ class CudaProgram:
 
         Returns:
             Outside of the main loop "group" for the outermost of those around it, "keys" for those within, and "scores"
-            for other products: of whole rows, for their statistics. Within it "meet" for products of queries with keys,
-            "jobs" whose products are written and, in these, "steps". Where the main loop is that over windows, it is
-            "group", and what is around it "restart". For those without products "copy" into shared
-            memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
+            for other products: of whole rows, for their statistics, or dq of the last ones. Within it "meet" for
+            products of queries with keys, "jobs" whose products are written and, in these, "steps". Where the main loop
+            is that over windows, it is "group", and what is around it "restart". For those without products "copy" into
+            shared memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
             "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
         around = self._around(body)
@@ -295,9 +300,22 @@ class CudaProgram:
         found: list[tuple[Instruction, float]] = []
         for nodes, share in ((set(graph), border), (set(graph) - self._of_borders, 1 - border)):
             if share > 0:
-                way = self._longest(nodes, frozenset(self.program.flow), rounds, between)
+                way = self._longest(nodes, frozenset(self.program.flow), rounds, dict.fromkeys(between, 0.0))
                 found += [(instruction, share * times) for instruction, times in way]
         return found
+
+    def _apart_with(self, count: Callable[[Iterable[int]], int]) -> frozenset[int]:
+        """What only one way of a branch leads to, where that has some of these and the other way has not as many."""
+        found: set[int] = set()
+        for index in self._body:
+            ways = self._ways_apart(index)
+            for way, other in itertools.permutations(ways, 2):
+                if count(way) > count(other) and (count == self._products or not self._products(way)):
+                    found |= way
+        return frozenset(found)
+
+    def _copies(self, body: Iterable[int]) -> int:
+        return sum(self.instructions[index].name == "LDGSTS" for index in body if index != self._end)
 
     @cached_property
     def _of_borders(self) -> frozenset[int]:
@@ -328,11 +346,15 @@ class CudaProgram:
         return frozenset(_reached(graph.predecessors, products) & _reached(graph.successors, products))
 
     def _longest(
-        self, nodes: Iterable[int], body: frozenset[int], rounds: Rounds, never: Collection[int] = ()
+        self,
+        nodes: Iterable[int],
+        body: frozenset[int],
+        rounds: Rounds,
+        shares: Mapping[int, float],
     ) -> list[tuple[Instruction, float]]:
         """Give the longest way through a loop or all of the kernel, where loops within run so many rounds."""
         graph = self._forward.subgraph(nodes).copy()
-        times = {index: 0.0 if index in never else 1.0 for index in graph}
+        times = {index: shares.get(index, 1.0) for index in graph}
         for loop in self.loops:
             if loop < body and (self._of_windows or loop not in self.product_loops):
                 factor = rounds(loop)

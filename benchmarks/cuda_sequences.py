@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks import cubins
-from benchmarks.audited import CudaLaunchAudit
-from benchmarks.cuda_audit import ELEMENTS, SHARED_LIMITS, ForwardShape, audit_forward_launch
-from benchmarks.prediction import Rates
+from benchmarks.audited import CaseAudit, CudaLaunchAudit
+from benchmarks.cuda_audit import (
+    SHARED_LIMITS,
+    Block,
+    ForwardShape,
+    Work,
+    audit_forward_launch,
+    audit_launch,
+    kernel,
+)
+from benchmarks.cuda_single_pass import ELEMENTS, SHORT, audit_short
+from benchmarks.gpu_plans import FAMILIES
+from benchmarks.prediction import SMS, Rates
+from benchmarks.sass import LANES
 from benchmarks.shapes import DividedCase, MixingCase
 
 _FIELDS = ("dim", "threads", "splits", "block_keys", "resident", "shared_bytes")
+LONGEST = 400
+_BACKWARD = """const auto plan = plan_sequence_backward(n[0], n[1], n[2]);
+  struct : BackwardPlan { int64_t per_sm, job0, job1; } p{
+    plan, walking_blocks(plan, n[2]), plan.job_warps[0], plan.job_warps[1]};"""
+_BACKWARD_FIELDS = ("dim", "threads", "warps", "warp_keys", "query_tile", "rows", "walks", "shared_bytes", "per_sm")
+_BACKWARD_FIELDS += ("job0", "job1")
 _FORWARD = "const auto p = plan_sequence_forward(n[0], n[1], n[2], n[3]);"
 
 
@@ -41,6 +59,39 @@ def sequences_of(case: DividedCase | MixingCase) -> list[Sequences]:
     return found
 
 
+def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates) -> list[CaseAudit]:
+    """Audit the cases that have sequences of more rows than a warp has at a time.
+
+    Args:
+        names: cases; all by default.
+        arch: "sm_80" or "sm_90".
+        dtype: float16 or bfloat16.
+        rates: what predictions divide by.
+    """
+    found = []
+    for family in ("divided", "mixing"):
+        for name, case in FAMILIES[family].cases.items():
+            sequences = sequences_of(case)
+            longest = max(of.keys for of in sequences)
+            if (names is not None and name not in names) or not SHORT < longest <= LONGEST:
+                continue
+            for direction, audited in (("forward", audit_forward), ("backward", audit_backward)):
+                launches = tuple(
+                    audited(case, of, dtype, arch, rates)
+                    if of.keys > SHORT
+                    else audit_short(time_alone(case), direction, arch, dtype, rates)
+                    for of in sequences
+                )
+                floor = FAMILIES[family].floor(case, direction, dtype).microseconds(rates)
+                found.append(CaseAudit("cuda", family, name, direction, launches, floor))
+    return found
+
+
+def time_alone(case: DividedCase) -> DividedCase:
+    """Give the heads of a case that attend over time."""
+    return replace(case, kind="temporal", heads=case.temporal_heads)
+
+
 def audit_forward(
     case: DividedCase | MixingCase, of: Sequences, dtype: torch.dtype, arch: str, rates: Rates
 ) -> CudaLaunchAudit:
@@ -51,3 +102,67 @@ def audit_forward(
     name = "sequence_forward" if plan["resident"] else "streamed_sequence_forward", ELEMENTS[dtype], plan["dim"]
     moved = of.share * case.bytes_moved("forward", dtype) + 4 * of.groups * of.keys
     return audit_forward_launch(name, plan, ForwardShape(of.keys, of.groups, moved), arch, rates)
+
+
+def audit_backward(
+    case: DividedCase | MixingCase, of: Sequences, dtype: torch.dtype, arch: str, rates: Rates
+) -> CudaLaunchAudit:
+    """Audit the launch of a backward pass for some sequences of a case, whose keys come at once."""
+    plan = cubins.planner("plan_sequence_backward", _BACKWARD, _BACKWARD_FIELDS)(
+        of.keys, of.head_dim, SHARED_LIMITS[arch]
+    )
+    assert plan["walks"], f"expected keys that come at once, got {of.keys}"
+    dim, warps, threads, tile = plan["dim"], plan["warps"], plan["threads"], plan["query_tile"]
+    name = "walking_sequence_backward", ELEMENTS[dtype], dim
+    program, _ = kernel(arch, *name)
+    tiles, sixteens, slots = math.ceil(of.keys / tile), math.ceil(of.keys / 16), plan["rows"]
+    per_sm = plan["per_sm"]
+    blocks = min(of.groups, SMS * per_sm)
+    walk = of.groups / blocks  # sequences of a block
+
+    def copies(body: frozenset[int]) -> float:
+        """In the main loop, by a warp of its own each: queries, contexts, and the next sequence's keys."""
+        if not (program.is_in("main", body) and program.is_aligned(body)):
+            return 0  # around it, only the first sequence and what has numbers of any size
+        tensors = 1 if program.copies(body) in (1, 4) else 2
+        return tensors * tile * dim * 2 // 16 / LANES / max(1, program.copies(body))
+
+    def rounds(body: frozenset[int]) -> float:
+        """How often a loop runs; rows are aligned, and no channels are from other frames."""
+        kind = program.kind(body)
+        if kind == "copy":
+            return copies(body)
+        own_rows, pieces = math.ceil(slots / threads), tile * dim / 16 / LANES  # pieces: half of a row each
+        return {
+            "group": walk,
+            "keys": tiles,
+            "jobs": 2 / warps,  # halves of dq
+            "meet": 0 if dim == 64 else 1,  # by fewer queries than a tile
+            "steps": 32 * dim * 16 * sixteens / max(1.0, program.flops(body)),  # 32 queries, half of the elements
+            "statistics": own_rows,
+            "records": 4 * tile / threads if program.is_in("main", body) else own_rows,  # of delta; of tokens
+            "rows": 1,
+            # Two rows at a time: of half of dq; of dk and of dv.
+            "sums": (pieces / 2 * program.is_aligned(body)) if program.is_in("main", body) else 2,
+            "inner": pieces if program.is_in("sums", body) and program.is_aligned(body) else 0,
+        }.get(kind, 0)
+
+    # Of a warp's tiles, the last may hold half as many queries, or keys.
+    filled = sixteens / (2 * tiles) * sixteens / (2 * warps)
+    loop = program.main_loop(rounds, shares=(1 / warps, filled))
+    assert loop is not None
+    rounds_of_main = of.groups * tiles * warps
+    computed = of.groups * (16 * sixteens) ** 2
+    scores = computed / rounds_of_main
+    work = Work(
+        bytes=of.share * (case.bytes_moved("forward_backward", dtype) - case.bytes_moved("forward", dtype)),
+        walked=rounds_of_main * LANES * loop.hot,
+        scores=computed,
+        flops_per_score=5 * 2 * dim,
+        traffic=rounds_of_main * LANES * loop.bytes,
+        shared=rounds_of_main * LANES * loop.shared_bytes,
+    )
+    products = [8 * sum(32 * w + 16 * t < of.keys for t in range(2)) for w in range(warps)]
+    parts = [sixteens * ((plan["job0"] == w) + (plan["job1"] == w)) for w in range(warps)]
+    block = Block(blocks, warps, plan["shared_bytes"], 0, [x + y for x, y in zip(products, parts, strict=True)])
+    return audit_launch(name, arch, rates, rounds, work, block, (loop, scores))

@@ -8,23 +8,34 @@ are neighbours, with a copy of the cls token for every frame, then scores, softm
 difference: TimeSformer repeats and rearranges before the projection, a third of the channels. ``compiled`` is
 ``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``. Where
 the order of the tokens allows it, rearranging is a view for all of them.
+
+On a GPU the kernels of SDPA are pinned, each a contender of its own, ``flex`` has compiled FlexAttention in its place,
+and ``flash_attn`` the package of that name where it is installed. ``triton`` is ours too, where ``vidattn`` takes the
+backend "cuda".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import vidattn
-from benchmarks.calls import EXACT, Attend, build_calls
+from benchmarks.calls import EXACT, SDPA, Attend, build_calls, compiled, flash_attention, pinned_sdpa, why_absent
 from benchmarks.shapes import DIVIDED_CASES, SMOKE_DIVIDED_CASES, DividedCase
 
 CASES = DIVIDED_CASES | SMOKE_DIVIDED_CASES
 CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
+GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "compiled", "flex")
+FUNCTIONS = {
+    "temporal": "temporal_attention",
+    "spatial": "spatial_attention",
+    "factorized": "factorized_dot_product_attention",
+}
 
 
 def _sequences(qkv: Tensor, case: DividedCase, over_time: bool) -> Tensor:
@@ -62,13 +73,19 @@ def _rearranged(qkv: Tensor, case: DividedCase, attend: Callable[[Tensor, Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def _options(case: DividedCase) -> dict[str, Any]:
+    cls_token = {"cls_token": "mean" if case.has_cls else None} if case.kind == "spatial" else {}
+    return {"num_frames": case.num_frames, "token_order": case.token_order, **cls_token}
+
+
 def _vidattn(qkv: Tensor, case: DividedCase, backend: str | None = None) -> Tensor:
-    frames, options = case.num_frames, {"token_order": case.token_order, "backend": backend}
-    if case.kind == "temporal":
-        return vidattn.temporal_attention(qkv, frames, **options)
-    if case.kind == "factorized":
-        return vidattn.factorized_dot_product_attention(qkv, frames, **options)
-    return vidattn.spatial_attention(qkv, frames, cls_token="mean" if case.has_cls else None, **options)
+    return getattr(vidattn, FUNCTIONS[case.kind])(qkv, **_options(case), backend=backend)
+
+
+def why_not(case: DividedCase, direction: str, dtype: str, contender: str) -> str | None:
+    """Say why a contender of ``GPU_CONTENDERS`` is left out of a comparison; None if it takes part."""
+    qkv = torch.empty(case.qkv_shape, dtype=getattr(torch, dtype), device="meta")
+    return why_absent(contender, FUNCTIONS[case.kind], qkv, **_options(case))
 
 
 def make_attend(shape: DividedCase, contender: str) -> Attend:
@@ -76,7 +93,7 @@ def make_attend(shape: DividedCase, contender: str) -> Attend:
 
     Args:
         shape: the call's sizes.
-        contender: one of ``CONTENDERS``, or ``EXACT``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
 
     Returns:
         qkv -> context.
@@ -84,12 +101,15 @@ def make_attend(shape: DividedCase, contender: str) -> Attend:
     eager = partial(_rearranged, case=shape, attend=_softmax_attention)
     if contender == "eager":
         return eager
-    if contender == "sdpa":
-        return partial(_rearranged, case=shape, attend=F.scaled_dot_product_attention)
+    if contender.startswith("sdpa"):
+        return partial(_rearranged, case=shape, attend=pinned_sdpa(contender))
+    if contender == "flash_attn":
+        return partial(_rearranged, case=shape, attend=flash_attention)
     if contender == "compiled":
-        torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
-        return torch.compile(eager, dynamic=False, fullgraph=True)
-    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
+        return compiled(eager)
+    if contender == "flex":
+        return compiled(partial(_rearranged, case=shape, attend=flex_attention))
+    return partial(_vidattn, case=shape, backend={EXACT: "reference", "triton": "triton"}.get(contender))
 
 
 def build_copies(
@@ -101,7 +121,7 @@ def build_copies(
         shape: sizes of the call.
         direction: "forward" | "forward_backward".
         dtype: "float32" | "bfloat16" | "float16".
-        contender: one of ``CONTENDERS``, or ``EXACT``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own.
 

@@ -14,14 +14,14 @@ import multiprocessing
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import cuda_audit
+from benchmarks import cuda_audit, cuda_sequences, cuda_single_pass
 from benchmarks.audited import CaseAudit, CudaLaunchAudit, LaunchAudit
 from benchmarks.ceilings import CEILED, CEILINGS, GOALS, violations
 from benchmarks.cubins import cubins_of, nvcc
@@ -143,7 +143,10 @@ def audit(
         floor = FAMILIES[family].floor(FAMILIES[family].cases[case], direction, DTYPES[dtype])
         cases.append(CaseAudit("triton", family, case, direction, launches, floor.microseconds(rates)))
     if why_no_cuda(arch) is None:
-        cases += cuda_audit.audit_cuda(names, arch, DTYPES[dtype], rates, cases)
+        triton = {(case.family, case.case, case.direction): case.microseconds for case in cases}
+        for module in (cuda_audit, cuda_sequences, cuda_single_pass):
+            for case in module.audit(names, arch, DTYPES[dtype], rates):
+                cases.append(replace(case, triton_microseconds=triton[case.family, case.case, case.direction]))
     return cases, kernels, {name: cubin for name, (_, cubin) in inspected.items()}
 
 

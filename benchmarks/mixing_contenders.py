@@ -5,7 +5,8 @@ All of them start from the packed output of the qkv projection (B * T, N, 3, h, 
 
 ``eager`` is what the module code of X-ViT does: keys and values, split into heads, go to a layout with the channels in
 front, are copied in three slices into zeros and back again; then scores, softmax, context. ``compiled`` is
-``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``.
+``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``. On a
+GPU there are more, as of attention over time and over space.
 
 The contenders of ``temporal_shift`` alone shift (B * T, N, C), tokens with their channels last.
 """
@@ -17,14 +18,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import vidattn
-from benchmarks.calls import EXACT, Attend, build_calls
+from benchmarks.calls import EXACT, SDPA, Attend, build_calls, compiled, flash_attention, pinned_sdpa, why_absent
 from benchmarks.shapes import MIXING_CASES, SMOKE_MIXING_CASES, MixingCase
 
 CASES = MIXING_CASES | SMOKE_MIXING_CASES
 CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
+GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "compiled", "flex")
 SHIFT_CONTENDERS = ("eager", "compiled", "vidattn")
 
 
@@ -63,13 +65,15 @@ def _vidattn(qkv: Tensor, case: MixingCase, backend: str | None = None) -> Tenso
     return vidattn.space_time_mixing_attention(qkv, case.num_frames, shift_div=case.shift_div, backend=backend)
 
 
+def why_not(case: MixingCase, direction: str, dtype: str, contender: str) -> str | None:
+    """Say why a contender of ``GPU_CONTENDERS`` is left out of a comparison; None if it takes part."""
+    qkv = torch.empty(case.qkv_shape, dtype=getattr(torch, dtype), device="meta")
+    options = {"num_frames": case.num_frames, "shift_div": case.shift_div}
+    return why_absent(contender, "space_time_mixing_attention", qkv, **options)
+
+
 def _vidattn_shift(x: Tensor, case: MixingCase, backend: str | None = None) -> Tensor:
     return vidattn.temporal_shift(x, case.num_frames, case.channel_shifts, backend=backend)
-
-
-def _compiled(function: Attend) -> Attend:
-    torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def make_attend(shape: MixingCase, contender: str) -> Attend:
@@ -77,7 +81,7 @@ def make_attend(shape: MixingCase, contender: str) -> Attend:
 
     Args:
         shape: the call's sizes.
-        contender: one of ``CONTENDERS``, or ``EXACT``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
 
     Returns:
         qkv -> context.
@@ -85,11 +89,15 @@ def make_attend(shape: MixingCase, contender: str) -> Attend:
     eager = partial(_shifted, case=shape, attend=_softmax_attention)
     if contender == "eager":
         return eager
-    if contender == "sdpa":
-        return partial(_shifted, case=shape, attend=F.scaled_dot_product_attention)
+    if contender.startswith("sdpa"):
+        return partial(_shifted, case=shape, attend=pinned_sdpa(contender))
+    if contender == "flash_attn":
+        return partial(_shifted, case=shape, attend=flash_attention)
     if contender == "compiled":
-        return _compiled(eager)
-    return partial(_vidattn, case=shape, backend="reference" if contender == EXACT else None)
+        return compiled(eager)
+    if contender == "flex":
+        return compiled(partial(_shifted, case=shape, attend=flex_attention))
+    return partial(_vidattn, case=shape, backend={EXACT: "reference", "triton": "triton"}.get(contender))
 
 
 def build_copies(
@@ -101,7 +109,7 @@ def build_copies(
         shape: sizes of the call.
         direction: "forward" | "forward_backward".
         dtype: "float32" | "bfloat16" | "float16".
-        contender: one of ``CONTENDERS``, or ``EXACT``.
+        contender: one of ``CONTENDERS`` or ``GPU_CONTENDERS``, or ``EXACT``.
         device: where the inputs are.
         copies: how many calls, each with a qkv and an output gradient of its own.
 
@@ -142,7 +150,7 @@ def build_shift(
     if contender in ("vidattn", EXACT):
         shift: Attend = partial(_vidattn_shift, case=shape, backend="reference" if contender == EXACT else None)
     else:
-        shift = _compiled(eager) if contender == "compiled" else eager
+        shift = compiled(eager) if contender == "compiled" else eager
 
     def call() -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vidattn import backends
@@ -44,11 +45,16 @@ class MockedGpu:
     Attributes:
         stream: the current one.
         on_launch: is told of every launch; None for nobody.
+        target: what kernels are compiled for.
+        do_compile: the compiler, as a method of kernels; None for none. What it compiles is in Triton's cache, under
+            the key that the first launch on a GPU asks for.
         compiled: names of the kernels that were compiled, in order.
     """
 
     stream: int = 0
     on_launch: Callable[[Launched], None] | None = None
+    target: GPUTarget = TARGETS["sm_90"]
+    do_compile: Callable[..., Any] | None = None
     compiled: list[str] = field(default_factory=list)
     device: int = 1000  # no GPU that is there has this number, so that no kernel of it is taken
     functions: set[JITFunction] = field(default_factory=set)
@@ -60,10 +66,12 @@ class MockedGpu:
         return self.stream
 
     def get_current_target(self) -> Any:
-        return TARGETS["sm_90"]
+        return self.target
 
-    def compile(self, function: JITFunction, key: str, *_: Any) -> Any:
-        """Do what ``JITFunction._do_compile`` does, without a compiler."""
+    def compile(self, function: JITFunction, key: str, *rest: Any) -> Any:
+        """Do what ``JITFunction._do_compile`` does; the kernel cannot be launched."""
+        if self.do_compile is not None:
+            self.do_compile(function, key, *rest)
         self.compiled.append(function.__name__)
         name = f"{function.__name__} {len(self.compiled)}"
 
@@ -91,15 +99,22 @@ class MockedGpu:
 
 
 @contextlib.contextmanager
-def mocked_gpu() -> Iterator[MockedGpu]:
-    """Let the backend "triton" take tensors of the CPU, with outputs that nobody writes."""
-    gpu, config = MockedGpu(), triton.runtime.driver
+def mocked_gpu(capability: tuple[int, int] = (9, 0), compiles: bool = False) -> Iterator[MockedGpu]:
+    """Let the backend "triton" take tensors of the CPU, with outputs that nobody writes.
+
+    Args:
+        capability: compute capability of the GPU.
+        compiles: whether to compile what would be launched.
+    """
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    gpu = MockedGpu(target=target, do_compile=JITFunction._do_compile if compiles else None)
+    config = triton.runtime.driver
     before = config._active
     plans.forget()
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(JITFunction, "_do_compile", lambda function, *rest: gpu.compile(function, *rest)),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
             mock.patch.object(_library, "_why_no_triton", lambda: None),
             mock.patch.dict(
                 backends._BACKENDS, triton=backends._BACKENDS["triton"]._replace(device_types=("cuda", "cpu"))

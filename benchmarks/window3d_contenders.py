@@ -9,16 +9,17 @@ context, reverse. One difference: the modules roll and partition before the proj
 ``F.scaled_dot_product_attention``, with bias plus shift mask as its mask, built in the call: the bias is a parameter.
 ``sdpa_prebuilt`` gets that mask ready made, as an inference engine could keep one for each layer.
 
-On a GPU there are three more. ``triton`` is ours too, where ``vidattn`` takes the backend "cuda". ``flex`` is compiled
-FlexAttention, which gathers the bias from the table in its score_mod and excludes what the shift separates by its
-mask_mod; its block mask is ready made. ``natten`` computes something less, where that package is installed: no bias and
-no shift. ``vidattn`` keeps what its GPU kernels read of the table from one
-call to the next when there is no gradient, as in inference.
+On a GPU there are more. The kernels of SDPA are pinned, each a contender of its own, and those that take a mask ready
+made too. ``triton`` is ours too, where ``vidattn`` takes the backend "cuda". ``flex`` is compiled FlexAttention, which
+gathers the bias from the table in its score_mod and excludes what the shift separates by its mask_mod; its block mask
+is ready made. ``cuequivariance`` is the triangle attention of that package: one call for plain windows, one for each
+kind of window of a shifted grid, bias and mask dense in float32. ``natten`` computes something less: no bias and no
+shift. Both take part where they are installed. Nobody keeps what it makes of the table from call to call, but for
+``..._prebuilt``: what a CUDA graph repeats is what a call does without one.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -27,13 +28,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
-from benchmarks.calls import EXACT
+from benchmarks.calls import EXACT, SDPA, compiled, pinned_sdpa, why_absent
 from benchmarks.shapes import SMOKE_CASES, WINDOW_CASES, WindowCase
 from vidattn.geometry import bias_rows, region_mask
 
 CASES = WINDOW_CASES | SMOKE_CASES
 CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_float32")
-GPU_CONTENDERS = ("vidattn", "triton", "eager", "sdpa", "sdpa_prebuilt", "compiled", "flex", "natten")
+PREBUILT = "_prebuilt"
+GPU_CONTENDERS = (
+    "vidattn", "triton", "eager", *SDPA, "sdpa_efficient_prebuilt", "sdpa_cudnn_prebuilt", "cuequivariance", "natten",
+    "compiled", "flex",
+)  # fmt: skip
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,13 +99,17 @@ def _sdpa_mask(table: Tensor, rows: Tensor, mask: Tensor | None, case: WindowCas
     return both.repeat(case.batch, 1, 1, 1) if case.batch > 1 else both
 
 
-def _sdpa_prebuilt(qkv: Tensor, table: Tensor, attention_mask: Tensor, case: WindowCase) -> Tensor:
+def _sdpa_prebuilt(
+    qkv: Tensor, table: Tensor, attention_mask: Tensor, case: WindowCase, attend: Callable[..., Tensor]
+) -> Tensor:
     q, k, v = _partition(qkv, case).unbind(0)
-    return _reverse(F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask), case)
+    return _reverse(attend(q, k, v, attn_mask=attention_mask), case)
 
 
-def _sdpa(qkv: Tensor, table: Tensor, rows: Tensor, mask: Tensor | None, case: WindowCase) -> Tensor:
-    return _sdpa_prebuilt(qkv, table, _sdpa_mask(table, rows, mask, case), case)
+def _sdpa(
+    qkv: Tensor, table: Tensor, rows: Tensor, mask: Tensor | None, case: WindowCase, attend: Callable[..., Tensor]
+) -> Tensor:
+    return _sdpa_prebuilt(qkv, table, _sdpa_mask(table, rows, mask, case), case, attend)
 
 
 def _flex(shape: WindowCase, rows: Tensor, mask: Tensor | None) -> Attend:
@@ -128,6 +137,33 @@ def _flex(shape: WindowCase, rows: Tensor, mask: Tensor | None) -> Attend:
     return attend
 
 
+def _triangle(shape: WindowCase, rows: Tensor, mask: Tensor | None) -> Attend:
+    from cuequivariance_torch import triangle_attention
+
+    if mask is None:
+
+        def attend_alike(qkv: Tensor, table: Tensor) -> Tensor:
+            q, k, v = (x[None] for x in _partition(qkv, shape).unbind(0))  # (1, B * nW, h, N, d)
+            bias = _bias(table, rows).float()[None, None]
+            return _reverse(triangle_attention(q, k, v, bias, scale=shape.head_dim**-0.5)[0], shape)
+
+        return attend_alike
+    masks, kinds = mask.float().unique(dim=0, return_inverse=True)
+    windows = [(kinds == kind).nonzero().flatten() for kind in range(len(masks))]
+    back = torch.cat(windows).argsort()
+
+    def attend(qkv: Tensor, table: Tensor) -> Tensor:
+        parts = _partition(qkv, shape).unflatten(1, (shape.batch, -1))  # (3, B, nW, h, N, d)
+        bias, contexts = _bias(table, rows).float(), []
+        for of_kind, added in zip(windows, masks, strict=True):
+            q, k, v = (x[None] for x in parts[:, :, of_kind].flatten(1, 2).unbind(0))
+            context = triangle_attention(q, k, v, (bias + added)[None, None], scale=shape.head_dim**-0.5)[0]
+            contexts.append(context.unflatten(0, (shape.batch, -1)))
+        return _reverse(torch.cat(contexts, dim=1)[:, back].flatten(0, 1), shape)
+
+    return attend
+
+
 def _natten(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
     from natten import na3d
 
@@ -139,18 +175,16 @@ def _vidattn(qkv: Tensor, table: Tensor, case: WindowCase, backend: str | None =
     return vidattn.window3d_attention(qkv, table, window_size=case.window, shift_size=case.shift, backend=backend)
 
 
-def why_not(case: WindowCase, direction: str, contender: str) -> str | None:
+def why_not(case: WindowCase, direction: str, dtype: str, contender: str) -> str | None:
     """Say why a contender of ``GPU_CONTENDERS`` is left out of a comparison; None if it takes part."""
-    if contender == "sdpa_prebuilt" and direction == "forward_backward":
+    if contender.endswith(PREBUILT) and direction == "forward_backward":
         return "a mask made before the call has no gradient"
-    if contender == "triton" and vidattn.why_not("window3d_attention", backend="cuda"):
-        return "vidattn takes no other backend here"
-    if contender == "natten":
-        if importlib.util.find_spec("natten") is None:
-            return "natten is not installed"
-        if any(case.geometry.shift) or case.geometry.padded != case.grid:
-            return "natten has no shifted or padded windows"
-    return None
+    if contender == "natten" and (any(case.geometry.shift) or case.geometry.padded != case.grid):
+        return "natten has no shifted or padded windows"
+    qkv = torch.empty(case.qkv_shape, dtype=getattr(torch, dtype), device="meta")
+    table = torch.empty(case.table_shape, device="meta", requires_grad=direction == "forward_backward")
+    options = {"window_size": case.window, "shift_size": case.shift}
+    return why_absent(contender, "window3d_attention", qkv, table, **options)
 
 
 def computes_the_same(contender: str) -> bool:
@@ -176,17 +210,18 @@ def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
     eager = partial(_eager, rows=rows, mask=mask, case=shape)
     if contender == "eager":
         return eager
-    if contender == "sdpa":
-        return partial(_sdpa, rows=rows, mask=mask, case=shape)
-    if contender == "sdpa_prebuilt":
-        return partial(_sdpa_prebuilt, attention_mask=_sdpa_mask(table, rows, mask, shape), case=shape)
+    if contender.startswith("sdpa"):
+        attend = pinned_sdpa(contender.removesuffix(PREBUILT))
+        if contender.endswith(PREBUILT):
+            made = _sdpa_mask(table, rows, mask, shape)
+            return partial(_sdpa_prebuilt, attention_mask=made, case=shape, attend=attend)
+        return partial(_sdpa, rows=rows, mask=mask, case=shape, attend=attend)
+    if contender == "cuequivariance":
+        return _triangle(shape, rows, mask)
     if contender == "natten":
         return partial(_natten, case=shape)
     if contender in ("compiled", "flex"):
-        torch.compiler.reset()  # every case counts as the first: no recompilation limit, no dynamic shapes
-        return torch.compile(
-            eager if contender == "compiled" else _flex(shape, rows, mask), dynamic=False, fullgraph=True
-        )
+        return compiled(eager if contender == "compiled" else _flex(shape, rows, mask))
     backend = {EXACT: "reference", "triton": "triton"}.get(contender)
     return partial(_vidattn, case=shape, backend=backend)
 

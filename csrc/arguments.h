@@ -26,9 +26,9 @@ class Arguments {
   T take() {
     return torch::stable::detail::to<T>(*stack_++);
   }
-  // The first tensor that was taken.
-  const Tensor& first() const { return tensors_.front(); }
   const Tensor& tensor() { return tensors_.emplace_back(take<Tensor>()); }
+  // Of those that have been taken.
+  const Tensor& first() const { return tensors_.front(); }
   // Null for None.
   const Tensor* maybe_tensor() {
     auto given = take<std::optional<Tensor>>();

@@ -17,13 +17,13 @@ FILES = ("depth_fastest.cuh", "depth_fastest_rows.cuh")
 MISTAKES = {
     "no barrier before dQ": (
         "race|uninitialised",
-        r"__syncthreads\(\);(\s*again\(\)\.write_queries)",
+        r"__syncthreads\(\);(\s*if \(next >= group.*continue;)",
         r"\1",
     ),
     "no barrier behind dQ": ("race", r"(again\(\)\.write_queries\(.*\);)\s*__syncthreads\(\);", r"\1"),
     "no wait for the next queries": (
         "race.*not waited for",
-        r"gpu::cp_async_wait<0>\(\);(\s*if \(const int next)",
+        r"gpu::cp_async_wait<0>\(\);(\s*const int next)",
         r"\1",
     ),
     "the next row overwrites this one": ("race|off by", r"is_odd_row\(first\) \? 2 \* kRowBytes : 0", "0"),
@@ -32,15 +32,11 @@ MISTAKES = {
         r"difference = kPlaces - 1 - warp",
         "difference = kPlaces - 1 - (warp + 1) % kPlaces",
     ),
-    "sums of the wrong width": ("off by", r"sum\[query - key \+ kPlaces - 1 - kFirst\]", "sum[key % kCount]"),
-    "pairs of bias in the wrong order": ("off by", r"\(kPlaces - 1 - width\) \* 8", "(kPlaces - 1 + width) * 8"),
-    "one copy of the bias for all": (
-        "off by|misaligned",
-        r"RowBias::kCopyBytes \+ \(slot \+ 1\) \* 8",
-        "(slot - 1) * 8",
-    ),
+    "sums of the wrong width": ("off by", r"sum\[kPlaces - 1 - key\]", "sum[key]"),
+    "pairs of bias in the wrong order": ("off by", r"kPlaces - 1 - width - before", "kPlaces - 1 + width - before"),
+    "the same bias for two places of keys": ("off by", r"kPlaces - 1 - width - before", "kPlaces - 1 - width"),
     "regions by height alone": ("off by", r"height \|\| \(group\.region", "height && (group.region"),
-    "the last keys stand along": ("off by", r"if \(place \+ 1 == kPlaces\) packed = gpu::transpose\(packed\);", ""),
+    "the last keys stand along": ("off by", r"if \(place \+ 1 == kPlaces\) words\[n\] = .*", ""),
     "delta is not taken off": ("off by", r"minus = -this->sum_of_quad\(sum\)", "minus = 0.0f"),
     "dS in the wrong rows": (
         "off by|race|uninitialised",
@@ -52,6 +48,15 @@ MISTAKES = {
         r"find_deltas<kExact>\(next\)",
         "find_deltas<kExact>(next - kRowTokens)",
     ),
+    "dS of two rows in one place": ("off by|uninitialised", r"kExact \? 0 : kScoresDistance", "0"),
+    "dQ of one row twice": ("off by", r"kScoresDistance - kPlaces \* 16", "-kPlaces * 16"),
+    "the last keys for their values": ("off by", r"lane / 8 % 2 \* kValuesDistance", "0"),
+    "dQ goes to the next window": (
+        "off by|unwritten",
+        r"written_tokens\(\)\[(first \+ place \* 8 \+ lane / 4)\]",
+        r"this->token(\1)",
+    ),
+    "no barrier behind the next tables": ("race|off by", r"(next\.find_rows\(\);)\s*__syncthreads\(\);", r"\1"),
     "padding has no gradient": ("off by", r"padded \|= token < 0;", ""),
     "the last row of the table is left out": ("off by", r"key < min\(8, 8 - depth\)", "key < min(7, 8 - depth)"),
 }

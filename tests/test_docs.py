@@ -34,7 +34,7 @@ def shell_lines() -> list[str]:
 
 
 def test_there_are_pages() -> None:
-    assert set(PAGES) >= {f"docs/{name}.md" for name in ("ops", "models", "backends", "performance", "command")}
+    assert set(PAGES) >= {f"docs/{name}.md" for name in ("ops", "models", "backends", "performance", "gpu", "command")}
     assert len(TEXT["README.md"].splitlines()) < 200
     assert len(blocks("python")) >= 6 and len(shell_lines()) >= 10
 

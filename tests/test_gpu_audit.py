@@ -406,7 +406,7 @@ def test_cuda_kernels_read_everything_once(run, name):
 @compiles
 @pytest.mark.skipif(gpu_audit.why_no_cuda("sm_90") is not None, reason="nvcc, which compiles csrc/cuda, is missing")
 def test_depth_fastest_backward_by_hand(run):
-    """3072 windows and heads; 7 warps with 56 keys meet 7 rows of 56 queries, and 4 make dq of 16 of these."""
+    """3072 windows and heads; 7 warps with 56 keys meet 7 rows of 56 queries, and 4 make dq of two of these."""
     where = ("cuda", "swin_t_stage1", "backward")
     (case,) = (c for c in run.audited[0] if (c.backend, c.case, c.direction) == where)
     launch = case.launches[0]

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton, whose wheel has the disassembler, 
 
 from benchmarks import sass
 from benchmarks.cuda_kernels import CudaProgram
+from benchmarks.cuda_single_pass import reads_under_way, usual_way
 from benchmarks.sass import Instruction, Program
 from benchmarks.triton_kernels import Traffic, missing_wide_loads
 
@@ -319,3 +320,38 @@ def test_a_way_that_is_much_slower_is_another_one():
     exact = ["L7:", HMMA, *["FADD R4, R4, R5"] * 40, "@P0 BRA `(.L_x_7)", "STG.E.64 desc[UR4][R4.64], R8"]
     listing = [*LISTING[:-3], "@P5 BRA `(.L_x_6)", *exact, *LISTING[-3:]]
     assert "FADD" not in {instruction.name for instruction, _ in CudaProgram(program(*listing)).way(lambda _: 1)}
+
+
+SINGLE_PASS = [
+    "L0:",  # again, where numbers are not finite
+    "@P1 BRA `(.L_x_2)",
+    "L1:",  # ranges of channels
+    "ISETP.GE.AND P0, PT, R0, R1, PT",
+    "@P0 BRA `(.L_x_1)",
+    "CS2R R8, SRZ",
+    "@P2 LDG.E.128 R8, desc[UR6][R24.64]",
+    "LDG.E.128 R12, desc[UR6][R26.64]",
+    "BRA `(.L_x_3)",
+    "L2:",  # of rows that are not aligned
+    *["LDG.E.U16 R8, desc[UR6][R24.64]"] * 9,
+    "L3:",
+    "IMAD.MOV.U32 R30, RZ, RZ, R13",
+    HMMA,
+    "LDG.E.128 R16, desc[UR6][R28.64]",
+    "STG.E.128 desc[UR6][R24.64], R4",
+    "@P3 BRA `(.L_x_0)",
+    "EXIT",
+]
+
+
+def test_way_of_a_kernel_that_reads_all_before_it_uses_it():
+    way = usual_way(program(*SINGLE_PASS), rounds=5)
+    assert [instruction.opcode for instruction, _ in way].count("LDG.E.U16") == 0
+    assert [times for instruction, times in way if instruction.name == "ISETP"] == [5]
+    assert sum(times for _, times in way) == 5 * 2 + 11
+    assert reads_under_way(instruction for instruction, _ in way) == 2
+
+
+def test_a_store_uses_all_of_its_registers():
+    reads = ["LDG.E.128 R8, desc[UR6][R24.64]", "STG.E.128 desc[UR6][R26.64], R8", "LDG.E.128 R12, desc[UR6][R24.64]"]
+    assert reads_under_way(program(*reads, "EXIT").instructions) == 1

@@ -13,6 +13,7 @@
 // Nothing is added atomically: each sum has one owner and one order.
 #pragma once
 #include "backward_rows.cuh"
+#include "row_sums.cuh"
 
 namespace vidattn::cuda {
 
@@ -34,67 +35,6 @@ struct KeySums {
 #pragma unroll
         for (int i = 0; i < 4; ++i) dk[t][n][i] = dv[t][n][i] = 0.0f;
   }
-};
-
-// The gradient of a table, in tables of the warps' own. For one query all keys fall on different rows, so a lane takes
-// a key and adds one query after the other. Lanes without a key add zeros to rows that no other lane is at.
-//
-// The first entry of a warp's table is for query 0 and a key that is kSpareRows behind the warp's last one.
-template <class Group, int kKeys>
-class RowSums {
- public:
-  // The warp's table lies `table` bytes from the start of shared memory, or of what the block has in global memory.
-  __device__ RowSums(const Group& group, int buffer, bool wanted, int table, int key, int count)
-      : group_(group), wanted_(wanted) {
-    const int lane = threadIdx.x % 32;
-    put_ = buffer + lane / 4 * 32 + (lane % 4 * 8 ^ lane / 16 % 2 * 16);
-    read_ = buffer + lane % kKeys * 32;
-    if (!wanted) return;
-    const int last = group.bias_offset(key + count - 1);
-    const int own = lane < count ? group.bias_offset(key + lane) : last + 4 * (lane - count + 1);
-    table_ = table + last - own + 4 * kSpareRows;
-  }
-  __device__ __forceinline__ bool wanted() const { return wanted_; }
-
-  // dS of two keys of tile t with two of 8 queries. A key has the eight side by side; of every second four keys, the
-  // halves are exchanged, so that neither this nor the next meets a bank twice.
-  __device__ __forceinline__ void put(int t, const float (&ds)[4]) const {
-    unsigned char* to = gpu::shared_memory<unsigned char>() + put_ + t * 512;
-    *reinterpret_cast<float2*>(to) = make_float2(ds[0], ds[1]);
-    *reinterpret_cast<float2*>(to + 256) = make_float2(ds[2], ds[3]);
-  }
-
-  // The 8 queries from `query` on are complete.
-  template <bool kShared>
-  __device__ __forceinline__ void add(int query) const {
-    __syncwarp();
-    unsigned char* const memory = gpu::shared_memory<unsigned char>();
-    const int4* rows = reinterpret_cast<const int4*>(group_.bias_offsets(query));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 ds = *reinterpret_cast<const float4*>(memory + read_ + (half ^ threadIdx.x / 4 % 2) * 16);
-      const int4 row = rows[half];
-      add_one<kShared>(row.x, ds.x), add_one<kShared>(row.y, ds.y);
-      add_one<kShared>(row.z, ds.z), add_one<kShared>(row.w, ds.w);
-    }
-  }
-
- private:
-  template <bool kShared>
-  __device__ __forceinline__ void add_one(int row, float ds) const {
-    if (int(threadIdx.x % 32) < kKeys) {
-      if (kShared || group_.gradients().backward.table_is_shared)
-        *reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + table_ + row) += ds;
-      else
-        *reinterpret_cast<float*>(reinterpret_cast<char*>(group_.gradients().block_tables()) + table_ + row) += ds;
-    }
-    __syncwarp();
-  }
-
-  const Group& group_;
-  bool wanted_;
-  int put_, read_;
-  int table_ = 0;  // where this lane's key would have row 0
 };
 
 // A block of threads and its share of the groups.
@@ -263,12 +203,21 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
   }
   // One of the jobs that this is divided into: half of the elements of 16 queries.
   __device__ __forceinline__ void sum_queries(int block, int query, int job) const {
-    const int rows = (count(block) + 15) / 16 * 16, lane = thread_of_block() % 32;
-    const int step = job / 2, part = job % 2 * kPieceJobs;
+    const int step = job / 2, half = job % 2;
     if (query + 16 * step >= group.keys()) return;
-    float sum[2 * kPieceJobs][4];
+    float sum[1][2 * kPieceJobs][4];
+    sum_half(sum, count(block), query, step, half);
+    write_queries(block, query + 16 * step, 16 * half * kPieceJobs, sum[0]);
+  }
+  // The same of so many times 16 queries, from number `step` of a tile on, over `keys` keys; not scaled.
+  template <int kSixteens>
+  __device__ __forceinline__ void sum_half(float (&sum)[kSixteens][2 * kPieceJobs][4], int keys, int query, int step,
+                                           int half) const {
+    const int lane = thread_of_block() % 32, part = half * kPieceJobs;
 #pragma unroll
-    for (int j = 0; j < 2 * kPieceJobs; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
+    for (int s = 0; s < kSixteens; ++s)
+#pragma unroll
+      for (int j = 0; j < 2 * kPieceJobs; ++j) sum[s][j][0] = sum[s][j][1] = sum[s][j][2] = sum[s][j][3] = 0.0f;
     const uint32_t ds = gpu::shared_address(at(scores(query / kQueries))) +
                         Scores::place(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
     uint32_t k[kPieceJobs];
@@ -276,48 +225,59 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     for (int j = 0; j < kPieceJobs; ++j)
       k[j] = gpu::shared_address(at(keys_place())) + Layout::place(lane % 16, 2 * (part + j) + lane / 16);
 #pragma unroll 2
-    for (int row = 0; row < rows; row += 16) {
-      uint32_t a[4], b[4];
-      gpu::ldmatrix_transposed(a, ds + row * Scores::kBytes);
+    for (int row = 0; row < keys; row += 16) {
+      uint32_t a[kSixteens][4], b[4];
+#pragma unroll
+      for (int s = 0; s < kSixteens; ++s) gpu::ldmatrix_transposed(a[s], (ds ^ 32 * s) + row * Scores::kBytes);
 #pragma unroll
       for (int j = 0; j < kPieceJobs; ++j) {
         gpu::ldmatrix_transposed(b, k[j] + row * Layout::kBytes);
-        gpu::mma_16x8x16<T>(sum[2 * j], a, b[0], b[1], sum[2 * j]);
-        gpu::mma_16x8x16<T>(sum[2 * j + 1], a, b[2], b[3], sum[2 * j + 1]);
+#pragma unroll
+        for (int s = 0; s < kSixteens; ++s) {
+          gpu::mma_16x8x16<T>(sum[s][2 * j], a[s], b[0], b[1], sum[s][2 * j]);
+          gpu::mma_16x8x16<T>(sum[s][2 * j + 1], a[s], b[2], b[3], sum[s][2 * j + 1]);
+        }
       }
     }
-    write_queries(block, query + 16 * step, 16 * part, sum);
   }
 
   template <int kCount>
   __device__ __forceinline__ void write_queries(int block, int query, int element, float (&sum)[kCount][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int lane = thread_of_block() % 32, n = query + lane / 4 + 8 * half;
+      const int lane = thread_of_block() % 32, n = query + lane / 4 + 8 * half, first = element + lane % 4 * 2;
       char* to = group.gradient(kDq, n);
       if (!to) continue;
-      float* kept = arguments.dq_sums + (int64_t(blockIdx.x) * slots() + n) * kDim;  // by this thread alone
+      if (plan.blocks > 1) {
+        float* kept = arguments.dq_sums + (int64_t(blockIdx.x) * slots() + n) * kDim + first;  // by this thread alone
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const int column = element + 8 * j + lane % 4 * 2;
-        float2 value = make_float2(sum[j][2 * half], sum[j][2 * half + 1]);
-        if (block > 0) {
-          const float2 before = *reinterpret_cast<const float2*>(kept + column);
-          value.x += before.x, value.y += before.y;
+        for (int j = 0; j < kCount; ++j) {
+          float2& at = *reinterpret_cast<float2*>(kept + 8 * j);
+          float &x = sum[j][2 * half], &y = sum[j][2 * half + 1];
+          if (block > 0) x += at.x, y += at.y;
+          if (block + 1 < plan.blocks) at = make_float2(x, y);
         }
-        if (block + 1 < plan.blocks)
-          *reinterpret_cast<float2*>(kept + column) = value;
-        else
-          write_query(n, to, column, value.x * group.scale(), value.y * group.scale());
+        if (block + 1 < plan.blocks) continue;
       }
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum[j][2 * half] *= group.scale(), sum[j][2 * half + 1] *= group.scale();
+      if constexpr (Group::kSharesTokens)
+        if (group.is_shared(n)) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j)
+            group.write_shared(kDq, first + 8 * j, sum[j][2 * half], sum[j][2 * half + 1]);
+          continue;
+        }
+      const auto write = [&](int unit) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j)
+          write_pair(to, first + 8 * j, group.head_dim(), unit, gpu::pack<T>(sum[j][2 * half], sum[j][2 * half + 1]));
+      };
+      if (arguments.gradient_unit >= 4)
+        write(4);
+      else
+        write(2);
     }
-  }
-
-  // Two elements of a query's gradient, whose row is `row`.
-  __device__ __forceinline__ void write_query(int n, char* row, int at, float x, float y) const {
-    if constexpr (Group::kSharesTokens)
-      if (group.is_shared(n)) return group.write_shared(kDq, at, x, y);
-    write_pair(row, at, group.head_dim(), arguments.gradient_unit, gpu::pack<T>(x, y));
   }
 
   // dK and dV of keys by way of their own rows in shared memory, which nobody needs any more: 16 bytes at a time. A
@@ -347,12 +307,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     __syncwarp();
 #pragma unroll 1
     for (int which = 0; which < 2; ++which)
-#pragma unroll 2
-      for (int piece = lane; piece < count * Layout::kPieces; piece += 32) {
-        const int row = piece / Layout::kPieces, column = piece % Layout::kPieces;
-        const uint4 words = *reinterpret_cast<const uint4*>(at(own(which, row, column)));
-        if (!group.is_shared(key + row)) group.write_piece_of_key(which ? kDv : kDk, key + row, column, words);
-      }
+      group.template write_rows<kDim, Layout::kPieces>(which ? kDv : kDk, key, count, 0, at(own(which, 0, 0)), lane);
   }
 
   // Writes dK and dV of keys; those of padding are added to the sums of the warp.

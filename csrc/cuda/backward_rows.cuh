@@ -114,14 +114,15 @@ struct BackwardRows {
   __device__ __forceinline__ void copy_queries(int first) const {
     const int stage = stage_of(first);
     copy_rows<kDim>(group, kQ, kDout, first, group.keys() - first, kQueries, queries(stage, 0), queries(stage, 1),
-                    thread_of_block());
+                    thread_of_block(), int(blockDim.x));
     gpu::cp_async_commit();
   }
 
   // A block of keys, zeros behind the last one, and the first queries.
   __device__ __forceinline__ void copy_block(int block) const {
     const int first = block * block_keys(), rows = min(plan.rows, (count(block) + kKeys % 16 + 31) / 32 * 32);
-    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(keys_place()), at(values_place()), thread_of_block());
+    copy_rows<kDim>(group, kK, kV, first, count(block), rows, at(keys_place()), at(values_place()), thread_of_block(),
+                    int(blockDim.x));
     copy_queries(0);
   }
 
@@ -227,7 +228,8 @@ struct BackwardRows {
 #pragma unroll 1
     for (int pass = 0; pass < slots(); pass += 16 * warps) {
       const int first = pass + 16 * warp, row = first + lane / 4;
-      uint32_t q[kDim / 16][4], g[kDim / 16][4];
+      // Zeros, lest the compiler takes what is there before for theirs, and the callers have fewer registers.
+      uint32_t q[kDim / 16][4] = {}, g[kDim / 16][4] = {};
       float top[2] = {kLowest, kLowest}, sum[2] = {0.0f, 0.0f}, product[2] = {0.0f, 0.0f};
       if (first < group.keys()) {
         load_queries<kDim>(q, group.query(row), group.query(row + 8), group.head_dim(), group.unit(kQ));

@@ -9,7 +9,12 @@
 //
 // While the warps multiply, the next row of queries, the gradients of its context and the context are on their way to
 // shared memory; who has copied a piece of them then finds its part of delta. dq of a row needs all keys: the warps
-// leave dS, and four of them sum over the keys.
+// leave dS of two rows, and four of them sum over the keys. Before dq of a window's last rows, the next window begins:
+// all of it but its keys is on its way while dq, dk and dv of this one are written.
+//
+// Without more ado, shared memory would be what takes longest. So a warp keeps its keys and values in registers, as
+// operands of the products. Then there are registers for one place of queries at a time, not for two: products that sum
+// over queries take twice as many instructions, each half as long.
 #pragma once
 #include "depth_fastest_rows.cuh"
 
@@ -36,6 +41,10 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ uint32_t address(int place) const { return gpu::shared_address(at(place)); }
   __device__ __forceinline__ PairRecord* pairs() const { return reinterpret_cast<PairRecord*>(at(Place::kPairs)); }
   __device__ __forceinline__ float* sums() const { return reinterpret_cast<float*>(at(Place::kTable)); }
+  // Where the warp's keys lie, an address of shared memory.
+  __device__ __forceinline__ uint32_t keys_at() const {
+    return address(kKeysPlace) + min(warp, rows() - 1) * kRowBytes;
+  }
   // A row of queries; the gradients of their context lie behind it.
   static __device__ __forceinline__ int queries_of(int first) {
     return Place::kQueries + (is_odd_row(first) ? 2 * kRowBytes : 0);
@@ -56,14 +65,11 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ uint32_t piece_place() const { return Layout::place(row_token(), piece()); }
   __device__ __forceinline__ int token(int n) const { return group.tokens()[n]; }
 
-  __device__ __forceinline__ void copy_keys() const {
-    const PieceOfRows key = group.piece(kK, piece()), value = group.piece(kV, piece());
+  __device__ __forceinline__ void copy_keys(Slot slot, int place) const {
+    const PieceOfRows rows = group.piece(slot, piece());
 #pragma unroll 1
-    for (int row = 0; row < rows(); ++row) {
-      const int token = this->token(row * kRowTokens + row_token());
-      key.copy(at(kKeysPlace) + row * kRowBytes + piece_place(), token);
-      value.copy(at(Place::kValues) + row * kRowBytes + piece_place(), token);
-    }
+    for (int row = 0; row < this->rows(); ++row)
+      rows.copy(at(place) + row * kRowBytes + piece_place(), this->token(row * kRowTokens + row_token()));
   }
 
   // Of the queries from `first` on, with the gradients of their context and, to find delta, the context.
@@ -93,7 +99,36 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       for (int i = 0; i < 8; ++i) sum = fmaf(to_float(x[i]), to_float(y[i]), sum);
       minus = -this->sum_of_quad(sum);
     }
-    if (piece() < 2) pairs()[n / 2].minus_delta[n % 2 + 2 * piece()] = minus;
+    if (piece() == 0) pairs()[n / 2].minus_delta[n % 2] = minus;
+  }
+
+  // Whether the place of the values is free as soon as the last row of queries has met the keys: dS of one row alone is
+  // elsewhere.
+  __device__ __forceinline__ bool values_are_early() const { return rows() % 2; }
+  // Brings to shared memory what has room while gradients of the window before are written; the tables of the tokens
+  // are this one's. Returns whether this thread met moderate numbers only.
+  __device__ __forceinline__ bool begin_window() const {
+    if (threadIdx.x == 0) *reinterpret_cast<uint32_t*>(at(Place::kMasks)) = group.masks();
+    if (values_are_early()) copy_keys(kV, Place::kValues);
+    copy_row<false>(0);
+    return read_log_sums();
+  }
+  // Brings the rest, when those are written.
+  __device__ __forceinline__ void bring_keys() const {
+    for (int n = threadIdx.x; n < group.keys(); n += blockDim.x) written_tokens()[n] = token(n);
+    if (threadIdx.x < 3) {
+      const Slot slot = Slot(kDq + threadIdx.x);
+      starts()[threadIdx.x] = group.plain_rows(slot).first - arguments.call.tensor[slot].data;
+    }
+    copy_keys(kK, kKeysPlace);
+    if (!values_are_early()) copy_keys(kV, Place::kValues);
+    gpu::cp_async_commit();
+  }
+  // For writing gradients when the tables are those of the next window: the tokens, and where rows of dq, dk and dv
+  // start.
+  __device__ __forceinline__ int* written_tokens() const { return reinterpret_cast<int*>(at(Place::kWritten)); }
+  __device__ __forceinline__ int64_t* starts() const {
+    return reinterpret_cast<int64_t*>(at(Place::kWritten + 4 * Place::kTokens));
   }
 
   // Returns whether this thread met moderate numbers only. A query that is none has no weights.
@@ -101,12 +136,12 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     bool moderate = true;
 #pragma unroll 1
     for (int n = 32 * warp + lane; n < group.keys(); n += 32 * kPlaces) {
-      float log_sum = plus_infinity();
+      float minus = -plus_infinity();
       if (const int token = this->token(n); token >= 0) {
-        log_sum = *group.lse(token) * kLog2e;
-        moderate &= fabsf(log_sum) <= kLargestLogSum;
+        minus = -*group.lse(token) * kLog2e;
+        moderate &= fabsf(minus) <= kLargestLogSum;
       }
-      pairs()[n / 2].log_sum[n % 2] = log_sum;
+      pairs()[n / 2].minus_log_sum[n % 2] = minus;
     }
     return moderate;
   }
@@ -116,12 +151,8 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     for (int i = threadIdx.x; i < Place::kTableFloats; i += blockDim.x) sums()[i] = 0.0f;
     if (arguments.pad_gradient)
       for (int i = threadIdx.x; i < plan.warps * 2 * Layout::kDim; i += blockDim.x) this->pad(0)[i] = 0.0f;
-    if (threadIdx.x < 64)  // the last warp reads eight keys on, whose products nobody looks at
-      *reinterpret_cast<uint4*>(at(threadIdx.x < 32 ? kKeysPlace : Place::kValues) + group.keys() * Layout::kBytes +
-                                lane * 16) = make_uint4(0, 0, 0, 0);
-    constexpr int kCopy = RowBias::kCopyBytes / 4, kHidden = RowBias::kPairOfNoKey * kPairBytes / 4;
     for (int i = threadIdx.x; i < plan.bias_floats; i += blockDim.x)
-      reinterpret_cast<float*>(at(Place::kBias))[i] = i % kCopy < kHidden ? 0.0f : kNoWeight;
+      reinterpret_cast<float*>(at(Place::kBias))[i] = i < RowBias::kPairOfNoKey * kPairBytes / 4 ? 0.0f : kNoWeight;
     __syncthreads();
     const bool moderate = group.for_each_bias([&](int depth, int height, int width, float value) {
       RowBias::store(at(Place::kBias), depth, height, width, value);
@@ -133,18 +164,11 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
   __device__ __forceinline__ RowAddresses addresses() const {
     RowAddresses to;
     const int column = lane % 4 * 2, depth = lane / 4, difference = kPlaces - 1 - warp;
-    const uint32_t sixteen = Layout::place(lane % 16, lane / 16);
-    const uint32_t across = Layout::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const uint32_t keys = address(kKeysPlace) + warp * kRowBytes, queries = address(queries_of(0));
-    for (int part = 0; part < 2; ++part) {
-      to.keys[part] = keys + (sixteen ^ 32 * part);
-      to.queries[part] = queries + (sixteen ^ 32 * part);
-      to.across[part] = queries + (across ^ 32 * part);
-    }
+    to.queries = address(queries_of(0)) + Layout::place(lane % 8, lane / 8);
     to.scores = address(Place::kScores) + (warp * kRowTokens + depth) * kScoreBytes + column * 2;
     to.pairs = address(Place::kPairs) + lane % 4 * sizeof(PairRecord);
     const int pair = group.is_key(depth) ? difference * kPairs + 7 + column - depth : RowBias::kPairOfNoKey;
-    to.bias = address(Place::kBias) + pair * kPairBytes;
+    to.bias = address(Place::kBias) + pair * kPairBytes + (kPlaces - 1) * 16;
     to.sums = address(Place::kTable) + difference * kWidths * kSumBytes + lane * 8;
     return to;
   }
@@ -154,13 +178,12 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     const int column = lane % 4 * 2, depth = lane / 4;
     RowScores<kExact, kMasked, Group> scores{group};
     if constexpr (kExact) {
-      scores.first_query = first + column, scores.first_key = warp * kRowTokens + depth;
+      scores.first_query = first + column, scores.first_key = warp * kRowTokens + depth, scores.keys = keys_at();
       scores.records = this->records() + scores.first_query;
     } else if constexpr (kMasked) {
       const int height = (group.region(first) ^ group.region(warp * kRowTokens)) & 2;
       for (int i = 0; i < 2; ++i) {
         const bool apart = height || (group.region(column + i) ^ group.region(depth)) & 1;
-        scores.mask[i] = apart ? group.mask_added() * group.factor() : 0.0f;
         scores.more[i] = apart ? 0.0f : group.mask_added();
       }
       scores.wide = 0;
@@ -169,60 +192,59 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     return scores;
   }
 
-  // dQ of the queries from `first` on: the first four warps, one on each quarter of a multiprocessor, have two places
-  // each.
-  __device__ __forceinline__ void write_queries(int first) const {
-    if (warp > kPlaces / 2) return;
-    float dq[4][4];
-    sum_over_keys<T>(dq, address(kKeysPlace), address(Place::kScores) + warp * 32, warp < kPlaces / 2 ? 16 : 0, rows());
-    const float scale = group.scale();
+  // dQ of one or two rows of queries, from `first` on, four places at a time: that is work for the first warps, one on
+  // each quarter of a multiprocessor.
+  __device__ __forceinline__ void write_queries(int first, int rows_of_queries) const {
+    const int places = rows_of_queries * kPlaces;
+#pragma unroll 1
+    for (int start = 4 * warp; start < places; start += 4 * plan.warps) {
+      uint32_t scores[2];
+      for (int tile = 0; tile < 2; ++tile) {
+        const int place = min(start + 2 * tile + lane / 8 % 2, places - 1);
+        scores[tile] = address(Place::kScores) + place * 16 + (place < kPlaces ? 0 : kScoresDistance - kPlaces * 16);
+      }
+      float dq[2][4][4];
+      sum_over_keys<T>(dq, address(kKeysPlace), scores, rows());
+      const float scale = group.scale();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (2 * warp + half == kPlaces) break;
-      const int token = this->token(first + (2 * warp + half) * 8 + lane / 4);
-      if (token < 0) continue;
-      uint32_t* to = gradient(kDq, token) + lane % 4;
+      for (int i = 0; i < 4; ++i) {
+        const int place = min(start + i, places);
+        uint32_t words[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        if (n * 8 < group.head_dim()) to[4 * n] = gpu::pack<T>(dq[n][2 * half] * scale, dq[n][2 * half + 1] * scale);
+        for (int n = 0; n < 4; ++n)
+          words[n] = gpu::pack<T>(dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
+        write_words(kDq, place < places ? written_tokens()[first + place * 8 + lane / 4] : kNoToken, words);
+      }
     }
   }
-  __device__ __forceinline__ uint32_t* gradient(Slot slot, int token) const {
-    return reinterpret_cast<uint32_t*>(const_cast<char*>(group.plain_rows(slot).at(token)));
+  // A row of a gradient, of which a lane has two neighbouring elements of each eight; nothing for a token below 0.
+  __device__ __forceinline__ void write_words(Slot slot, int token, const uint32_t (&words)[4]) const {
+    const PlainRows<const char> rows{arguments.call.tensor[slot].data + starts()[slot - kDq],
+                                     arguments.token_stride[slot]};
+    uint32_t* to = reinterpret_cast<uint32_t*>(const_cast<char*>(rows.at(max(token, 0)))) + lane % 4;
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      if (token >= 0 && n * 8 < group.head_dim()) to[4 * n] = words[n];
   }
 
-  // Puts dK or dV of the warp's keys, times `scale`, into the shared memory where their rows were.
-  __device__ __forceinline__ void put_keys(int place_of_rows, float (&sum)[3][4][4], float (&last)[2][4],
-                                           float scale) const {
-    const uint32_t rows = address(place_of_rows) + warp * kRowBytes + lane % 4 * 4;
+  // Writes dK or dV of the warp's keys, times `scale`; what is of padding is added to the sums of the warp.
+  __device__ __forceinline__ void write_keys(Slot slot, float (&sum)[3][4][4], float (&last)[2][4], float scale) const {
+    bool padded = false;
 #pragma unroll
-    for (int place = 0; place < kPlaces; ++place)
+    for (int place = 0; place < kPlaces; ++place) {
+      const int token = written_tokens()[warp * kRowTokens + place * 8 + lane / 4];
+      padded |= token < 0;
+      uint32_t words[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         float* pair = place + 1 < kPlaces ? &sum[place / 2][n][place % 2 * 2] : &last[n / 2][n % 2 * 2];
         pair[0] *= scale, pair[1] *= scale;
-        uint32_t packed = gpu::pack<T>(pair[0], pair[1]);
-        if (place + 1 == kPlaces) packed = gpu::transpose(packed);
-        gpu::store_shared(rows + Layout::place(place * 8 + lane / 4, n), packed);
+        words[n] = gpu::pack<T>(pair[0], pair[1]);
+        if (place + 1 == kPlaces) words[n] = gpu::transpose(words[n]);
       }
-  }
-  __device__ __forceinline__ void write_keys(DepthFastestKeys<T>& keys) const {
-    put_keys(kKeysPlace, keys.dk, keys.dk_last, group.scale());
-    put_keys(Place::kValues, keys.dv, keys.dv_last, 1.0f);
-    __syncwarp();
-    bool padded = false;
-#pragma unroll
-    for (int place = 0; place < kPlaces; ++place) {
-      const int n = warp * kRowTokens + place * 8 + lane / Layout::kPieces, token = this->token(n);
-      padded |= token < 0;
-      if (token >= 0 && piece() * 8 < group.head_dim())
-        for (int i = 0; i < 2; ++i)
-          reinterpret_cast<uint4*>(gradient(i == 0 ? kDk : kDv, token))[piece()] =
-              gpu::load_shared<uint4>(address(i == 0 ? kKeysPlace : Place::kValues) + Layout::place(n, piece()));
+      write_words(slot, token, words);
     }
-    if (!arguments.pad_gradient || !__any_sync(~0u, padded)) return;
-    add_padding(kDk, keys.dk, keys.dk_last);
-    add_padding(kDv, keys.dv, keys.dv_last);
+    if (arguments.pad_gradient && __any_sync(~0u, padded)) add_padding(slot, sum, last);
   }
 
   // Adds the rows of padding to the sums of the warp.
@@ -236,7 +258,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
         float total = 0.0f;
 #pragma unroll
         for (int place = 0; place + 1 < kPlaces; ++place)
-          total += group.is_real(start + place * 8 + lane / 4) ? 0.0f : sum[place / 2][n][place % 2 * 2 + j];
+          total += written_tokens()[start + place * 8 + lane / 4] >= 0 ? 0.0f : sum[place / 2][n][place % 2 * 2 + j];
 #pragma unroll
         for (int bits = 4; bits < 32; bits *= 2) total += __shfl_xor_sync(~0u, total, bits);
         if (lane < 4) to[n * 8 + column + j] += total;
@@ -247,7 +269,7 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
       float total = 0.0f;
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        total += group.is_real(start + (kPlaces - 1) * 8 + column + j) ? 0.0f : last[n / 2][n % 2 * 2 + j];
+        total += written_tokens()[start + (kPlaces - 1) * 8 + column + j] >= 0 ? 0.0f : last[n / 2][n % 2 * 2 + j];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       if (lane % 4 == 0) to[n * 8 + lane / 4] += total;
@@ -255,14 +277,18 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
     __syncwarp();
   }
 
-  // All queries of a window meet its keys, which are on their way to shared memory.
+  // All queries of a window meet its keys, which are on their way to shared memory. Begins the next window, and returns
+  // what that does.
   template <bool kExact>
-  __device__ __forceinline__ void run_window() const {
+  __device__ __forceinline__ bool run_window() const {
     gpu::cp_async_wait<0>();
     find_deltas<kExact>(0);
     __syncthreads();
     DepthFastestKeys<T> keys;
     keys.reset();
+    if (!kExact)
+#pragma unroll
+      for (int t = 0; t <= keys.kTiles; ++t) keys.load(t, keys_at());
     RowAddresses to = again().addresses();
 #pragma unroll 1
     while (first_query(to) < group.keys()) {
@@ -272,16 +298,33 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
           keys.add(to, again().template scores_of<false, true>(first_query(to)));
         else
           keys.add(to, again().template scores_of<kExact, false>(first_query(to)));
+      } else {
+        to.next_place(kPlaces);
       }
       gpu::cp_async_wait<0>();
-      if (const int next = first_query(to) + kRowTokens; next < group.keys())
-        again().template find_deltas<kExact>(next);
-      to.advance(first_query(to), again().bias_step());
+      const int next = first_query(to);
+      if (next < group.keys()) again().template find_deltas<kExact>(next);
+      const int last = kExact || is_odd_row(next) ? 1 : 2;  // rows of queries whose dS is there
+      to.next_row(!is_odd_row(next), again().bias_step(), kExact ? 0 : kScoresDistance);
       __syncthreads();
-      again().write_queries(first_query(to) - kRowTokens);
+      if (next >= group.keys() || (!kExact && last == 1)) continue;
+      again().write_queries(next - last * kRowTokens, last);
       __syncthreads();
     }
-    if (const DepthFastestBackward last = again(); last.owns_keys()) last.write_keys(keys);
+    bool moderate = true;
+    if (const Progress* now = gpu::shared_memory<Progress>(); now->group + 1 < now->end) {
+      const Group next(arguments, now->head, now->group + 1);
+      next.find_rows();
+      __syncthreads();
+      moderate = DepthFastestBackward(arguments, next).begin_window();
+    }
+    const int rows = kExact || this->rows() % 2 ? 1 : 2;
+    again().write_queries(group.keys() - rows * kRowTokens, rows);
+    if (const DepthFastestBackward last = again(); last.owns_keys()) {
+      last.write_keys(kDk, keys.dk, keys.dk_last, group.scale());
+      last.write_keys(kDv, keys.dv, keys.dv_last, 1.0f);
+    }
+    return moderate;
   }
 
   // The share's sums of the table's gradient. Lanes with one difference of depth are added in their order.
@@ -305,13 +348,13 @@ struct DepthFastestBackward : Backward<T, 32, WindowGradientGroup<true>, kRowTok
 
 // Not the usual way through a window: a function of its own, so that the latter has all registers.
 template <class T>
-__device__ __attribute__((noinline)) void run_window_exactly(const WindowGradientArguments& arguments, int head,
+__device__ __attribute__((noinline)) bool run_window_exactly(const WindowGradientArguments& arguments, int head,
                                                              int g) {
   const WindowGradientGroup<true> group(arguments, head, g);
   const DepthFastestBackward<T> backward(arguments, group);
   backward.scan_rows();
   __syncthreads();
-  backward.template run_window<true>();
+  return backward.template run_window<true>();
 }
 
 template <class T>
@@ -319,30 +362,27 @@ __device__ __forceinline__ void depth_fastest_backward(const WindowGradientArgum
   using B = DepthFastestBackward<T>;
   using Group = WindowGradientGroup<true>;
   Progress* const now = gpu::shared_memory<Progress>();
+  bool moderate;
   {
     const Progress start = first_progress(arguments);
     const Group group(arguments, start.head, start.group);
-    const bool folds = B(arguments, group).begin();
+    const B backward(arguments, group);
+    const bool folds = backward.begin();
     if (threadIdx.x == 0) *now = start, now->folds = folds;
+    group.find_rows();
+    __syncthreads();
+    moderate = backward.begin_window();
   }
-  __syncthreads();
   while (now->group < now->end) {
-    bool moderate;
     {
-      Group group(arguments, now->head, now->group);
-      const B backward(arguments, group);
-      group.find_rows();
-      __syncthreads();
-      if (threadIdx.x == 0) *reinterpret_cast<uint32_t*>(backward.at(DepthFastestPlaces::kMasks)) = group.masks();
-      backward.copy_keys();
-      backward.template copy_row<false>(0);
-      moderate = __syncthreads_and(backward.read_log_sums());
-    }
-    if (moderate && now->folds) {
       const Group group(arguments, now->head, now->group);
-      B(arguments, group).template run_window<false>();
+      B(arguments, group).bring_keys();
+    }
+    if (__syncthreads_and(moderate) && now->folds) {
+      const Group group(arguments, now->head, now->group);
+      moderate = B(arguments, group).template run_window<false>();
     } else {
-      run_window_exactly<T>(arguments, now->head, now->group);
+      moderate = run_window_exactly<T>(arguments, now->head, now->group);
     }
     __syncthreads();
     if (threadIdx.x == 0) ++now->group;

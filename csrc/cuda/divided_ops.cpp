@@ -3,6 +3,7 @@
 #include <device.h>
 #include "divided_call.h"
 #include "divided_cuda.h"
+#include "divided_short.h"
 #include "plan.h"
 
 namespace vidattn::cuda {
@@ -14,16 +15,16 @@ void check(const DividedArgs& a) {
   STD_TORCH_CHECK(a.dropout_p == 0, "dropout is not implemented");
 }
 
-// Calls run(a) for the heads that attend over time, then for those that attend over space.
-template <class Run>
-void for_each_axis(DividedArgs& a, Run run) {
+// Runs one pass for the heads that attend over time, then for those that attend over space.
+template <class Short, class Long>
+void run_axes(DividedArgs& a, Short run_short, Long run_long) {
   for (bool over_time : {true, false}) {
     if (!set_axis(a, over_time)) continue;
     STD_TORCH_CHECK(a.cls + a.patches <= kMaxSequence, "expected sequences of up to ", kMaxSequence, " tokens, got ",
                     a.cls + a.patches);
     STD_TORCH_CHECK(a.batch * a.groups * a.num_heads <= INT32_MAX, "more than 2^31 - 1 blocks");
-    STD_TORCH_CHECK(a.lse, "expected a log-sum-exp");
-    const char* error = run();
+    STD_TORCH_CHECK(is_short(a) || a.lse, "expected a log-sum-exp");
+    const char* error = is_short(a) ? run_short() : run_long();
     STD_TORCH_CHECK(!error, "starting the kernel of divided attention failed: ", error ? error : "");
   }
 }
@@ -39,7 +40,9 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   if (cls_mean) a.cls_mean = {static_cast<char*>(cls_mean->data_ptr()), {2 * cls_mean->stride(0), 0, 2 * a.head_dim}};
   if (lse) a.lse = lse->data_ptr();
   const OnDeviceOf device(from.first());
-  for_each_axis(a, [&] { return divided_forward(a, device.stream()); });
+  run_axes(
+      a, [&] { return divided_short_forward(a, device.stream()); },
+      [&] { return divided_forward(a, device.stream()); });
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -64,7 +67,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   if (out) a.tensor[kOut] = row_tensor(*out, a.head_dim);
   if (lse) a.lse = lse->data_ptr();
   const OnDeviceOf device(*gradients[0]);
-  for_each_axis(a, [&] {
+  const auto run_long = [&] {
     const int64_t floats = divided_backward_floats(a);
     Tensor workspace;
     float* memory = nullptr;
@@ -73,7 +76,8 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
       memory = static_cast<float*>(workspace.data_ptr());
     }
     return divided_backward(a, memory, device.stream());
-  });
+  };
+  run_axes(a, [&] { return divided_short_backward(a, device.stream()); }, run_long);
 }
 
 }  // namespace

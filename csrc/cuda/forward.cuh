@@ -334,7 +334,7 @@ struct SharedKeys {
   __device__ __forceinline__ void copy(int key, int stage) const {
     const int count = min(keys() - key, arguments.plan.block_keys);
     const int rows = Group::kWholeChunks ? count : (count + 15) / 16 * 16;
-    copy_rows<kDim>(group, kK, kV, key, count, rows, k(stage), v(stage));
+    copy_rows<kDim>(group, kK, kV, key, count, rows, k(stage), v(stage), int(threadIdx.x), int(blockDim.x));
     gpu::cp_async_commit();
   }
 

@@ -185,7 +185,7 @@ struct BackwardPlan {
   // Sequences: whether a block walks over several of them, and what only that needs (sequence_backward.cuh).
   bool walks;
   int half, contexts, log_sums;  // bytes of all keys and values of one; places
-  int job_warps[4];              // who makes which part of dq
+  int job_warps[2];              // who makes which half of dq
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
@@ -256,24 +256,24 @@ constexpr BackwardPlan fit_backward(const BackwardShape& s, const BackwardPlan& 
 // There is room for 7 heights, whatever the window has, so that the compiler knows all distances.
 struct DepthFastestPlaces {
   static constexpr int kTokens = 8 * 7 * 7, kSlots = 416, kRowBytes = 56 * 64;
-  static constexpr int kKeyBytes = 7 * kRowBytes + 8 * 64;  // the last warp reads 8 keys on
-  static constexpr int kValues = kKeysPlace + kKeyBytes;
-  static constexpr int kQueries = kValues + kKeyBytes;  // two rows of them, each with the gradients of its context
-  static constexpr int kScores = kQueries + 4 * kRowBytes;
-  static constexpr int kContext = kScores + kTokens * 112;  // of a row of queries; exact: the records of all
-  static constexpr int kPairs = kContext + 16 * kSlots, kRecordBytes = 16 * kTokens;
-  static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = 2 * (13 * 14 + 1) * 28;
+  static constexpr int kQueries = kKeysPlace + 7 * kRowBytes;  // two rows, each with the gradients of its context
+  static constexpr int kScores = kQueries + 4 * kRowBytes, kScoreBytes = kTokens * 112;  // dS of two rows of queries
+  static constexpr int kValues = kScores + kScoreBytes;  // in place of the second, until the warps have loaded them
+  static constexpr int kContext = kScores + 2 * kScoreBytes;  // of a row of queries; exact: the records of all
+  static constexpr int kPairs = kContext + 16 * kSlots, kRecordBytes = 8 * kTokens;
+  static constexpr int kBias = kPairs + kRecordBytes, kBiasFloats = (13 * 14 + 1) * 13 * 4;
   static constexpr int kTable = kBias + 4 * kBiasFloats, kTableFloats = 13 * 13 * 64;
   static constexpr int kPads = kTable + 4 * kTableFloats;
-  static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;  // whether the window has several regions
-  static constexpr int kTables = kMasks + 16;            // of the tokens
+  static constexpr int kMasks = kPads + 7 * 2 * 32 * 4;        // whether the window has several regions
+  static constexpr int kWritten = kMasks + 16;                 // tokens whose gradients are written, and where to
+  static constexpr int kTables = kWritten + 4 * kTokens + 32;  // of the tokens
   static constexpr int kBytes = kTables + kSlots * (4 + 4 + 2);
 };
 constexpr BackwardPlan plan_depth_fastest(const BackwardShape& s, const int (&axes)[3]) {
   using Place = DepthFastestPlaces;
   BackwardPlan plan{};
   plan.dim = 32, plan.warps = 7, plan.threads = 32 * plan.warps, plan.warp_keys = plan.query_tile = 56;
-  plan.block_keys = static_cast<int>(56 * s.window[axes[1]]), plan.rows = Place::kKeyBytes / 64;
+  plan.block_keys = static_cast<int>(56 * s.window[axes[1]]), plan.rows = Place::kTokens;
   plan.blocks = plan.score_tiles = 1, plan.depth_fastest = true, plan.table_is_shared = s.table_gradient;
   for (int i = 0; i < 3; ++i) plan.axes[i] = axes[i];
   plan.bias_floats = Place::kBiasFloats, plan.table_floats = s.table_gradient ? Place::kTableFloats : 0;
@@ -387,12 +387,12 @@ constexpr ForwardPlan plan_sequence_forward(int64_t keys, int64_t head_dim, int6
 }
 
 // Shares the parts of dq among warps so that the partitions of a multiprocessor, which have their warps in turn, have
-// about the same to do. A warp's products with 16 keys count four, a part of dq one for each 64 keys.
+// about the same to do. In halves of a product with 16 keys, a warp does eight with each 16 of its own.
 constexpr void share_jobs(BackwardPlan& plan, int64_t keys) {
   int64_t load[4] = {};
   for (int warp = 0; warp < plan.warps; ++warp) {
     const int64_t own = keys - warp * plan.warp_keys;
-    load[warp % 4] += 16 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
+    load[warp % 4] += 8 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
   }
   for (int& warp : plan.job_warps) {
     warp = 0;

@@ -75,32 +75,13 @@ struct PieceOfRows {
   }
 };
 
-// The same for one tensor.
-template <int kDim, class Group>
-__device__ __forceinline__ void copy_rows(const Group& group, Slot x, int first, int count, int rows, unsigned char* to,
-                                          int thread) {
-  using Layout = Rows<kDim>;
-  const int step = int(blockDim.x) / Layout::kPieces, piece = thread % Layout::kPieces;
-  int row = thread / Layout::kPieces;
-  if (group.is_plain(x)) {
-    const auto from = group.piece(x, piece);
-    const auto tokens = group.tokens() + first;
-#pragma unroll 2
-    for (; row < rows; row += step) from.copy(to + Layout::place(row, piece), row < count ? tokens[row] : kNoToken);
-  } else {
-#pragma unroll 1
-    for (; row < rows; row += step)
-      group.copy_piece(x, row < count ? first + row : kNoToken, piece, to + Layout::place(row, piece));
-  }
-}
-
 // Starts to copy rows of two tensors into shared memory, those of `count` tokens from `first` on, and zeros up to
-// `rows` rows.
+// `rows` rows; by so many threads, of which this is one.
 template <int kDim, class Group>
 __device__ __forceinline__ void copy_rows(const Group& group, Slot x, Slot y, int first, int count, int rows,
-                                          unsigned char* to_x, unsigned char* to_y, int thread = threadIdx.x) {
+                                          unsigned char* to_x, unsigned char* to_y, int thread, int threads) {
   using Layout = Rows<kDim>;
-  const int step = int(blockDim.x) / Layout::kPieces, piece = thread % Layout::kPieces;
+  const int step = threads / Layout::kPieces, piece = thread % Layout::kPieces;
   int row = thread / Layout::kPieces;
   if (group.is_plain(x) && group.is_plain(y)) {
     const auto from_x = group.piece(x, piece), from_y = group.piece(y, piece);
@@ -121,6 +102,25 @@ __device__ __forceinline__ void copy_rows(const Group& group, Slot x, Slot y, in
       group.copy_piece(x, inside ? first + row : kNoToken, piece, to_x + place);
       group.copy_piece(y, inside ? first + row : kNoToken, piece, to_y + place);
     }
+  }
+}
+
+// The same of one tensor.
+template <int kDim, class Group>
+__device__ __forceinline__ void copy_rows(const Group& group, Slot x, int first, int count, int rows, unsigned char* to,
+                                          int thread, int threads) {
+  using Layout = Rows<kDim>;
+  const int step = threads / Layout::kPieces, piece = thread % Layout::kPieces;
+  int row = thread / Layout::kPieces;
+  if (group.is_plain(x)) {
+    const auto from = group.piece(x, piece);
+    const auto tokens = group.tokens() + first;
+#pragma unroll 4
+    for (; row < rows; row += step) from.copy(to + Layout::place(row, piece), row < count ? tokens[row] : kNoToken);
+  } else {
+#pragma unroll 1
+    for (; row < rows; row += step)
+      group.copy_piece(x, row < count ? first + row : kNoToken, piece, to + Layout::place(row, piece));
   }
 }
 

@@ -45,23 +45,24 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
 
   // ---- Copies ----
 
-  __device__ __forceinline__ void copy_tile(int query) const {
+  // By so many threads, of which this is one.
+  __device__ __forceinline__ void copy_tile(int query, int thread, int threads) const {
     const int count = group.keys() - query, stage = stage_of(query);
-    copy_rows<kDim>(group, kQ, kDout, query, count, kQueries, queries(stage, 0), queries(stage, 1), thread_of_block());
-    if (!arguments.whole_rows) copy_rows<kDim>(group, kOut, query, count, kQueries, contexts(query), thread_of_block());
+    copy_rows<kDim>(group, kQ, kDout, query, count, kQueries, queries(stage, 0), queries(stage, 1), thread, threads);
+    if (!arguments.whole_rows) copy_rows<kDim>(group, kOut, query, count, kQueries, contexts(query), thread, threads);
   }
   // Some keys and values, zeros behind the last one, and the log-sum-exp of as many queries.
-  __device__ __forceinline__ void copy_keys(int first, int rows) const {
+  __device__ __forceinline__ void copy_keys(int first, int rows, int thread, int threads) const {
     unsigned char *k = at(this->keys_place() + first * Layout::kBytes),
                   *v = at(this->values_place() + first * Layout::kBytes);
-    copy_rows<kDim>(group, kK, kV, first, group.keys() - first, rows, k, v, thread_of_block());
-    for (int n = first + thread_of_block(); n < min(first + rows, group.keys()); n += blockDim.x)
+    copy_rows<kDim>(group, kK, kV, first, group.keys() - first, rows, k, v, thread, threads);
+    for (int n = first + thread; n < min(first + rows, group.keys()); n += threads)
       gpu::cp_async_4(gpu::shared_address(log_sums() + n), group.lse(n), true);
   }
   // All that a sequence begins with.
   __device__ __forceinline__ void start() const {
-    copy_keys(0, plan.rows);
-    copy_tile(0);
+    copy_keys(0, plan.rows, thread_of_block(), int(blockDim.x));
+    copy_tile(0, thread_of_block(), int(blockDim.x));
     gpu::cp_async_commit();
   }
 
@@ -100,20 +101,149 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
 
   // A tile of queries meets the keys of this warp, of which there are `count`.
   __device__ __forceinline__ void meet(Sums& sums, int count, int query) const {
+    // With 64 elements, rows of keys that are read serve a whole tile.
+    const bool whole = kDim == 64 && query + 16 < group.keys();
     const uint32_t biases[Base::kTiles][2] = {};
-    if (count == 32)
-      Base::template meet_queries<Way::kPlain>(sums, 0, biases, 0, count, query);
-    else if (count > 16)
-      Base::template meet_queries<Way::kMasked>(sums, 0, biases, 0, count, query);
-    else if (count > 0)
-      Base::template meet_queries<Way::kMasked, 1>(sums, 0, biases, 0, count, query);
+    if (count > 16) {
+      if (count == 32)
+        whole ? meet_tile<Way::kPlain, 2>(sums, count, query)
+              : Base::template meet_queries<Way::kPlain>(sums, 0, biases, 0, count, query);
+      else
+        whole ? meet_tile<Way::kMasked, 2>(sums, count, query)
+              : Base::template meet_queries<Way::kMasked>(sums, 0, biases, 0, count, query);
+    } else if (count > 0) {
+      whole ? meet_tile<Way::kMasked, 1>(sums, count, query)
+            : Base::template meet_queries<Way::kMasked, 1>(sums, 0, biases, 0, count, query);
+    }
   }
 
-  // This warp's parts of dq of a tile.
+  // What meet_queries does, for 32 queries at a time.
+  template <Way kWay, int kUsed>
+  __device__ __forceinline__ void meet_tile(Sums& sums, int count, int query) const {
+    constexpr int kArea = kQueries * Layout::kBytes;
+    const int thread = thread_of_block(), lane = thread % 32;
+    const uint32_t start = gpu::shared_address(at(0)), tile = start + plan.queries + 2 * stage_of(query) * kArea;
+    const uint32_t keys =
+        start + this->keys_place() + thread / 32 * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+    const uint32_t eights = tile + Layout::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t record = start + plan.records + (query + lane % 4 * 2) * int(sizeof(QueryRecord));
+    const auto of_query = [&](int eight, int i, int field) {
+      return gpu::load_shared<float>(record + (8 * eight + i) * int(sizeof(QueryRecord)) + field);
+    };
+    float p[4][kUsed][4], ds[4][kUsed][4];  // (16 keys, 8 queries)
+    multiply_tile(p, keys, eights);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float log_sum = of_query(e, i, int(offsetof(QueryRecord, log_sum)));
+#pragma unroll
+        for (int t = 0; t < kUsed; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& x = p[e][t][2 * half + i];
+            x = gpu::exp2_approx(fmaf(x, group.factor(), -log_sum));
+            if (kWay != Way::kPlain && 16 * t + lane / 4 + 8 * half >= count) x = 0.0f;  // no key
+          }
+      }
+    multiply_tile(ds, keys + (plan.values - kKeysPlace), eights + kArea);
+    uint32_t p_packed[2][kUsed][4], ds_packed[2][kUsed][4];
+    const int to = plan.scores + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float minus_delta[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) minus_delta[i] = of_query(e, i, int(offsetof(QueryRecord, minus_delta)));
+#pragma unroll
+      for (int t = 0; t < kUsed; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float *weights = &p[e][t][2 * half], *products = &ds[e][t][2 * half];
+          p_packed[e / 2][t][e % 2 * 2 + half] = gpu::pack<T>(weights[0], weights[1]);
+          const uint32_t pair =
+              gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
+          ds_packed[e / 2][t][e % 2 * 2 + half] = pair;
+          *reinterpret_cast<uint32_t*>(at((to ^ 16 * e) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
+        }
+    }
+    const uint32_t rows = tile + Layout::place(lane % 16, lane / 16);
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int part = 0; part < kDim / 16; ++part) {
+        uint32_t q[4], g[4];
+        gpu::ldmatrix_transposed(g, (rows ^ 32 * part) + 16 * step * Layout::kBytes + kArea);
+        gpu::ldmatrix_transposed(q, (rows ^ 32 * part) + 16 * step * Layout::kBytes);
+#pragma unroll
+        for (int t = 0; t < kUsed; ++t)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float (&dv)[4] = sums.dv[t][2 * part + i], (&dk)[4] = sums.dk[t][2 * part + i];
+            gpu::mma_16x8x16<T>(dv, p_packed[step][t], g[2 * i], g[2 * i + 1], dv);
+            gpu::mma_16x8x16<T>(dk, ds_packed[step][t], q[2 * i], q[2 * i + 1], dk);
+          }
+      }
+  }
+
+  // The rows of keys times 32 rows of a tile of queries; the addresses are of this lane's part of the first two pieces
+  // of 16 rows of each.
+  template <int kUsed>
+  static __device__ __forceinline__ void multiply_tile(float (&c)[4][kUsed][4], uint32_t keys, uint32_t eights) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+#pragma unroll
+      for (int t = 0; t < kUsed; ++t) c[e][t][0] = c[e][t][1] = c[e][t][2] = c[e][t][3] = 0.0f;
+#pragma unroll
+    for (int part = 0; part < kDim / 16; ++part) {
+      uint32_t b[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) gpu::ldmatrix(b[i], (eights ^ 32 * part) + 16 * i * Layout::kBytes);
+#pragma unroll
+      for (int t = 0; t < kUsed; ++t) {
+        uint32_t a[4];
+        gpu::ldmatrix(a, (keys ^ 32 * part) + 16 * t * Layout::kBytes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          gpu::mma_16x8x16<T>(c[e][t], a, b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1], c[e][t]);
+      }
+    }
+  }
+
+  // This warp's part of dq of a tile: half of the elements.
   __device__ __forceinline__ void sum_parts(int query) const {
 #pragma unroll 1
-    for (int job = 0; job < Base::kJobs; ++job)
-      if (plan.job_warps[job] == thread_of_block() / 32) Base::sum_queries(0, query, job);
+    for (int half = 0; half < 2; ++half) {
+      if (plan.job_warps[half] != thread_of_block() / 32) continue;
+      if (query + 16 < group.keys())
+        sum_half<2>(query, half);
+      else
+        sum_half<1>(query, half);
+    }
+  }
+  // Goes out by way of the rows of the queries in shared memory, which nobody needs any more: 16 bytes at a time.
+  template <int kSixteens>
+  __device__ __forceinline__ void sum_half(int query, int half) const {
+    constexpr int kParts = 2 * Base::kPieceJobs;
+    float sum[kSixteens][kParts][4];
+    Base::sum_half(sum, group.keys(), query, 0, half);
+    const int lane = thread_of_block() % 32;
+    unsigned char* const rows = queries(stage_of(query), 0);
+#pragma unroll
+    for (int s = 0; s < kSixteens; ++s)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          const float x = sum[s][j][2 * i] * group.scale(), y = sum[s][j][2 * i + 1] * group.scale();
+          if (s == 0 && i == 0 && lane < 4 && group.is_shared(query))
+            group.write_shared(kDq, (half * kParts + j) * 8 + lane * 2, x, y);
+          const int row = 16 * s + lane / 4 + 8 * i;
+          *reinterpret_cast<uint32_t*>(rows + Layout::place(row, half * kParts + j) + lane % 4 * 4) =
+              gpu::pack<T>(x, y);
+        }
+    __syncwarp();
+    group.template write_rows<kDim, kParts>(kDq, query, min(16 * kSixteens, group.keys() - query), half * kParts, rows,
+                                            lane);
   }
 };
 
@@ -166,15 +296,14 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
 #pragma unroll 1
       for (int query = 0; query < arguments.keys; query += B::kQueries) {
         const bool is_last = query + B::kQueries >= arguments.keys;
-        if (!is_last) {
-          const Group group = current();
-          B(arguments, group).copy_tile(query + B::kQueries);
+        const int warp = thread_of_block() / 32, lane = thread_of_block() % 32;
+        if (warp == arguments.backward.warps - 1 && (!is_last || has_next())) {
+          const Group group = is_last ? next_group() : current();
+          B(arguments, group).copy_tile(is_last ? 0 : query + B::kQueries, lane, 32);
         }
-        if (has_next()) {
+        if (warp == max(arguments.backward.warps - 2, 0) && has_next()) {
           const Group next = next_group();
-          const B backward(arguments, next);
-          if (is_last) backward.copy_tile(0);
-          backward.copy_keys(query, B::kQueries);
+          B(arguments, next).copy_keys(query, B::kQueries, lane, 32);
         }
         gpu::cp_async_commit();
         {

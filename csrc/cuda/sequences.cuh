@@ -59,7 +59,9 @@ static_assert(sizeof(SequenceArguments) <= 4096);
 // What a block keeps in shared memory of its sequence.
 struct SequenceBases {
   int64_t row[kSlots], cls[kSlots];  // from the start of a tensor: of position 0, less a row if there is a cls token
-  int source[kMaxHeadDim];           // of a channel of keys and values: how many frames on it is from
+  // For a channel of keys and values, twice how many frames on it is from, counted around the end of the segment, and 1
+  // where it does not go around.
+  int source[kMaxHeadDim];
 };
 static_assert(sizeof(SequenceBases) == kSequenceBytes);
 
@@ -111,7 +113,10 @@ class SequenceGroup {
         int offset = 0;
         for (int r = 0; r < a_.ranges; ++r)
           if (channel >= a_.range[r].first && channel < a_.range[r].last) offset = a_.range[r].offset;
-        bases()->source[i] = offset;
+        const int frames = int(a_.sequences.divisor()),
+                  there = sequence_ + offset;  // no offset is longer than a segment
+        const int turned = there < 0 ? there + frames : there >= frames ? there - frames : there;
+        bases()->source[i] = 2 * (turned - sequence_) + (turned == there);
       }
   }
 
@@ -153,9 +158,9 @@ class SequenceGroup {
     bool valid = piece * 8 < head_dim();
     int64_t offset = 16 * piece;
     if (a_.ranges > 0 && (slot == kK || slot == kV) && valid) {
-      const int frames = bases()->source[piece * 8];
-      valid = is_inside(frames);
-      if (valid) offset += frames * a_.rows[slot].sequence_stride;
+      const Source source = source_of(piece * 8);
+      valid = source.is_inside;
+      offset += source.frames * a_.rows[slot].sequence_stride;
     }
     if (!valid) rows.first = rows.cls = readable(slot), rows.stride = 0, offset = 0;
     rows.first = gpu::keep(rows.first + offset), rows.cls = gpu::keep(rows.cls + offset);
@@ -173,9 +178,9 @@ class SequenceGroup {
     for (int i = 0; i < 8; ++i) {
       const int channel = piece * 8 + i;
       if (channel >= head_dim()) break;
-      const int frames = bases()->source[channel];
-      if (!is_inside(frames)) continue;
-      const char* element = row + frames * a_.rows[slot].sequence_stride + 2 * channel;
+      const Source source = source_of(channel);
+      if (!source.is_inside) continue;
+      const char* element = row + source.frames * a_.rows[slot].sequence_stride + 2 * channel;
       words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(element)) << i % 2 * 16;
     }
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -202,28 +207,39 @@ class SequenceGroup {
   }
   // Where a gradient goes.
   __device__ __forceinline__ char* gradient(Slot slot, int n) const { return row(slot, n); }
-  // Writes a piece of a key's gradient.
+  // Writes some pieces of a gradient's rows, those of `count` tokens from n on, which lie in shared memory from a place
+  // on; by a warp. What is shared has been written.
   //
-  // Each run of channels goes back to the frame that it came from. Where there is none, the run of the frame that the
-  // offset reaches around the end of the segment, which nobody has read, gets zeros: so each element is written once.
-  __device__ __forceinline__ void write_piece_of_key(Slot slot, int n, int piece, const uint4& words) const {
+  // Each run of a key's channels goes back to the frame that it came from. Where there is none, the run of the frame
+  // that the offset reaches around the end of the segment, which nobody has read, gets zeros: so each element is
+  // written once.
+  template <int kDim, int kPieces>
+  __device__ __forceinline__ void write_rows(Slot slot, int n, int count, int first, const unsigned char* shared,
+                                             int lane) const {
+    const int piece = first + lane % kPieces, step = 32 / kPieces;
     if (piece * 8 >= head_dim()) return;
-    char* const row = this->row(slot, n);
-    if (a_.ranges == 0) {
-      write_piece(row, piece, head_dim(), a_.gradient_unit, words);
-    } else if (a_.whole_pieces) {
-      const int frames = bases()->source[piece * 8];
-      write_piece(row + turn(frames) * a_.rows[slot].sequence_stride, piece, head_dim(), a_.gradient_unit,
-                  is_inside(frames) ? words : make_uint4(0, 0, 0, 0));
+    const auto words_of = [&](int row) {
+      return *reinterpret_cast<const uint4*>(shared + Rows<kDim>::place(row, piece));
+    };
+    const bool mixes = a_.ranges > 0 && slot != kDq;
+    const Source source = mixes && a_.whole_pieces ? source_of(piece * 8) : Source{0, true};
+    char* const to = first_row(slot) + source.frames * a_.rows[slot].sequence_stride;
+    int row = lane / kPieces;
+    if (n + row < a_.cls) row += step;
+    if (a_.gradient_unit == 16 && (!mixes || a_.whole_pieces)) {
+#pragma unroll 2
+      for (; row < count; row += step)
+        *reinterpret_cast<uint4*>(to + (n + row) * a_.rows[slot].row_stride + 16 * piece) =
+            source.is_inside ? words_of(row) : make_uint4(0, 0, 0, 0);
     } else {
-      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int channel = piece * 8 + i;
-        if (channel >= head_dim()) break;
-        const int frames = bases()->source[channel];
-        char* to = row + turn(frames) * a_.rows[slot].sequence_stride + 2 * channel;
-        *reinterpret_cast<uint16_t*>(to) = is_inside(frames) ? uint16_t(pairs[i / 2] >> i % 2 * 16) : uint16_t(0);
+#pragma unroll 1
+      for (; row < count; row += step) {
+        char* const at = to + (n + row) * a_.rows[slot].row_stride;
+        const uint4 words = source.is_inside ? words_of(row) : make_uint4(0, 0, 0, 0);
+        if (!mixes || a_.whole_pieces)
+          write_piece(at, piece, head_dim(), a_.gradient_unit, words);
+        else
+          write_mixed(slot, at, piece, words);
       }
     }
   }
@@ -263,15 +279,28 @@ class SequenceGroup {
   }
   __device__ __forceinline__ char* first_row(Slot slot) const { return a_.rows[slot].data + bases()->row[slot]; }
   __device__ __forceinline__ char* cls_row(Slot slot) const { return a_.rows[slot].cls + bases()->cls[slot]; }
-  // Whether there is a frame so many on in the segment.
-  __device__ __forceinline__ bool is_inside(int frames) const {
-    return uint32_t(sequence_ + frames) < uint32_t(a_.sequences.divisor());
+  // A piece whose elements may go to several frames; `row` is that of this one.
+  __device__ __forceinline__ void write_mixed(Slot slot, char* row, int piece, const uint4& words) const {
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int channel = piece * 8 + i;
+      if (channel >= head_dim()) break;
+      const Source source = source_of(channel);
+      char* to = row + source.frames * a_.rows[slot].sequence_stride + 2 * channel;
+      *reinterpret_cast<uint16_t*>(to) = source.is_inside ? uint16_t(pairs[i / 2] >> i % 2 * 16) : uint16_t(0);
+    }
   }
-  // The same frame as a step inside the segment, around its end.
-  __device__ __forceinline__ int turn(int frames) const {
-    const int count = int(a_.sequences.divisor());
-    const int frame = (sequence_ + frames) % count;
-    return (frame < 0 ? frame + count : frame) - sequence_;
+
+  // The frame that a channel of keys and values is from, in frames from this one on; if it is outside of the segment,
+  // the one that the offset reaches around its end.
+  struct Source {
+    int frames;
+    bool is_inside;
+  };
+  __device__ __forceinline__ Source source_of(int channel) const {
+    const int source = bases()->source[channel];
+    return {source >> 1, (source & 1) != 0};
   }
 
  protected:

@@ -43,7 +43,7 @@ __all__ = [
     "view",
 ]
 
-_READ, _WRITE, _INITIALISED = 1, 2, 4  # rights, as in machine.h
+_READ, _WRITE, _INITIALISED, _SINGLE_BYTE = 1, 2, 4, 8  # rights, as in machine.h
 
 _libraries: dict[str, torch.library.Library] = {}  # of the ops, by namespace
 _undo: list[Callable[[], Any]] = []
@@ -191,7 +191,7 @@ def _native_ops() -> list[str]:
     """Name the native ops of all families."""
     names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     private = {op for namespace, op in names if namespace == "vidattn" and op.startswith("_")}
-    return sorted(op for op in private if op.endswith(("_forward", "_backward")))
+    return sorted(op for op in private if op.endswith(("_forward", "_backward", "_shift")))
 
 
 # ---- Calls ----
@@ -219,14 +219,16 @@ def _launch_functions(otherwise: Callable[[str], Any], passes: tuple[Callable[..
     return passes if backend == "cuda" else otherwise(backend)
 
 
-def _launch(op: str, call: Any, *rest: Any) -> None:
-    """Run a native op on the emulated GPU."""
+def _launch(op: str, *arguments: Any) -> None:
+    """Run a native op on the emulated GPU; the first argument of a pass is a call, which stands for many."""
+    if isinstance(arguments[0], tuple):
+        arguments = (*arguments[0], *arguments[1:])
     ops, name = getattr(torch.ops, _namespace or ""), f"{_namespace}::{op}"
     if not hasattr(ops, op) or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
         raise NotImplementedError(f"{op}: expected a pass that has CUDA kernels, got one that has none yet")
     native = getattr(ops, op).default
     inputs, outputs = {}, {}
-    for argument, value in zip(native._schema.arguments, (*call, *rest), strict=True):
+    for argument, value in zip(native._schema.arguments, arguments, strict=True):
         if isinstance(value, Tensor):
             written = argument.alias_info is not None and argument.alias_info.is_write
             (outputs if written else inputs)[argument.name] = value
@@ -235,7 +237,7 @@ def _launch(op: str, call: Any, *rest: Any) -> None:
     regions = _add_memory(inputs, outputs)
     blocks = blocks_run()
     try:
-        native(*call, *rest)
+        native(*arguments)
     finally:
         _raise_findings()
     if blocks_run() == blocks:
@@ -275,7 +277,7 @@ def _add_memory(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> 
         begin = min(_span(tensor)[0] for _, tensor, _ in members)
         memory = np.zeros(max(_span(tensor)[1] for _, tensor, _ in members) - begin, np.uint8)
         for _, tensor, rights in members:
-            _bytes_of(tensor, memory, begin)[...] |= rights
+            _bytes_of(tensor, memory, begin)[...] |= rights | (_SINGLE_BYTE if tensor.element_size() == 1 else 0)
         piece = ", ".join(name for name, _, _ in members)
         build.emulator().add_memory(piece, begin, memory)
         found.update({name: (piece, begin) for name, _, _ in members})
@@ -320,5 +322,5 @@ _PASSES: dict[Any, tuple[Any, ...]] = {
     window3d: (("window3d_attention",), *_WINDOWS),
     window: (("window_attention",), *_WINDOWS),
     divided: (("temporal_attention", "spatial_attention", "factorized_dot_product_attention"), *_DIVIDED),
-    mixing: (("space_time_mixing_attention",), *_MIXING),
+    mixing: (("space_time_mixing_attention", "temporal_shift"), *_MIXING),
 }

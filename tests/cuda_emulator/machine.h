@@ -119,8 +119,8 @@ void forget_launch();  // a launch begins
 void forget_block();   // a block begins
 void check_copies_done(const Fiber& fiber);
 
-// Rights to a byte.
-enum Right : uint8_t { kMayRead = 1, kMayWrite = 2, kInitialised = 4 };
+// Rights to a byte, and whether it is an element of its own.
+enum Right : uint8_t { kMayRead = 1, kMayWrite = 2, kInitialised = 4, kSingleByte = 8 };
 // Memory that kernels may use from now on, with the rights to each byte.
 void add_memory(std::string name, uintptr_t begin, std::vector<uint8_t> rights);
 void add_workspace(void* begin, size_t bytes);

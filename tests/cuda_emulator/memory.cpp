@@ -8,8 +8,9 @@
 namespace emulator {
 namespace {
 
-// Who used a byte (two bytes of global memory). Blocks are numbered over all launches. A reader that comes before a
-// newer one is forgotten: a write that races with it races with the newer one too, or comes after both.
+// Who used a byte (two bytes of global memory, where no element has one). Blocks are numbered over all launches. A
+// reader that comes before a newer one is forgotten: a write that races with it races with the newer one too, or comes
+// after both.
 struct Cell {
   static constexpr int kReaders = 8;
   uint32_t write_block = 0, write_step = 0, read_block = 0;
@@ -22,10 +23,10 @@ struct Cell {
 constexpr uint16_t kInFlight = 0xffff;  // the writer of what cp.async may write at any time
 
 struct Memory {
-  static constexpr int kShift = 1;  // elements have 16 bits or more
   std::string name;
   uintptr_t begin, end;
   std::vector<uint8_t> rights;
+  int shift;                // of a byte's place, to that of its cell
   std::vector<Cell> cells;  // of what may be written
 };
 struct Image {
@@ -161,8 +162,7 @@ void check_global(Memory& m, uintptr_t a, size_t bytes, Access access, const Fib
   if (m.cells.empty()) return;
   if (access == Access::read && !(have & kMayWrite)) return;  // nobody can write it
   const size_t offset = a - m.begin;
-  use_all(m.cells.data(), offset >> Memory::kShift, (offset + bytes - 1) >> Memory::kShift, a, access,
-          have & kInitialised, f, place);
+  use_all(m.cells.data(), offset >> m.shift, (offset + bytes - 1) >> m.shift, a, access, have & kInitialised, f, place);
 }
 
 }  // namespace
@@ -226,10 +226,10 @@ void forget_block() {
 }
 
 void add_memory(std::string name, uintptr_t begin, std::vector<uint8_t> rights) {
-  bool writable = false;
-  for (uint8_t right : rights) writable |= right & kMayWrite;
-  Memory m{std::move(name), begin, begin + rights.size(), std::move(rights), {}};
-  if (writable && options.checked) m.cells.resize(((m.end - m.begin) >> Memory::kShift) + 2);
+  uint8_t some = 0;
+  for (uint8_t right : rights) some |= right;
+  Memory m{std::move(name), begin, begin + rights.size(), std::move(rights), some & kSingleByte ? 0 : 1, {}};
+  if (some & kMayWrite && options.checked) m.cells.resize(((m.end - m.begin) >> m.shift) + 2);
   memories.push_back(std::move(m));
 }
 
@@ -249,7 +249,7 @@ std::vector<uint8_t> written(const std::string& name) {
   for (const Memory& m : memories) {
     if (m.name != name || m.cells.empty()) continue;
     std::vector<uint8_t> result(m.end - m.begin);
-    for (size_t i = 0; i < result.size(); ++i) result[i] = m.cells[i >> Memory::kShift].write_block != 0;
+    for (size_t i = 0; i < result.size(); ++i) result[i] = m.cells[i >> m.shift].write_block != 0;
     return result;
   }
   return {};

@@ -141,29 +141,22 @@ def native_pass(op: str) -> Callable[..., None]:
     return lambda call, *rest: native(*call, *rest)
 
 
-def register_function(
-    function: Callable[..., Any], *, native: str, attends: bool = True, cuda_tokens: int | None = None
-) -> None:
+def register_function(function: Callable[..., Any], *, native: str, attends: bool = True, cuda_tokens: int = 0) -> None:
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
     Args:
         function: the function, which asks :func:`vidattn.backends.choose_backend`.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
         attends: whether it computes attention; what only moves data runs in any dtype.
-        cuda_tokens: tokens of the longest group that csrc/cuda has kernels for; None if it has none of the native op.
+        cuda_tokens: tokens of the longest group that csrc/cuda attends in.
     """
     name, missing = function.__name__, native_kernel_missing(native, "CPU")
     register_op(function)
     register_kernel(name, "cpu", lambda: missing, _check_head_dim if attends else None)
     register_kernel(name, "triton", _triton_missing, _check_triton if attends else _check_triton_gpu)
-    if cuda_tokens is not None:
-        cuda_missing = native_kernel_missing(native, "CUDA")
-        register_kernel(
-            name,
-            "cuda",
-            lambda: cuda_missing or _cuda_gpu_missing(),
-            lambda call: _check_cuda(call, cuda_tokens),
-        )
+    cuda_missing = native_kernel_missing(native, "CUDA")
+    check = (lambda call: _check_cuda(call, cuda_tokens)) if attends else _check_cuda_gpu
+    register_kernel(name, "cuda", lambda: cuda_missing or _cuda_gpu_missing(), check)
 
 
 def register_attention(
@@ -406,7 +399,7 @@ def _cuda_gpu_missing() -> str | None:
 
 
 def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
-    reasons = _of_device(call, _cuda_gpus())
+    reasons = _check_cuda_gpu(call)
     if call.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
     if call.head_dim > _CUDA_HEAD_DIM:
@@ -420,6 +413,10 @@ def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
     if call.channel_ranges > _CUDA_RANGES:
         reasons.append(f"runs up to {_CUDA_RANGES} ranges of channels, got {call.channel_ranges}")
     return reasons
+
+
+def _check_cuda_gpu(call: AttentionCall) -> list[str]:
+    return _of_device(call, _cuda_gpus())
 
 
 def _check_triton(call: AttentionCall) -> list[str]:

@@ -10,6 +10,8 @@ from torch import Tensor, stack
 from vidattn.reference.attention import accumulator_dtype
 
 WHOLE_ROW_KEYS = 128
+# Of divided attention without a cls token, on CUDA: csrc/cuda/divided_short.h.
+CUDA_WHOLE_ROW_KEYS = 32
 
 
 def last_dim_dense(x: Tensor) -> Tensor:
@@ -87,12 +89,13 @@ def accumulated(x: Tensor | None, q: Tensor, backend: str) -> Tensor | None:
     return x if x is None or backend == "triton" else x.to(accumulator_dtype(q.dtype)).contiguous()
 
 
-def keeps_lse(keys: int, backend: str) -> bool:
+def keeps_lse(keys: int, backend: str, cuda_whole_row_keys: int = 0) -> bool:
     """Say whether a backend's backward pass reads the context and log-sum-exp of rows of so many keys.
 
-    The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``.
+    The CPU has whole rows of scores at hand, and so has Triton up to ``WHOLE_ROW_KEYS``; CUDA where a family says so.
     """
-    return backend == "cuda" or (backend == "triton" and keys > WHOLE_ROW_KEYS)
+    whole_row_keys = {"triton": WHOLE_ROW_KEYS, "cuda": cuda_whole_row_keys}
+    return backend in whole_row_keys and keys > whole_row_keys[backend]
 
 
 def fake_sum(of: Tensor | None, needed: bool) -> Tensor | None:

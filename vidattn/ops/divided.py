@@ -334,7 +334,9 @@ def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor
     out = q.new_empty(batch, patches if cls_token == "per_frame" else tokens, heads * head_dim)
     cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
-    rows = patches + cls_frames if tensors.keeps_lse(max(_keys(inputs, options)), backend) else 0
+    whole_row_keys = tensors.CUDA_WHOLE_ROW_KEYS if cls_token is None else 0
+    kept = tensors.keeps_lse(max(_keys(inputs, options)), backend, whole_row_keys)
+    rows = patches + cls_frames if kept else 0
     lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
 
