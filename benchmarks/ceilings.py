@@ -64,7 +64,7 @@ CUDA_CEILINGS = (
         for case in (*_SPACE, "divided/timesformer_l_time")
         for ceiling in (
             *(Ceiling(f"cuda/{case}/*", figure, 0) for figure in _SPILLS),
-            Ceiling(f"cuda/{case}/*", "times_triton", 1.0),
+            Ceiling(f"cuda/{case}/*", "times_triton", 1.02),  # some are where the bytes are
             Ceiling(f"cuda/{case}/forward", "times_the_floor", 1.25),
             Ceiling(f"cuda/{case}/backward", "times_the_floor", 1.8),
         )

@@ -259,7 +259,7 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
     now->share = task, now->round = round;
   };
   const auto next_task = [&] { return now->share + int(gridDim.x); };
-  const auto has_next = [&] { return next_task() < arguments.tasks; };
+  const auto has_next = [&] { return now->share < arguments.tasks - int(gridDim.x); };
   const auto next_group = [&] {
     const int task = next_task();
     return Group(arguments, arguments.heads.remainder(task), arguments.heads.quotient(task), now->round + 1);

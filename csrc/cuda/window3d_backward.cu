@@ -35,7 +35,7 @@ WindowGradientArguments arguments_of(const Window3dArgs& call, bool table_gradie
   if (plan.depth_fastest) a.keys = plan.block_keys;
   a.bases = kBasesPlace;
   place_tokens(a, round_up(a.keys, 32), plan.tokens, true);
-  a.whole_rows = call.tokens <= kWholeRowTokens;
+  a.whole_rows = call.tokens <= kWholeRowTokens && plan.blocks == 1;  // all keys are there
   a.shares = backward_shares(call.groups, call.heads, plan, table_gradient ? call.bias_size : 0);
   a.share_groups = int(call.groups / a.shares), a.longer_shares = int(call.groups % a.shares);
   a.folds = has_moderate_numbers(call) && plan.bias_floats > 0;
