@@ -166,8 +166,8 @@ BACKWARD: dict[str, tuple[str, str, str, str, str]] = {
         "unwritten|uninitialised",
         "cls",
         "sequence_backward.cuh",
-        r"now->share \+ int\(gridDim\.x\)",
-        "arguments.tasks",
+        r"now->share < arguments\.tasks - int\(gridDim\.x\)",
+        "false",
     ),
     "delta of a tile again": (
         "off by|uninitialised|race",
@@ -315,11 +315,11 @@ DEFAULT = (
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
 
 
-def one_kernel(name: str) -> Callable[[str], str]:
+def one_kernel(kernel: str) -> Callable[[str], str]:
     """Give the edit that leaves the one instance that the cases run, which compiles in a fraction of the time."""
 
     def edit(text: str) -> str:
-        text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", rf"\1\n  return {name}<__nv_bfloat16, 32>;\n}}", text)
+        text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", rf"\1\n  return {kernel};\n}}", text)
         return text.replace("kernel_for<__half>", "kernel_for<__nv_bfloat16>")
 
     return edit
@@ -352,13 +352,23 @@ NO_WINDOWS: Edits = {
         ("window3d_backward.cu", "window3d_backward_depth.cu", "window3d_backward_short.cu"), lambda text: ""
     ),
 }
-FORWARD_KERNEL: Edits = {"sequences.cu": one_kernel("sequence_forward")}
+FORWARD_KERNEL: Edits = {"sequences.cu": one_kernel("sequence_forward<__nv_bfloat16, 32>")}
+NO_BACKWARD: Edits = {"sequences_backward.cu": no_backward, "sequences_backward_walk.cu": lambda text: ""}
+# For what has no room for two sequences, and for all else.
+BLOCKS_BACKWARD: Edits = {
+    "sequences_backward.cu": one_kernel("sequence_backward<__nv_bfloat16, 64>"),
+    "sequences_backward_walk.cu": lambda text: "",
+}
+WALKING_BACKWARD: Edits = {
+    "sequences_backward.cu": one_kernel("walking_sequence_kernel(element, plan)"),
+    "sequences_backward_walk.cu": one_kernel("walking_sequence_backward<__nv_bfloat16, 32>"),
+}
 
 
 def edits(mistake: str | None, case: str) -> Edits:
     """Give what is done to the files."""
-    kernel = one_kernel("sequence_backward" if case in LIMITS else "walking_sequence_backward")
-    kernels = FORWARD_KERNEL | {"sequences_backward.cu": no_backward if mistake in FORWARD else kernel}
+    backward = BLOCKS_BACKWARD if case in LIMITS else WALKING_BACKWARD
+    kernels = FORWARD_KERNEL | (NO_BACKWARD if mistake in FORWARD else backward)
     if mistake is None:
         return kernels
     file, pattern, spoiled = MISTAKES[mistake][2:]
@@ -368,7 +378,7 @@ def edits(mistake: str | None, case: str) -> Edits:
     if (
         file.startswith("sequence") and mistake in BACKWARD and file != "sequences.cuh"
     ):  # which no forward pass includes
-        kernels = {"sequences_backward.cu": kernel}
+        kernels = backward
     if file in ("forward.cuh", "backward.cuh"):
         kernels = kernels | NO_WINDOWS
     before = kernels.get(file, lambda text: text)

@@ -424,7 +424,7 @@ constexpr BackwardPlan plan_sequence_backward(int64_t keys, int64_t head_dim, in
   BackwardPlan plan = plan_sequence_walk(keys, head_dim);
   if (plan.warps <= most_warps(plan.dim) && plan.shared_bytes <= limit) return plan;
   plan = {};
-  plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32;
+  plan.dim = 64, plan.warp_keys = plan.query_tile = 32;  // rare with fewer elements
   plan.score_tiles = 1;
   return fit_backward(s, plan, limit);
 }

@@ -5,12 +5,6 @@
 namespace vidattn::cuda {
 namespace {
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(32 * most_warps(kDim), 1)
-    walking_sequence_backward(const __grid_constant__ SequenceArguments arguments) {
-  walk_over_sequences<T, kDim>(arguments);
-}
-
 // A sequence a block, for what has no room for two.
 template <class T, int kDim>
 __global__ void __launch_bounds__(32 * most_warps(kDim), 1)
@@ -18,10 +12,9 @@ __global__ void __launch_bounds__(32 * most_warps(kDim), 1)
   attention_backward_of_group<T, kDim, SequenceGradientGroup, 32, 32>(arguments);
 }
 
-template <class T>
-auto kernel_for(const BackwardPlan& plan) {
-  if (plan.walks) return plan.dim == 32 ? walking_sequence_backward<T, 32> : walking_sequence_backward<T, 64>;
-  return plan.dim == 32 ? sequence_backward<T, 32> : sequence_backward<T, 64>;
+SequenceBackwardKernel kernel_for(Element element, const BackwardPlan& plan) {
+  if (plan.walks) return walking_sequence_kernel(element, plan);
+  return element == Element::float16 ? sequence_backward<__half, 64> : sequence_backward<__nv_bfloat16, 64>;
 }
 
 }  // namespace
@@ -45,9 +38,8 @@ const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Eleme
     const int64_t together = gpu::multiprocessors() * walking_blocks(plan, limit);
     if (together > 0 && together < blocks) blocks = together;
   }
-  const auto kernel = element == Element::float16 ? kernel_for<__half>(plan) : kernel_for<__nv_bfloat16>(plan);
-  return gpu::launch(kernel, dim3(uint32_t(blocks)), dim3(uint32_t(plan.threads)), size_t(plan.shared_bytes), stream,
-                     a);
+  return gpu::launch(kernel_for(element, plan), dim3(uint32_t(blocks)), dim3(uint32_t(plan.threads)),
+                     size_t(plan.shared_bytes), stream, a);
 }
 
 }  // namespace vidattn::cuda

@@ -11,6 +11,10 @@ const char* launch_sequences_backward(SequenceArguments a, int64_t groups, Eleme
 // How many floats of memory the backward pass works with.
 int64_t sequences_backward_floats(int64_t keys, int64_t head_dim, int64_t tasks);
 
+using SequenceBackwardKernel = void (*)(const SequenceArguments);
+SequenceBackwardKernel walking_sequence_kernel(Element element,
+                                               const BackwardPlan& plan);  // sequences_backward_walk.cu
+
 // Rows of a tensor, the steps in its rows.
 inline SequenceRows sequence_rows(const RowTensor& t, int64_t head_dim, int64_t clip_stride, int64_t sequence_stride,
                                   int64_t row_step) {
