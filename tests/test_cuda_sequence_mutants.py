@@ -190,13 +190,6 @@ BACKWARD: dict[str, tuple[str, str, str, str, str]] = {
         r"for \(int half = 0; half < 2; \+\+half\) \{(\s*if \(plan\.job_warps)",
         r"for (int half = 1; half < 2; ++half) {\1",
     ),
-    "gradients go to frames the other way": (
-        "off by|out of bounds|race|unwritten",
-        "pieces",
-        "sequences.cuh",
-        r"first_row\(slot\) \+ source\.frames",
-        "first_row(slot) - source.frames",
-    ),
     "gradients stay in the frame that reads": (
         "off by|race|unwritten",
         "channels",
@@ -307,7 +300,7 @@ MISTAKES = FORWARD | BACKWARD | OTHERS
 DEFAULT = (
     *("no barrier behind the rows", "the cls token of the first clip", "the cls token takes no place"),
     *("a range is a channel too long", "channels of the first piece", "the next keys in the place of these"),
-    *("a block has one sequence", "gradients go to frames the other way", "what nobody reads is not written"),
+    *("a block has one sequence", "gradients stay in the frame that reads", "what nobody reads is not written"),
     *("the last frame has no share in a cls token", "a context and its gradient in each other's place"),
     *("shares of the next frames for the next clip", "the first heads over both axes", "segments a frame apart"),
     *("log-sum-exps of a cls token have no room", "an offset of 64 bits", "the mean is a sum"),

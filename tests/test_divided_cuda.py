@@ -114,7 +114,7 @@ def test_every_size_of_shared_memory(limit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "limit", [25, pytest.param(31, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow)]
+    "limit", [34, pytest.param(36, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow)]
 )
 def test_many_blocks_of_keys(limit: int) -> None:
     with emulated.controls(shared_limit=limit * KB):
