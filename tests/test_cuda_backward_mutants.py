@@ -41,10 +41,10 @@ MISTAKES = {
         r"\1",
     ),
     "the next queries overwrite these": (
-        "race|off by",
-        "backward.cuh",
-        r"\(query / kQueries \+ 1\) % 2",
-        "query / kQueries % 2",
+        "race|off by|uninitialised",
+        "backward_rows.cuh",
+        r"const int stage = stage_of\(first\);",
+        "const int stage = stage_of(first + kQueries);",
     ),
     "no barrier between windows": (
         "race",
@@ -54,13 +54,13 @@ MISTAKES = {
     ),
     "lanes of a warp do not wait for each other's dS": (
         "race|uninitialised",
-        "backward.cuh",
+        "row_sums.cuh",
         r"(void add\(int query\) const \{)\s*__syncwarp\(\);",
         r"\1",
     ),
     "nor between two queries": (
         "race",
-        "backward.cuh",
+        "row_sums.cuh",
         r"(\+= ds;\s*\})\s*__syncwarp\(\);",
         r"\1",
     ),
@@ -92,7 +92,7 @@ MISTAKES = {
     ),
     "lanes have one key in common": (
         "race",
-        "backward.cuh",
+        "row_sums.cuh",
         r"group.bias_offset\(key \+ lane\)",
         "group.bias_offset(key)",
     ),
@@ -109,7 +109,7 @@ MISTAKES = {
         "(void)i",
     ),
     "the last share is left out": ("off by", "reduce.cuh", r"share < a.shares", "share < a.shares - 1"),
-    "scale is forgotten": ("off by", "backward.cuh", r"value\.x \* group\.scale\(\)", "value.x"),
+    "scale is forgotten": ("off by", "backward.cuh", r"sum\[j\]\[2 \* half\] \*= group\.scale\(\), ", ""),
     "short: dQ before all of dS": (
         "race|uninitialised",
         "short_window.cuh",
