@@ -59,33 +59,23 @@ def tables(predictions: dict[str, Any]) -> str:
     def figure(key: str, *where: str) -> str:
         return _shown(found[where][key]) if where in found else ""
 
-    def rows(cases: Sequence[tuple[str, str, str]], backends: Sequence[str]) -> list[str]:
-        lines = []
+    def table(titles: str, cases: Sequence[tuple[str, str, str]]) -> list[str]:
+        columns = "forward, us: Triton | CUDA | floor | backward, us: Triton | CUDA | floor"
+        lines = [f"| {titles} | {columns} |", "| --- " * 8 + "|"]
         for title, size, case in cases:
             cells = [title, size]
             for direction in ("forward", "backward"):
-                cells += [figure("predicted_us", backend, case, direction) for backend in backends]
+                cells += [figure("predicted_us", backend, case, direction) for backend in ("triton", "cuda")]
                 cells.append(figure("floor_us", "triton", case, direction))
             lines.append(f"| {' | '.join(cells)} |")
-        return lines
+        return [*lines, ""]
 
-    both = "forward, us: Triton | CUDA | floor | backward, us: Triton | CUDA | floor"
-    triton = "forward, us: Triton | floor | backward, us: Triton | floor"
-    return "\n".join(
-        [
-            f"| attention in windows | tokens a window | {both} |",
-            "| --- " * 8 + "|",
-            *rows(WINDOWS, ("triton", "cuda")),
-            "",
-            f"| TimeSformer and ViViT attention, 12 x 64 | keys | {triton} |",
-            "| --- " * 6 + "|",
-            *rows(DIVIDED, ("triton",)),
-            "",
-            f"| X-ViT-B, 12 x 64, 197 tokens | frames | {triton} |",
-            "| --- " * 6 + "|",
-            *rows(MIXING, ("triton",)),
-        ]
-    )
+    lines = [
+        *table("attention in windows | tokens a window", WINDOWS),
+        *table("TimeSformer and ViViT attention, 12 x 64 | keys", DIVIDED),
+        *table("X-ViT-B, 12 x 64, 197 tokens | frames", MIXING),
+    ]
+    return "\n".join(lines[:-1])
 
 
 def _shown(microseconds: float) -> str:
