@@ -124,7 +124,7 @@ def checks(results: Sequence[Results]) -> dict[str, dict[str, Any]]:
 def _public(value: Any) -> Any:
     """Take names of folders out of what is to be sent."""
     if isinstance(value, str):
-        for path, name in ((ROOT, "."), (sys.prefix, "python"), (sys.base_prefix, "python"), (Path.home(), "~")):
+        for path, name in ((sys.prefix, "python"), (sys.base_prefix, "python"), (ROOT, "."), (Path.home(), "~")):
             value = value.replace(str(path), name)
     elif isinstance(value, dict):
         value = {key: _public(inner) for key, inner in value.items()}
