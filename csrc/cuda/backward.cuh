@@ -402,6 +402,21 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
       stage_keys(sums, block);
   }
 
+  // One block of keys after the other; the first one is on its way.
+  template <bool kFolded>
+  __device__ __forceinline__ void run_blocks() const {
+#pragma unroll 1
+    for (int block = 0; block < plan.blocks; ++block) {
+      if (block > 0) {
+        __syncthreads();
+        this->copy_block(block);
+      }
+      run_block<kFolded>(block);
+      if constexpr (Group::kHasSums)
+        if (plan.blocks > 1) add_tables(block);
+    }
+  }
+
   // ---- What a share leaves behind ----
 
   __device__ __forceinline__ int share() const { return gpu::shared_memory<Progress>()->share; }
@@ -459,17 +474,7 @@ template <class B, class Group>
 __device__ __attribute__((noinline)) void run_exactly(const typename B::Arguments& arguments) {
   const Progress* now = gpu::shared_memory<Progress>();
   const Group group(arguments, now->head, now->group);
-  const B backward(arguments, group);
-#pragma unroll 1
-  for (int block = 0; block < arguments.backward.blocks; ++block) {
-    if (block > 0) {
-      __syncthreads();
-      backward.copy_block(block);
-    }
-    backward.template run_block<false>(block);
-    if constexpr (Group::kHasSums)
-      if (arguments.backward.blocks > 1) backward.add_tables(block);
-  }
+  B(arguments, group).template run_blocks<false>();
 }
 
 // The group that Progress names.
@@ -494,17 +499,7 @@ __device__ __forceinline__ void run_group(const typename B::Arguments& arguments
   const bool usual = __syncthreads_and(moderate) && now->folds;
   if (usual) {
     Group group(arguments, now->head, now->group);
-    const B backward(arguments, group);
-#pragma unroll 1
-    for (int block = 0; block < arguments.backward.blocks; ++block) {
-      if (block > 0) {
-        __syncthreads();
-        backward.copy_block(block);
-      }
-      backward.template run_block<true>(block);
-      if constexpr (Group::kHasSums)
-        if (arguments.backward.blocks > 1) backward.add_tables(block);
-    }
+    B(arguments, group).template run_blocks<true>();
   } else {
     scan_rows<B, Group>(arguments);
     run_exactly<B, Group>(arguments);

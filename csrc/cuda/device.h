@@ -18,9 +18,12 @@ class OnDeviceOf {
  public:
   explicit OnDeviceOf(const torch::stable::Tensor& t) : tensor_(t), device_(t.get_device_index()), guard_(device_) {}
 
-  // Memory of torch's allocator, which belongs to the current stream.
-  torch::stable::Tensor new_floats(int64_t count) const {
-    return torch::stable::new_empty(tensor_, {count}, torch::headeronly::ScalarType::Float);
+  // Memory of torch's allocator for so many floats, which belongs to the current stream; null for none. It is there
+  // until the next call, or as long as this lives: launches before that have it.
+  float* new_floats(int64_t count) {
+    if (count == 0) return nullptr;
+    floats_ = torch::stable::new_empty(tensor_, {count}, torch::headeronly::ScalarType::Float);
+    return static_cast<float*>(floats_.data_ptr());
   }
 
   // torch's current stream.
@@ -31,7 +34,7 @@ class OnDeviceOf {
   }
 
  private:
-  torch::stable::Tensor tensor_;
+  torch::stable::Tensor tensor_, floats_;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };

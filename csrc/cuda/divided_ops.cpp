@@ -66,18 +66,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (out) a.tensor[kOut] = row_tensor(*out, a.head_dim);
   if (lse) a.lse = lse->data_ptr();
-  const OnDeviceOf device(*gradients[0]);
-  const auto run_long = [&] {
-    const int64_t floats = divided_backward_floats(a);
-    Tensor workspace;
-    float* memory = nullptr;
-    if (floats > 0) {
-      workspace = device.new_floats(floats);
-      memory = static_cast<float*>(workspace.data_ptr());
-    }
-    return divided_backward(a, memory, device.stream());
-  };
-  run_axes(a, [&] { return divided_short_backward(a, device.stream()); }, run_long);
+  OnDeviceOf device(*gradients[0]);
+  run_axes(
+      a, [&] { return divided_short_backward(a, device.stream()); },
+      [&] { return divided_backward(a, device.new_floats(divided_backward_floats(a)), device.stream()); });
 }
 
 }  // namespace

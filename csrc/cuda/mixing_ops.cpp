@@ -46,15 +46,8 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   a.lse = lse->data_ptr();
   for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
   check(a);
-  const OnDeviceOf device(dout);
-  const int64_t floats = mixing_backward_floats(a);
-  Tensor workspace;
-  float* memory = nullptr;
-  if (floats > 0) {
-    workspace = device.new_floats(floats);
-    memory = static_cast<float*>(workspace.data_ptr());
-  }
-  const char* error = mixing_backward(a, memory, device.stream());
+  OnDeviceOf device(dout);
+  const char* error = mixing_backward(a, device.new_floats(mixing_backward_floats(a)), device.stream());
   STD_TORCH_CHECK(!error, "starting the kernel of mixing attention failed: ", error ? error : "");
 }
 

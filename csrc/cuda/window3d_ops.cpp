@@ -49,15 +49,9 @@ void window3d_backward_op(StableIValue* stack, uint64_t, uint64_t) {
     to.table_row_stride = dbias->stride(0), to.table_head_stride = dbias->stride(1);
   }
   if (dpad) to.pad = static_cast<float*>(dpad->data_ptr());
-  const OnDeviceOf device(*out);
-  const int64_t floats = window3d_backward_floats(a, dbias, dpad);
-  Tensor workspace;
-  float* memory = nullptr;
-  if (floats > 0) {
-    workspace = device.new_floats(floats);
-    memory = static_cast<float*>(workspace.data_ptr());
-  }
-  const char* error = window3d_backward(a, to, memory, device.stream());
+  OnDeviceOf device(*out);
+  float* const workspace = device.new_floats(window3d_backward_floats(a, dbias, dpad));
+  const char* error = window3d_backward(a, to, workspace, device.stream());
   STD_TORCH_CHECK(!error, "starting the window kernel failed: ", error ? error : "");
 }
 

@@ -25,15 +25,16 @@ namespace vidattn::cuda {
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const torch::stable::Tensor& t) : tensor_(t) {}
-  torch::stable::Tensor new_floats(int64_t count) const {
-    auto floats = torch::stable::new_empty(tensor_, {count}, torch::headeronly::ScalarType::Float);
-    emulator::add_workspace(floats.data_ptr(), size_t(count) * sizeof(float));
-    return floats;
+  float* new_floats(int64_t count) {
+    if (count == 0) return nullptr;
+    floats_ = torch::stable::new_empty(tensor_, {count}, torch::headeronly::ScalarType::Float);
+    emulator::add_workspace(floats_.data_ptr(), size_t(count) * sizeof(float));
+    return static_cast<float*>(floats_.data_ptr());
   }
   void* stream() const { return nullptr; }
 
  private:
-  torch::stable::Tensor tensor_;
+  torch::stable::Tensor tensor_, floats_;
 };
 
 }  // namespace vidattn::cuda
