@@ -10,9 +10,9 @@ from golden_cases import GoldenCase, GoldenRun, UnknownCaseError
 from torch import Tensor, nn
 
 import vidattn
-from vidattn.accelerate import Twin, register_twin
 from vidattn.models import load_checkpoint, vivit
 from vidattn.models.vivit_checkpoint import convert_state_dict, revert_state_dict
+from vidattn.twins import Twin, register_twin
 
 
 def build(case: GoldenCase) -> GoldenRun:

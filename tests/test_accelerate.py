@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from twin_cases import assert_same, results, spread
 
 import vidattn
-from vidattn.accelerate import Twin
 from vidattn.models.video_swin import (
     BasicLayer,
     PatchMerging,
@@ -32,6 +31,7 @@ from vidattn.nn import (
     FusedWindowAttention3D,
     RegionMask,
 )
+from vidattn.twins import Twin
 
 backends = pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
 SMALL: dict[str, Any] = {

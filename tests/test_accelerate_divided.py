@@ -16,12 +16,12 @@ from twin_cases import CalledOps, assert_same, results, spread
 
 import vidattn
 import vidattn.backends
-from vidattn.accelerate import Twin
 from vidattn.models import create_model, timesformer
 from vidattn.models.timesformer import Attention, Block
 from vidattn.models.vivit import MultiHeadDotProductAttention
 from vidattn.nn import FusedAttention, FusedBlock, FusedMultiHeadDotProductAttention
 from vidattn.nn.parts import SDPA_TOKENS
+from vidattn.twins import Twin
 
 BACKENDS = [name for name in vidattn.list_backends() if not vidattn.why_not("spatial_attention", backend=name)]
 BACKENDS_WITH_FLOAT64 = [name for name in BACKENDS if name != "triton"]

@@ -8,70 +8,20 @@ not notice.
 from __future__ import annotations
 
 import contextlib
-import copy
 import pkgutil
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from vidattn.backends import (
-    AttentionCall,
-    call_model,
-    current_backend,
-    find_backend,
-    list_backends,
-    tensor_leaves,
-    why_not,
-    why_reference,
-)
+from vidattn import integrations
+from vidattn.backends import AttentionCall, current_backend, find_backend, list_backends, why_not, why_reference
+from vidattn.twins import TWINS, Twin, register_twin, why_overridden
+from vidattn.verify import Verification
 
-__all__ = ["Acceleration", "SkippedModule", "SwappedModule", "Twin", "accelerate", "register_twin"]
-
-
-class Twin:
-    """What every accelerated twin is, besides a subclass of the module it replaces.
-
-    Attributes:
-        ops: public attention functions it calls.
-        attention_backend: backend of its calls; None for the one in force.
-        frozen: whether it may keep what it derives from its parameters, see :func:`accelerate`.
-    """
-
-    ops: ClassVar[tuple[str, ...]] = ()
-    attention_backend: str | None = None
-    frozen: bool = False
-    _replaced: ClassVar[tuple[tuple[type, str, Any], ...]] = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if Twin not in cls.__bases__:  # made of a twin by FSDP, a parametrization, ...
-            return
-        original = next(base for base in cls.__bases__ if base is not Twin)
-        names = [name for name, value in vars(cls).items() if callable(value) and name in vars(original)]
-        cls._replaced = tuple((original, name, getattr(original, name)) for name in names)
-
-    @classmethod
-    def is_intact(cls) -> bool:
-        """Whether the methods that the twin has its own of are still those of the original class."""
-        return all(getattr(original, name) is method for original, name, method in cls._replaced)
-
-    @staticmethod
-    def refuse(module: Any) -> str | None:
-        """Say why an instance of the original class cannot become this twin; None if it can."""
-        return None
-
-    @staticmethod
-    def learned_if_frozen(module: Any) -> list[str]:
-        """Name the parameters that ``frozen=True`` would make something of that is kept, and that are being learned."""
-        return []
-
-    def drop_derived(self) -> None:
-        """Forget what was made of parameters and kept."""
+__all__ = ["Acceleration", "SkippedModule", "SwappedModule", "accelerate"]
 
 
 class SwappedModule(NamedTuple):
@@ -88,23 +38,6 @@ class SkippedModule(NamedTuple):
     name: str
     kind: type
     reason: str
-
-
-# By qualified name, so that neither a foreign library nor a twin is imported before a model needs it.
-_twins: dict[str, str] = {}
-
-
-def register_twin(original: str, twin: str) -> None:
-    """Make a twin known to :func:`accelerate`.
-
-    Args:
-        original: qualified name of the class to replace, ``"package.module.Class"``.
-        twin: where its twin is, ``"package.module:Class"``; a subclass of :class:`Twin` and of the original.
-
-    Example:
-        >>> register_twin("vidattn.models.video_swin.BasicLayer", "vidattn.nn:FusedBasicLayer")
-    """
-    _twins[original] = twin
 
 
 class Acceleration:
@@ -149,6 +82,18 @@ class Acceleration:
         if kept:
             rows = "; ".join(f"{row.name or 'the model itself'}: {row.reason}" for row in kept)
             warnings.warn(f"accelerate: revert: {len(kept)} modules stay as they are: {rows}", stacklevel=2)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Leave one module swapped; the others are what they were."""
+        others = [(module, twin, previous) for row, module, twin, previous, _ in self._undo if row != name]
+        for module, _, previous in others:
+            module.__class__ = previous
+        try:
+            yield
+        finally:
+            for module, twin, _ in others:
+                module.__class__ = twin
 
     def __enter__(self) -> Acceleration:
         return self
@@ -219,14 +164,22 @@ class Acceleration:
 
 
 def accelerate(
-    model: nn.Module, *, backend: str | None = None, verify: Any = None, frozen: bool = False
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    verify: Any = None,
+    verify_gradients: bool = False,
+    frozen: bool = False,
+    accept_untested: bool = False,
 ) -> Acceleration:
     """Swap the attention modules of a model for their accelerated twins, in place.
 
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
-    function. Modules of a subclass, with overridden methods or with a position index of their own are skipped. A module
-    whose attention probabilities somebody watches with a hook keeps computing them. Accelerating twice changes nothing.
-    Stochastic depth draws the random numbers that it drew before; dropout inside an attention may draw others.
+    function. It may be a model that is bundled here, or one of another library in a version that was tested, see
+    :mod:`vidattn.integrations`. Modules of a subclass, with overridden methods or with a position index of their own
+    are skipped. A module whose attention probabilities somebody watches with a hook keeps computing them. Accelerating
+    twice changes nothing. Stochastic depth draws the random numbers that it drew before; dropout inside an attention
+    may draw others.
 
     What happens to a module afterwards is found out at every call: hooks, wrappers, adapters, a ``forward`` or a class
     that somebody changes, weights that are moved or replaced. Where a module is no longer what its twin stands for, the
@@ -238,18 +191,24 @@ def accelerate(
         backend: backend of all swapped modules, strict; None for the one in force at each call.
         verify: a batch (a tensor, a tuple of positional or a dict of keyword arguments) on which the outputs before and
             after are compared, in eval mode without gradients. They may be off a float64 copy of the model by twice as
-            much as the original's are, plus four units in the last place of the largest output.
+            much as the original's are, plus four units in the last place of the largest output. Otherwise an error
+            names the module that is furthest off.
+        verify_gradients: compare the gradients of inputs and parameters too, in eval mode; they may be off by three
+            times as much as the original's.
         frozen: allow the twins to keep what they derive from parameters: for TimeSformer in inference, one matrix in
             place of two projections in a row. ``load_state_dict``, ``.to()``, ``train()`` and ``revert()`` drop it, and
             so does a parameter that is replaced, or changed in a way that PyTorch counts. What it cannot see: fused
             optimizers, writes through ``.data``, NumPy views and memory shared with another process. Without it nothing
             that is made of parameters outlives a call.
+        accept_untested: swap modules of other libraries too whose code has the fingerprint of no version that was
+            tested. It needs ``verify``.
 
     Returns:
         A report: ``print()`` it, ``revert()`` it, or use it in a ``with`` statement.
 
     Raises:
-        ValueError: the backend is unknown or cannot run here, or ``frozen`` and a parameter requires a gradient.
+        ValueError: the backend is unknown or cannot run here, ``frozen`` and a parameter requires a gradient, or an
+            option that needs ``verify`` comes without it.
         TypeError: ``model`` is not a module.
         RuntimeError: the outputs differ by more than that or are not finite; the model is left as it was.
 
@@ -272,7 +231,11 @@ def accelerate(
     elif backend not in (known := ["auto", *list_backends()]):
         raise ValueError(f"accelerate: backend: expected one of {', '.join(known)}, got {backend!r}")
     result = Acceleration(model)
-    plan = _plan(model, backend, frozen, result)
+    if verify is None:
+        for argument, value in {"verify_gradients": verify_gradients, "accept_untested": accept_untested}.items():
+            if value:
+                raise ValueError(f"accelerate: {argument}: expected a batch as verify with it, got none")
+    plan = _plan(model, backend, frozen, accept_untested, result)
     for op in sorted({op for _, _, twin in plan for op in twin.ops}):
         reasons = [] if backend in (None, "auto") else why_not(op, backend=backend)
         if reasons:
@@ -284,8 +247,7 @@ def accelerate(
                 "accelerate: frozen: expected parameters without gradients, call model.requires_grad_(False) first; got"
                 f" {len(learned)} that require one, the first is {learned[0]}"
             )
-    before = None if verify is None else _outputs(model, verify)
-    exact = None if verify is None else _exact_outputs(model, verify)
+    verification = None if verify is None else Verification(model, verify, verify_gradients)
     for name, module, twin in plan:
         previous: type = type(module)
         settings = {key: module.__dict__[key] for key in _SETTINGS if key in module.__dict__}
@@ -293,9 +255,9 @@ def accelerate(
         result.swapped.append(SwappedModule(name, previous, twin))
         module.__class__ = twin  # type: ignore[assignment]  # of this module's class too
         _change_settings(module, {"attention_backend": backend, "frozen": frozen})
-    if before is not None and exact is not None:
+    if verification is not None:
         try:
-            result.max_difference = _compare(before, _outputs(model, verify), exact)
+            result.max_difference = verification.check(result._alone, [row.name for row in result.swapped])
         except BaseException:
             result.revert()
             raise
@@ -314,7 +276,7 @@ def _change_settings(module: nn.Module, settings: dict[str, Any]) -> None:
 
 
 def _plan(
-    model: nn.Module, backend: str | None, frozen: bool, result: Acceleration
+    model: nn.Module, backend: str | None, frozen: bool, accept_untested: bool, result: Acceleration
 ) -> list[tuple[str, nn.Module, type[Twin]]]:
     """Find what to swap, and note in the result what is skipped."""
     plan: list[tuple[str, nn.Module, type[Twin]]] = []
@@ -326,19 +288,31 @@ def _plan(
             else:
                 plan.append((name, module, kind))
             continue
-        registered = _twins.get(_qualified_name(kind))
-        if registered is None:
-            base = next((base for base in kind.__mro__[1:] if _qualified_name(base) in _twins), None)
-            if base is not None:
-                result.skipped.append(SkippedModule(name, kind, f"a subclass of {base.__name__}, which may differ"))
+        found = _find(module)
+        if found is None:
             continue
-        twin = pkgutil.resolve_name(registered)
-        reason = why_overridden(module) or twin.refuse(module)
-        if reason is None:
-            plan.append((name, module, twin))
+        reason = why_overridden(module)
+        if reason is None and found.twin is not None:
+            reason = found.twin.refuse(module)
+        if reason is None and not (found.tested or (accept_untested and found.twin is not None)):
+            reason = found.reason
+        if reason is None and found.twin is not None:
+            plan.append((name, module, found.twin))
         else:
-            result.skipped.append(SkippedModule(name, kind, reason))
+            result.skipped.append(SkippedModule(name, kind, str(reason)))
     return plan
+
+
+def _find(module: nn.Module) -> integrations.Found | None:
+    """Find the twin of a bundled module, or of one of another library."""
+    kind: type = type(module)
+    registered = TWINS.get(_qualified_name(kind))
+    if registered is not None:
+        return integrations.Found(pkgutil.resolve_name(registered), None, True)
+    base = next((base for base in kind.__mro__[1:] if _qualified_name(base) in TWINS), None)
+    if base is not None:
+        return integrations.Found(None, f"a subclass of {base.__name__}, which may differ", False)
+    return integrations.find(module)
 
 
 def _head_dim(module: nn.Module) -> int:
@@ -356,7 +330,7 @@ _PROJECTIONS = ("qkv", "q_proj", "to_q", "query", "query_key_value", "in_proj", 
 
 def _what_is_known(model: nn.Module) -> list[str]:
     """Say, for a model with nothing to swap, which classes have a twin and which modules look like attention."""
-    lines = [f"  classes that have a twin: {', '.join(_twins)}"]
+    lines = [f"  classes that have a twin: {', '.join(TWINS)}"]
     kinds: dict[type, list[str]] = {}
     for name, module in model.named_modules():
         if any(hasattr(module, projection) for projection in _PROJECTIONS):
@@ -368,64 +342,8 @@ def _what_is_known(model: nn.Module) -> list[str]:
     return lines if kinds else [*lines, "  no module of the model looks like attention"]
 
 
-def why_overridden(module: nn.Module) -> str | None:
-    """Say which methods of its class an instance replaces; None if it replaces none."""
-    names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
-    return f"the instance overrides {', '.join(sorted(names))}" if names else None
-
-
 def _qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, and each back as it was (``train()`` would not know frozen stages)."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    with _evaluating(model):
-        return [leaf for leaf in tensor_leaves(call_model(model, batch)) if leaf.is_floating_point()]
-
-
-def _exact_outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Run a float64 copy of the model."""
-
-    def widen(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    try:
-        return _outputs(copy.deepcopy(model).double(), tree_map(widen, batch))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"accelerate: verify needs to run a float64 copy of the model, which failed: {error}"
-        ) from error
-
-
-def _compare(before: list[Tensor], after: list[Tensor], exact: list[Tensor]) -> float:
-    """Hold the accelerated outputs against the exact ones; return their largest difference from those before."""
-    largest = 0.0
-    for index, (old, new, true) in enumerate(zip(before, after, exact, strict=True)):
-        if old.numel() == 0:
-            continue
-        floor = 4 * torch.finfo(old.dtype).eps * true.abs().max().item()
-        allowed = 2 * (old.double() - true).abs().max().item() + floor
-        error = (new.double() - true).abs().max().item()
-        if not error <= allowed:  # a NaN compares false
-            raise RuntimeError(
-                f"accelerate: verify: expected output {index} within {allowed:.3e} of a float64 run, got {error:.3e}"
-            )
-        largest = max(largest, (new.double() - old.double()).abs().max().item())
-    return largest
 
 
 register_twin("vidattn.models.video_swin.BasicLayer", "vidattn.nn:FusedBasicLayer")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vidattn.accelerate import Twin, why_overridden
 from vidattn.models.timesformer import Attention, Block, DropPath
 from vidattn.nn.parts import (
     DROPOUT,
@@ -26,6 +25,7 @@ from vidattn.nn.parts import (
     why_not_number,
 )
 from vidattn.ops import spatial_attention, temporal_attention
+from vidattn.twins import Twin, why_overridden
 
 
 class FusedAttention(Twin, Attention):

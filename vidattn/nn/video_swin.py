@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from vidattn.accelerate import Twin, why_overridden
-from vidattn.geometry import bias_rows, resolve_windows
 from vidattn.models.video_swin import BasicLayer, SwinTransformerBlock3D, WindowAttention3D
 from vidattn.models.video_swin_windows import MASK_VALUE, compute_mask, fit_window
-from vidattn.nn.parts import (
-    DROPOUT,
-    SOFTMAX,
-    Affine,
-    affine,
-    as_defined,
-    can_drop,
-    is_number,
-    is_plain,
-    rate_in_use,
-    why_not_number,
-)
-from vidattn.ops import window3d_attention, window_attention
+from vidattn.nn.parts import DROPOUT, Affine, affine, as_defined, is_plain, rate_in_use, why_not_number
+from vidattn.nn.windows import FusedWindowAttention, has_standard_index, ops_can_attend
+from vidattn.ops import window3d_attention
+from vidattn.twins import Twin, why_overridden
 
 _Triple = tuple[int, int, int]
 
@@ -49,52 +36,8 @@ class RegionMask(NamedTuple):
         return compute_mask(*self.padded, self.window, self.shift, device)
 
 
-class FusedWindowAttention3D(Twin, WindowAttention3D):
+class FusedWindowAttention3D(FusedWindowAttention, WindowAttention3D):
     """:class:`~vidattn.models.video_swin.WindowAttention3D` on :func:`vidattn.window_attention`."""
-
-    ops = ("window_attention",)
-
-    @staticmethod
-    def refuse(module: Any) -> str | None:
-        """Say why a module cannot become this twin; None if it can."""
-        return why_not_number(module)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend inside each window.
-
-        Args:
-            x: windows (G, N, C), N at most the tokens of the configured window.
-            mask: additive mask (nW, N, N) in any float dtype, or None; window g takes ``mask[g % nW]``.
-
-        Returns:
-            Windows (G, N, C).
-        """
-        learned = mask is not None and (mask.requires_grad or not mask.is_floating_point())
-        tokens = x.shape[1]
-        if learned or tokens > self.relative_position_index.shape[0] or not _ops_can_attend(self):
-            return super().forward(x, mask)
-        qkv = self.qkv(x)
-        index = self.relative_position_index[:tokens, :tokens]
-        bias = self.relative_position_bias_table.index_select(0, index.reshape(-1)).t().unflatten(1, index.shape)
-        context = window_attention(
-            qkv.unflatten(-1, (3, self.num_heads, -1)),
-            bias,
-            mask,
-            scale=self.scale,
-            dropout_p=rate_in_use(self.attn_drop),
-            backend=self.attention_backend,
-        )
-        return self.proj_drop(self.proj(context))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a new position index is looked at again."""
-        if name == "relative_position_index":
-            _seen_index.pop(self, None)
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        _seen_index.pop(self, None)
-        super()._load_from_state_dict(*args)
 
 
 class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
@@ -119,7 +62,7 @@ class FusedSwinTransformerBlock3D(Twin, SwinTransformerBlock3D):
         reason = why_overridden(attention) or why_not_number(attention)
         if reason is not None:
             return f"its attn: {reason}"
-        if not _has_standard_index(attention):
+        if not has_standard_index(attention):
             return "its relative_position_index is not the standard one"
         return None
 
@@ -191,18 +134,6 @@ def _takes_region_mask(block: nn.Module) -> bool:
     )
 
 
-def _ops_can_attend(attention: Any) -> bool:
-    """Whether scores, softmax and dropout are what the ops compute, and no hook looks at what they return."""
-    parts = attention._modules  # a module's attributes take three times as long to find
-    return (
-        FusedWindowAttention3D.is_intact()
-        and is_plain(parts["softmax"], SOFTMAX)
-        and parts["softmax"].dim == -1
-        and can_drop(parts["attn_drop"])
-        and is_number(attention.scale)
-    )
-
-
 def _input_projection(block: FusedSwinTransformerBlock3D) -> Affine | None:
     """Describe the qkv projection; None where the block may not do the work of its attention.
 
@@ -212,43 +143,14 @@ def _input_projection(block: FusedSwinTransformerBlock3D) -> Affine | None:
     if not (
         block.is_intact()
         and is_plain(attention, _ATTENTIONS)
-        and _ops_can_attend(attention)
+        and ops_can_attend(attention)
         and is_plain(attention._modules["proj_drop"], DROPOUT)
         and attention.window_size == block.window_size
-        and _has_standard_index(attention)
+        and has_standard_index(attention)
         and affine(attention._modules["proj"]) is not None
     ):
         return None
     return affine(attention._modules["qkv"])
-
-
-# What was found of the position index of a module: the tensor, its version then, and whether it is the standard one.
-_seen_index: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int, bool]] = weakref.WeakKeyDictionary()
-
-
-def _has_standard_index(attention: Any) -> bool:
-    """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
-    index = attention._buffers.get("relative_position_index")
-    if index is None:
-        return False
-    if torch.compiler.is_dynamo_compiling() or index.is_inference():
-        return _is_standard_index(index, attention.window_size)
-    seen = _seen_index.get(attention)
-    if type(index) is not Tensor or index.is_meta or is_functorch_wrapped_tensor(index):  # nothing to be read
-        return index.is_meta or (seen is not None and seen[2])
-    if seen is None or seen[0]() is not index or seen[1] != index._version:
-        seen = weakref.ref(index), index._version, _is_standard_index(index, attention.window_size)
-        _seen_index[attention] = seen
-    return seen[2]
-
-
-def _is_standard_index(index: Tensor, window_size: Sequence[int]) -> bool:
-    windows = resolve_windows(window_size, window_size)
-    rows = bias_rows(window_size, windows, device=index.device)
-    return torch.equal(index.to(rows.dtype), rows)
-
-
-_is_standard_index._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while compiling, not in the graph
 
 
 def _same_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vidattn.accelerate import Twin
 from vidattn.models.vivit_layers import MultiHeadDotProductAttention
 from vidattn.nn.parts import attend
 from vidattn.ops import factorized_dot_product_attention, spatial_attention, temporal_attention
+from vidattn.twins import Twin
 
 _BY_FRAMES: dict[str, Callable[..., Any]] = {
     "time": temporal_attention,

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidattn.accelerate import Twin
 from vidattn.models.xvit_layers import AfterReconstruction, Attention, TemporalShift
 from vidattn.nn.parts import as_defined, attend, can_drop, is_number, is_plain, rate_in_use, why_not_number
 from vidattn.ops import space_time_mixing_attention
+from vidattn.twins import Twin
 
 
 class FusedMixingAttention(Twin, Attention):

@@ -1,0 +1,109 @@
+"""What the twins of window attention share: attention of windows that are partitioned already, position indices."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from vidattn.geometry import bias_rows, resolve_windows
+from vidattn.nn.parts import SOFTMAX, can_drop, is_number, is_plain, rate_in_use, why_not_number
+from vidattn.ops import window_attention
+from vidattn.twins import Twin
+
+
+class FusedWindowAttention(Twin):
+    """Attention of windows that are already partitioned, on :func:`vidattn.window_attention`.
+
+    For modules with the parts of the official code: ``qkv``, ``relative_position_bias_table``,
+    ``relative_position_index``, ``scale``, ``softmax``, ``attn_drop``, ``proj``, ``proj_drop``; in 2D and 3D.
+    """
+
+    ops = ("window_attention",)
+
+    @staticmethod
+    def refuse(module: Any) -> str | None:
+        """Say why a module cannot become this twin; None if it can."""
+        return why_not_number(module)
+
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend inside each window.
+
+        Args:
+            x: windows (G, N, C), N at most the tokens of the configured window.
+            mask: additive mask (nW, N, N) in any float dtype, or None; window g takes ``mask[g % nW]``.
+
+        Returns:
+            Windows (G, N, C).
+        """
+        learned = mask is not None and (mask.requires_grad or not mask.is_floating_point())
+        tokens = x.shape[1]
+        if learned or tokens > self.relative_position_index.shape[0] or not ops_can_attend(self):
+            return self.replaced.forward(self, x, mask)
+        qkv = self.qkv(x)
+        index = self.relative_position_index[:tokens, :tokens]
+        bias = self.relative_position_bias_table.index_select(0, index.reshape(-1)).t().unflatten(1, index.shape)
+        context = window_attention(
+            qkv.unflatten(-1, (3, self.num_heads, -1)),
+            bias,
+            mask,
+            scale=self.scale,
+            dropout_p=rate_in_use(self.attn_drop),
+            backend=self.attention_backend,
+        )
+        return self.proj_drop(self.proj(context))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a new position index is looked at again."""
+        if name == "relative_position_index":
+            _seen_index.pop(self, None)  # type: ignore[call-overload]
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        _seen_index.pop(self, None)  # type: ignore[call-overload]
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+
+
+def ops_can_attend(attention: Any) -> bool:
+    """Whether scores, softmax and dropout are what the ops compute, and no hook looks at what they return."""
+    parts = attention._modules  # a module's attributes take three times as long to find
+    return (
+        (not isinstance(attention, Twin) or attention.is_intact())
+        and is_plain(parts["softmax"], SOFTMAX)
+        and parts["softmax"].dim == -1
+        and can_drop(parts["attn_drop"])
+        and is_number(attention.scale)
+    )
+
+
+# What was found of the position index of a module: the tensor, its version then, and whether it is the standard one.
+_seen_index: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int, bool]] = weakref.WeakKeyDictionary()
+
+
+def has_standard_index(attention: Any) -> bool:
+    """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
+    index = attention._buffers.get("relative_position_index")
+    if index is None:
+        return False
+    if torch.compiler.is_dynamo_compiling() or index.is_inference():
+        return _is_standard_index(index, attention.window_size)
+    seen = _seen_index.get(attention)
+    if type(index) is not Tensor or index.is_meta or is_functorch_wrapped_tensor(index):  # nothing to be read
+        return index.is_meta or (seen is not None and seen[2])
+    if seen is None or seen[0]() is not index or seen[1] != index._version:
+        seen = weakref.ref(index), index._version, _is_standard_index(index, attention.window_size)
+        _seen_index[attention] = seen
+    return seen[2]
+
+
+def _is_standard_index(index: Tensor, window_size: Sequence[int]) -> bool:
+    window = (*(1,) * (3 - len(window_size)), *window_size)
+    rows = bias_rows(window, resolve_windows(window, window), device=index.device)
+    return index.numel() == rows.numel() and torch.equal(index.reshape(rows.shape).to(rows.dtype), rows)
+
+
+_is_standard_index._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while compiling, not in the graph

@@ -1,0 +1,162 @@
+"""Compare what a model computes before and after its attention is swapped, each with a float64 copy of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from vidattn.backends import call_model, tensor_leaves
+
+__all__ = ["Verification"]
+
+_Results = dict[str, Tensor]  # outputs and gradients by what they are called in messages
+
+
+class _Excess(NamedTuple):
+    """A result that is further off than it may be: its name, its error and the error allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+
+class Verification:
+    """What a model computes on a batch before a swap, for a comparison after it.
+
+    Args:
+        model: the model, before the swap.
+        batch: a tensor, a tuple of positional or a dict of keyword arguments.
+        gradients: whether to compare gradients of the parameters and of the inputs too.
+
+    Raises:
+        RuntimeError: a float64 copy of the model cannot run.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, gradients: bool) -> None:
+        def widen(value: Any) -> Any:
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        self.model, self.batch, self.gradients = model, batch, gradients
+        self.before = _run(model, batch, gradients)
+        try:
+            self.exact = _run(copy.deepcopy(model).double(), tree_map(widen, batch), gradients)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"accelerate: verify needs to run a float64 copy of the model, which failed: {error}"
+            ) from error
+
+    def check(self, alone: Callable[[str], contextlib.AbstractContextManager[None]], names: list[str]) -> float:
+        """Compare the swapped model with what it was.
+
+        Args:
+            alone: gives a context in which one module is swapped, by its name, and no other.
+            names: the swapped modules.
+
+        Returns:
+            Largest difference of the outputs from those before.
+
+        Raises:
+            RuntimeError: a result differs by more than it may, or is not finite; the module furthest off is named.
+        """
+        after = _run(self.model, self.batch, self.gradients)
+        excess = self._excess(after)
+        if excess is not None:
+            furthest = ""
+            if len(names) > 1:
+                furthest = f"; furthest off is {self._furthest(alone, names)}"
+            raise RuntimeError(
+                f"accelerate: verify: expected {excess.name} within {excess.allowed:.3e} of a float64 run, got"
+                f" {excess.error:.3e}{furthest}"
+            )
+        outputs = [name for name in after if name.startswith("output")]
+        return max((_distance(after[name], self.before[name]) for name in outputs), default=0.0)
+
+    def _excess(self, after: _Results) -> _Excess | None:
+        """Find the result that is furthest off, measured by what it may be."""
+        found: tuple[float, _Excess] | None = None
+        if list(after) != list(self.before):
+            changed = sorted(set(after) ^ set(self.before))
+            return _Excess(f"the same results ({', '.join(changed[:3])})", float("nan"), 0.0)
+        for name, allowed in self._allowed().items():
+            error = _distance(after[name], self.exact[name])
+            if not error <= allowed:  # a NaN compares false
+                ratio = error / allowed if error == error and allowed > 0.0 else float("inf")
+                if found is None or ratio > found[0]:
+                    found = ratio, _Excess(name, error, allowed)
+        return None if found is None else found[1]
+
+    def _allowed(self) -> dict[str, float]:
+        """Tell the error that each result may have: what the original makes, twice, three times for a gradient."""
+        allowed = {}
+        for name, old in self.before.items():
+            if old.numel() == 0:
+                continue
+            true = self.exact[name]
+            factor = 2 if name.startswith("output") else 3
+            floor = 4 * torch.finfo(old.dtype).eps * true.abs().max().item()
+            allowed[name] = factor * _distance(old, true) + floor
+        return allowed
+
+    def _furthest(self, alone: Callable[[str], contextlib.AbstractContextManager[None]], names: list[str]) -> str:
+        """Swap one module at a time, and name the one with which the model is furthest off."""
+        worst: tuple[float, str] = (-1.0, names[0])
+        for name in names:
+            with alone(name):
+                after = _run(self.model, self.batch, self.gradients)
+            share = 0.0
+            for result, allowed in self._allowed().items():
+                error = _distance(after[result], self.exact[result]) if result in after else float("inf")
+                share = max(share, error / allowed if error == error and allowed > 0.0 else float("inf"))
+            worst = max(worst, (share, name), key=lambda row: row[0])
+        return f"{worst[1] or 'the model itself'}, alone {worst[0]:.1f} times what is allowed"
+
+
+def _run(model: nn.Module, batch: Any, gradients: bool) -> _Results:
+    with _evaluating(model), torch.set_grad_enabled(gradients):
+        if not gradients:
+            return _outputs(call_model(model, batch))
+        leaves: list[Tensor] = []
+
+        def as_leaf(value: Any) -> Any:
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                return value
+            leaves.append(value.detach().clone().requires_grad_())
+            return leaves[-1]
+
+        outputs = _outputs(call_model(model, tree_map(as_leaf, batch)))
+        named = {f"the gradient of input {index}": leaf for index, leaf in enumerate(leaves)}
+        named |= {f"the gradient of {name}": row for name, row in model.named_parameters() if row.requires_grad}
+        given = [row for row in outputs.values() if row.requires_grad]
+        # Weights that differ, so that no part of a gradient cancels another.
+        weights = [torch.linspace(-1, 1, row.numel(), dtype=row.dtype, device=row.device).view_as(row) for row in given]
+        found = torch.autograd.grad(given, list(named.values()), weights, allow_unused=True)
+        gradient_rows = {name: row for name, row in zip(named, found, strict=True) if row is not None}
+        return {name: row.detach() for name, row in outputs.items()} | gradient_rows
+
+
+def _outputs(result: Any) -> _Results:
+    leaves = [leaf for leaf in tensor_leaves(result) if leaf.is_floating_point()]
+    return {f"output {index}": leaf for index, leaf in enumerate(leaves)}
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and each back as it was (``train()`` would not know frozen stages)."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
