@@ -7,6 +7,7 @@ import torch  # noqa: F401  # the compiled extension needs torch's libraries loa
 
 from vidattn.accelerate import Acceleration, accelerate
 from vidattn.backends import current_backend, list_backends, set_backend, use_backend, warmup, why_not
+from vidattn.capture import capture_attention
 from vidattn.geometry import explain_windows
 from vidattn.ops import (
     factorized_dot_product_attention,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Acceleration",
     "accelerate",
+    "capture_attention",
     "current_backend",
     "explain_windows",
     "factorized_dot_product_attention",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -119,8 +120,25 @@ def call_attention(
     needs_bias_grad = bias != "none" and _may_need_gradient(inputs[3])
     call = describe_call(function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad, channel_ranges)
     chosen = choose_backend(call, backend)
+    if _listener is not None:
+        _listener(function, op, inputs, options)
     seed = draw_seed(inputs.q, options.dropout_p)
     return call_op(op, *inputs[:-1], seed, *options, chosen)
+
+
+# Told of every call of an attention function: the function, the op, inputs and options. Dynamo guards on a plain global.
+_listener: Callable[[str, str, Any, Any], None] | None = None
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str, str, Any, Any], None]) -> Iterator[None]:
+    """Tell a function of every call of an attention function inside a ``with`` block."""
+    global _listener
+    previous, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = previous
 
 
 def _may_need_gradient(x: Tensor) -> bool:
