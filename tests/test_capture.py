@@ -122,9 +122,11 @@ def test_chosen_queries_and_grid() -> None:
     assert captured.grids[name] == (3, 2, 2) and rows.shape == (1, 2, 13, 13)
     torch.testing.assert_close(rows.sum(-1), torch.ones(1, 2, 13))
     torch.testing.assert_close(chosen.maps[name], rows[:, :, [4, -1]])
-    with pytest.raises(ValueError, match="queries: expected numbers below 13, got"):
-        with vidattn.capture_attention(model, queries=[13]):
-            model(video)
+    with (
+        pytest.raises(ValueError, match="queries: expected numbers below 13, got"),
+        vidattn.capture_attention(model, queries=[13]),
+    ):
+        model(video)
     assert vidattn.ops._library._listener is None
 
 

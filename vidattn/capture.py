@@ -165,7 +165,7 @@ def capture_attention(
 
 def _attention_map(op: str, inputs: Any, options: Any, queries: Sequence[int] | None) -> Tensor:
     """Compute the map of a call by attending to values that say which key they belong to."""
-    q, k, v = separate(inputs)
+    q, k, _ = separate(inputs)
     batch, *grid, heads, head_dim = q.shape
     tokens, dtype = math.prod(grid), accumulator_dtype(q.dtype)
     q, k = q.to(dtype), k.to(dtype)

@@ -126,7 +126,7 @@ def call_attention(
     return call_op(op, *inputs[:-1], seed, *options, chosen)
 
 
-# Told of every call of an attention function: the function, the op, inputs and options. Dynamo guards on a plain global.
+# Told of every call of an attention function: function, op, inputs and options. Dynamo guards on a plain global.
 _listener: Callable[[str, str, Any, Any], None] | None = None
 
 
