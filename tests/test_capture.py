@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vidattn
+from examples import attention_maps
 from vidattn.models.timesformer import TimeSformer
 from vidattn.models.video_swin import SwinTransformer3D
 from vidattn.models.video_swin_windows import fit_window, window_partition
@@ -128,6 +131,21 @@ def test_chosen_queries_and_grid() -> None:
     ):
         model(video)
     assert vidattn.ops._library._listener is None
+
+
+def test_the_example_draws_what_a_token_looks_at(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TimeSformer(img_size=32, num_frames=3, embed_dim=24, depth=2, num_heads=2).eval()
+    video = torch.randn(1, 3, 3, 32, 32)
+    options = argparse.Namespace(model="timesformer_base", row=0.9, column=0.1, layers=2)
+    maps = attention_maps.look(model, video, options)
+    assert list(maps) == ["model.blocks.1.temporal_attention", "model.blocks.1.spatial_attention"]
+    over_time, over_space = maps.values()
+    assert over_time.shape == over_space.shape == (3, 2, 2)
+    assert bool((over_time[:, 1, 0] > 0).all()) and over_time.sum() == over_time[:, 1, 0].sum()  # its own site
+    assert bool((over_space[1] > 0).all()) and over_space.sum() == over_space[1].sum()  # its own frame
+    attention_maps.draw(video, maps, tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
 
 
 def test_bad_arguments() -> None:

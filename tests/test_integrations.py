@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vidattn
+from tests import compatibility
 from vidattn import integrations, twins
 from vidattn.integrations import Counterpart
 from vidattn.integrations._fingerprint import fingerprint, resolve
@@ -205,3 +206,8 @@ def test_every_entry_is_well_formed() -> None:
         assert row.tested and all(len(mark) == 16 and version for mark, version in row.tested.items()), row.name
         assert row.code[0].startswith(f"{row.name}."), row.name
         assert (row.twin.__bases__[-1] is not nn.Module and row.twin.ops) or row.twin.level != "attention", row.name
+
+
+def test_the_table_of_the_documentation_is_current() -> None:
+    page = compatibility.PAGE.read_text(encoding="utf-8")
+    assert compatibility.updated(page) == page, "python -m tests.compatibility writes it anew"

@@ -1,0 +1,60 @@
+"""The table of docs/integrations.md, made of what the tests run: ``python -m tests.compatibility`` writes it anew."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "integrations.md"
+TITLE = "| library or repository | tested | model | what is swapped | calls |"
+
+
+def targets() -> list[Any]:
+    """Give the targets of all tests of integrations; all their packages must be there."""
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))
+    files = sorted(path.stem for path in HERE.glob("test_integrations_*.py"))
+    return [target for file in files for target in getattr(importlib.import_module(file), "TARGETS", ())]
+
+
+def table() -> str:
+    """Accelerate the model of each target, and say what was swapped."""
+    import vidattn
+    from vidattn import integrations
+
+    rows: dict[tuple[str, str], tuple[dict[str, None], dict[str, None], dict[str, None]]] = {}
+    for target in targets():
+        from integration_cases import admit
+
+        model = target.make()
+        with pytest.MonkeyPatch.context() as patch:
+            if target.stand_in:
+                admit(model, target.integration, patch)
+            report = vidattn.accelerate(model)
+        versions, classes, calls = rows.setdefault((target.library, target.model.partition(",")[0]), ({}, {}, {}))
+        for swapped in report.swapped:
+            classes[f"`{swapped.original.__name__}` ({swapped.twin.level})"] = None  # type: ignore[attr-defined]
+            calls |= dict.fromkeys(f"`{op}`" for op in swapped.twin.ops)  # type: ignore[attr-defined]
+            for row in integrations._all():
+                if issubclass(swapped.twin, row.twin) and row.name in {x.__name__ for x in swapped.original.__mro__}:
+                    versions |= dict.fromkeys(version for version in row.tested.values() if version != "a stand-in")
+    lines = [TITLE, "| --- | --- | --- | --- | --- |"]
+    for (library, model), (versions, classes, calls) in sorted(rows.items(), key=lambda row: row[0][0].lower()):
+        lines.append(f"| {library} | {', '.join(versions)} | {model} | {', '.join(classes)} | {', '.join(calls)} |")
+    return "\n".join(lines)
+
+
+def updated(page: str) -> str:
+    """Give the page with its table replaced."""
+    return re.sub(re.escape(TITLE) + r"(\n\|[^\n]*)*", lambda _: table(), page, count=1)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
