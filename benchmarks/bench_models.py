@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vidattn
 from benchmarks.calls import EXACT
+from benchmarks.libraries import create
 from benchmarks.rounds import CLOCK
 from benchmarks.selection import parametrize
 from benchmarks.shapes import DTYPES, MODEL_CASES, SMOKE_MODEL_CASES
-from vidattn.models import create_model
 from vidattn.models.layers import DropPath
 
 CASES = MODEL_CASES | SMOKE_MODEL_CASES
@@ -45,7 +45,7 @@ def build(
         raise NotImplementedError("a training step of this depth takes minutes to compile")
     shape = CASES[case]
     torch.manual_seed(0)
-    model = create_model(shape.model, **dict(shape.overrides)).to(device, DTYPES[dtype])
+    model = create(shape.model, **dict(shape.overrides)).to(device, DTYPES[dtype])
     model.train(direction == "training")
     for layer in model.modules():
         # Outputs could not be compared if everybody drew masks of his own, or if a layer that starts from zero hid all.
@@ -69,12 +69,13 @@ def build(
         with torch.no_grad():
             return (run(video),)
 
-    labels = torch.zeros(len(video), dtype=torch.int64, device=device)
     first = next(model.parameters())
 
     def train() -> tuple[Tensor, ...]:
         model.zero_grad()
         logits = run(video)
+        # One label a clip, or one a voxel.
+        labels = torch.zeros(len(logits), *logits.shape[2:], dtype=torch.int64, device=device)
         F.cross_entropy(logits, labels).backward()
         assert first.grad is not None
         return logits.detach(), first.grad
@@ -86,8 +87,8 @@ def build(
 def model_flops(case: str, direction: str) -> int:
     """Operations of one call, counted on the reference model without running it."""
     shape = CASES[case]
+    model = create(shape.model, **dict(shape.overrides)).train(direction == "training").to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = create_model(shape.model, **dict(shape.overrides)).train(direction == "training")
         with torch.set_grad_enabled(direction == "training"):
             logits = model(torch.empty(shape.video_shape))
             if direction == "training":

@@ -219,7 +219,7 @@ SMOKE_MIXING_CASES = {"smoke": MixingCase(3, num_frames=4, num_tokens=7, heads=3
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A whole model on one video (batch, 3, frames, height, width)."""
+    """A whole model on one video, or volume, (batch, channels, frames, height, width)."""
 
     model: str
     video_shape: tuple[int, int, int, int, int]
@@ -235,6 +235,10 @@ MODEL_CASES = {
     "timesformer_b_8x224x224": ModelCase("timesformer_base", (1, 3, 8, 224, 224)),
     "vivit_b_model3_32x224x224": ModelCase("vivit_b_factorized_self_attention", (1, 3, 32, 224, 224)),
     "xvit_b_16x224x224": ModelCase("xvit_b16_16f", (1, 3, 16, 224, 224)),
+    # Of other libraries, see benchmarks/libraries.py.
+    "torchvision_swin3d_t_32x224x224": ModelCase("torchvision_swin3d_t", (1, 3, 32, 224, 224)),
+    "monai_swin_unetr_96x96x96": ModelCase("monai_swin_unetr", (1, 1, 96, 96, 96)),
+    "transformers_timesformer_b_8x224x224": ModelCase("transformers_timesformer", (1, 3, 8, 224, 224)),
 }
 SMOKE_MODEL_CASES = {
     "smoke": ModelCase(
@@ -279,6 +283,9 @@ TITLES = {
     "forward_backward": "forward + backward",
     "shift": "shift alone",
     "training": "training step",
+    "torchvision_swin3d_t_32x224x224": "torchvision swin3d_t, 32 x 224 x 224",
+    "monai_swin_unetr_96x96x96": "MONAI SwinUNETR 48, 96 x 96 x 96",
+    "transformers_timesformer_b_8x224x224": "transformers TimeSformer-B, 8 x 224 x 224",
     "sdpa": "SDPA",
     "sdpa_prebuilt": "SDPA, mask prebuilt",
     "vidattn_compiled": "vidattn + compile",
