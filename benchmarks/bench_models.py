@@ -88,11 +88,11 @@ def model_flops(case: str, direction: str) -> int:
     """Operations of one call, counted on the reference model without running it."""
     shape = CASES[case]
     model = create(shape.model, **dict(shape.overrides)).train(direction == "training").to("meta")
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        with torch.set_grad_enabled(direction == "training"):
-            logits = model(torch.empty(shape.video_shape))
-            if direction == "training":
-                logits.sum().backward()
+    training = direction == "training"
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        logits = model(torch.empty(shape.video_shape))
+        if training:
+            logits.sum().backward()
     return counter.get_total_flops()
 
 
