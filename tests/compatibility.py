@@ -47,7 +47,8 @@ def table() -> str:
                     versions |= dict.fromkeys(version for version in row.tested.values() if version != "a stand-in")
     lines = [TITLE, "| --- | --- | --- | --- | --- |"]
     for (library, model), (versions, classes, calls) in sorted(rows.items(), key=lambda row: row[0][0].lower()):
-        lines.append(f"| {library} | {', '.join(versions)} | {model} | {', '.join(classes)} | {', '.join(calls)} |")
+        owner = f"[{library}](https://github.com/{library})" if "/" in library else library
+        lines.append(f"| {owner} | {', '.join(versions)} | {model} | {', '.join(classes)} | {', '.join(calls)} |")
     return "\n".join(lines)
 
 

@@ -96,11 +96,12 @@ def spread(model: nn.Module) -> nn.Module:
 
 def admit(model: nn.Module, integration: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the code of a stand-in count as tested, in one test."""
-    rows = importlib.import_module(f"vidattn.integrations.{integration}").COUNTERPARTS
+    file = importlib.import_module(f"vidattn.integrations.{integration}")
     for module in model.modules():
         names = {kind.__name__ for kind in type(module).__mro__}
-        for row in rows:
-            watched = resolve(type(module), row.name, row.code) if row.name in names and row.resembles(module) else None
+        rows = [row for row in file.COUNTERPARTS if row.name in names and row.resembles(module)]
+        for row in [*rows, *(part for part in getattr(file, "PARTS", ()) if part.name in names)]:
+            watched = resolve(type(module), row.name, row.code)
             if watched is not None:
                 found = fingerprint(watched)
                 assert found is not None

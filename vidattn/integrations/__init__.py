@@ -21,7 +21,7 @@ from torch import nn
 from vidattn.integrations._fingerprint import fingerprint, resolve
 from vidattn.twins import Twin, Watched, make_twin
 
-__all__ = ["Counterpart", "Found", "find", "is_known", "twin_of"]
+__all__ = ["Counterpart", "Found", "Part", "find", "is_known", "twin_of"]
 
 
 class Counterpart(NamedTuple):
@@ -44,6 +44,25 @@ class Counterpart(NamedTuple):
     code: tuple[str, ...]
     tested: dict[str, str]
     resembles: Callable[[Any], bool] = lambda module: True
+
+
+class Part(NamedTuple):
+    """A class that has no twin, and that a twin does the work of where it is a part of its module.
+
+    Attributes:
+        name: name of the class.
+        code: as in :class:`Counterpart`.
+        tested: as in :class:`Counterpart`.
+    """
+
+    name: str
+    code: tuple[str, ...]
+    tested: dict[str, str]
+
+    def is_tested(self, kind: type) -> bool:
+        """Whether the code of a class is one that was tested."""
+        watched = resolve(kind, self.name, self.code)
+        return watched is not None and fingerprint(watched) in self.tested
 
 
 class Found(NamedTuple):

@@ -1,4 +1,4 @@
-"""Accelerated twin of the attention of X-ViT."""
+"""Accelerated twins of the attention of X-ViT."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from vidattn.nn.parts import as_defined, attend, can_drop, is_number, is_plain, 
 from vidattn.ops import space_time_mixing_attention
 from vidattn.twins import Twin
 
+# Frames of a segment, and the ranges of channels that come from other frames; () where nothing is shifted.
+Shift = tuple[()] | tuple[int, tuple[tuple[int, int, int], ...]]
 
-class FusedMixingAttention(Twin, Attention):
-    """X-ViT's attention, :class:`vidattn.models.xvit_layers.Attention`, on :func:`vidattn.space_time_mixing_attention`.
+
+class FusedMixing(Twin):
+    """X-ViT's attention on :func:`vidattn.space_time_mixing_attention`.
 
     What is shifted is found at every call where the paper's code puts it after construction: keys in
     ``control_point_query``, values in ``control_point_value``. Nothing is shifted in memory. Keys and values shifted
@@ -28,54 +31,54 @@ class FusedMixingAttention(Twin, Attention):
         """Say why a module cannot become this twin; None if it can."""
         return why_not_number(module)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def shift_of(place: Any, num_heads: int, head_dim: int) -> Shift | None:
+        """Describe what is in a place for a shift; None if it may do anything."""
+        raise NotImplementedError
+
+    def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B * T, N, C) to (B * T, N, C)."""
-        if not self._ops_can_attend():
-            return super().forward(x)
+        shift = self._shift(x.shape[-1] // self.num_heads)
+        if shift is None:
+            return self.replaced.forward(self, x)
         if self.insert_control_point:
             x = self.control_point(x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        dropout_p = rate_in_use(self.attn_drop)
-        shift = self.control_point_query if self.insert_control_point else None
-        if isinstance(shift, TemporalShift):
-            context = space_time_mixing_attention(
-                qkv,
-                shift.n_segment,
-                channel_shifts=shift.channel_shifts(*qkv.shape[-2:]),
-                scale=self.scale,
-                dropout_p=dropout_p,
-                backend=self.attention_backend,
-            )
+        options = {"scale": self.scale, "dropout_p": rate_in_use(self.attn_drop), "backend": self.attention_backend}
+        if shift:
+            context = space_time_mixing_attention(qkv, shift[0], channel_shifts=shift[1], **options)
         else:
-            context = attend(qkv, scale=self.scale, dropout_p=dropout_p, backend=self.attention_backend)
+            context = attend(qkv, **options)
         return self.proj_drop(self.proj(context))
 
-    def _ops_can_attend(self) -> bool:
-        """Whether all parts are what the ops compute, and no hook looks at what one of them returns."""
-        return (
-            self.is_intact()
-            and not self.summary_frames
-            and can_drop(self.attn_drop)
-            and is_number(self.scale)
-            and self._shifts_alike()
-        )
-
-    def _shifts_alike(self) -> bool:
-        """Whether keys and values are shifted alike, or not at all, by modules that the op can stand in for."""
+    def _shift(self: Any, head_dim: int) -> Shift | None:
+        """Describe how keys and values are shifted, both alike; None if the ops cannot do what the original does."""
+        if (
+            not self.is_intact()
+            or getattr(self, "summary_frames", 0)
+            or not can_drop(self.attn_drop)
+            or not is_number(self.scale)
+        ):
+            return None
         if not self.insert_control_point:
-            return True
-        keys, values = (_what_it_does(place) for place in (self.control_point_query, self.control_point_value))
-        return keys is not None and keys == values
+            return ()
+        places = self.control_point_query, self.control_point_value
+        keys, values = (self.shift_of(place, self.num_heads, head_dim) for place in places)
+        return keys if keys == values else None
+
+
+class FusedMixingAttention(FusedMixing, Attention):
+    """:class:`~vidattn.models.xvit_layers.Attention` on :func:`vidattn.space_time_mixing_attention`."""
+
+    @staticmethod
+    def shift_of(place: Any, num_heads: int, head_dim: int) -> Shift | None:
+        """Describe what is in a place for a shift; None if it may do anything."""
+        if is_plain(place, _STILL):
+            return ()
+        if not is_plain(place, _SHIFT) or not is_plain(place.net, _STILL):
+            return None
+        return place.n_segment, place.channel_shifts(num_heads, head_dim)
 
 
 _STILL = as_defined(AfterReconstruction, nn.Identity)
 _SHIFT = as_defined(TemporalShift)
-
-
-def _what_it_does(place: Any) -> tuple[int, ...] | None:
-    """Describe a place for a shift: () leaves everything where it is, None may do anything."""
-    if is_plain(place, _STILL):
-        return ()
-    if not is_plain(place, _SHIFT) or _what_it_does(place.net) != ():
-        return None
-    return place.n_segment, place.fold_div, place.per_head, place.window
