@@ -55,7 +55,7 @@ class FusedMixing(Twin):
         """Describe how keys and values are shifted, both alike; None if the ops cannot do what the original does."""
         if (
             not self.is_intact()
-            or getattr(self, "summary_frames", 0)
+            or getattr(self, "summary_frames", False)
             or not can_drop(self.attn_drop)
             or not is_number(self.scale)
         ):
