@@ -19,6 +19,16 @@ VIDATTN_INLINE void with_element(Element element, F body) {
   body((const Value*)nullptr);
 }
 
+template <class P, class In, class T = typename P::Acc>
+VIDATTN_INLINE T dot(const In* x, const In* y, int64_t n) {
+  constexpr int step = kLanes<T> * P::pack;
+  Vec<T> total{};
+  int64_t c = 0;
+  for (; c + step <= n; c += step) total = P::multiply_add(P::load_words(x + c, step), P::load_words(y + c, step), total);
+  if (c < n) total = P::multiply_add(P::load_words(x + c, n - c), P::load_words(y + c, n - c), total);
+  return sum<T>(total);
+}
+
 // The row of the cls token, which lies in front of the patches.
 VIDATTN_INLINE char* cls_row(const DividedArgs& a, Slot slot, int64_t clip, int64_t head) {
   const RowTensor& t = a.tensor[slot];
@@ -46,6 +56,7 @@ VIDATTN_INLINE T* share_of_group(const DividedArgs& a, void* shares, int64_t whi
 template <class P>
 void cls_scores(const DividedArgs& a, bool backward, int64_t begin, int64_t end) {
   using T = typename P::Acc;
+  const int64_t row_bytes = a.head_dim * bytes_of(a.element);
   with_element<P>(a.element, [&](auto element) {
     using In = decltype(element);
     for (int gradients = 0; gradients <= backward; ++gradients) {
@@ -55,11 +66,9 @@ void cls_scores(const DividedArgs& a, bool backward, int64_t begin, int64_t end)
         const int64_t clip = i / a.rows(), row = i % a.rows();
         for (int64_t head = 0; head < a.heads; ++head) {
           const In x = (In)cls_row(a, query, clip, head);
-          const In y = (In)(cls_row(a, key, clip, head) + row * a.tensor[key].stride[1]);
-          Vec<T> total{};
-          for (int64_t c = 0; c < a.head_dim; c += kLanes<T>)
-            total += load_wide<T>(x + c, a.head_dim - c) * load_wide<T>(y + c, a.head_dim - c);
-          cls_weights<T>(a, gradients, clip, head)[row] = factor * sum<T>(total);
+          const char* y = cls_row(a, key, clip, head) + row * a.tensor[key].stride[1];
+          fetch_row(y + 2 * a.tensor[key].stride[1], row_bytes);  // perhaps beyond the last one, which does no harm
+          cls_weights<T>(a, gradients, clip, head)[row] = factor * dot<Plain<T>>(x, (In)y, a.head_dim);
         }
       }
     }

@@ -164,13 +164,7 @@ class ShortSequences {
 
   // The same with the row of the cls token, each in all lanes of its row of scores.
   VIDATTN_INLINE void products_with_cls(Slot a, Slot b, Vec<T>* s) {
-    constexpr int step = kLanes<T> * P::pack;
-    for (int64_t i = 0; i < n_; ++i) {
-      Vec<T> partial{};
-      for (int64_t c = 0; c < d_; c += step)
-        partial = P::multiply_add(P::load_words(from_[a][i] + c, d_ - c), P::load_words(cls_[b] + c, d_ - c), partial);
-      scores_of_cls_[i] = sum<T>(partial);
-    }
+    for (int64_t i = 0; i < n_; ++i) scores_of_cls_[i] = dot<P>(from_[a][i], cls_[b], d_);
     for (int64_t w = 0; w < vectors_; ++w)
       s[w] = spread<T>(load(scores_of_cls_ + w * kLanes<T> / L), std::make_integer_sequence<int, kLanes<T>>());
   }
