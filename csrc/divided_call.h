@@ -25,8 +25,8 @@ inline DividedArgs read_divided_call(Arguments& from, Slot context, const Tensor
   STD_TORCH_CHECK(a.frames >= 1 && count >= 1 && count % a.frames == 0, "expected num_frames * sites rows");
   a.sites = count / a.frames;
   a.cls = tokens.q.size(1) - count;
-  STD_TORCH_CHECK(a.cls == a.cls_sees_all || a.cls == 1, "expected a cls token and the patches, got ",
-                  tokens.q.size(1), " rows");
+  STD_TORCH_CHECK(a.cls == a.cls_sees_all || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1),
+                  " rows");
   a.tensor[kQ] = row_tensor(tokens.q, a.head_dim, a.cls);
   a.tensor[kK] = row_tensor(tokens.k, a.head_dim, a.cls);
   a.tensor[kV] = row_tensor(tokens.v, a.head_dim, a.cls);

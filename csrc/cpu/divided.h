@@ -166,7 +166,9 @@ constexpr DividedKernels divided_kernels() {
              return args.short_sequences ? 0 : LongSequences<P>(args, backward, nullptr).bytes();
            },
            run_sequences<P, false>, run_sequences<P, true>},
-          cls_scores<P>, cls_softmax<P>, add_groups<P>};
+          cls_scores<P>,
+          cls_softmax<P>,
+          add_groups<P>};
 }
 
 }  // namespace VIDATTN_ISA

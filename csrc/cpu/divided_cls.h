@@ -1,6 +1,6 @@
-// A cls token whose query sees the whole clip. Its weights are computed first, one a row of the clip; then each sequence
-// adds up what its rows have for the token, and what the token has for their gradients goes into the rows in the same
-// pass. Of the weights there is one number a row and head, and the tensors are read once more for them.
+// A cls token whose query sees the whole clip. Its weights are computed first, one a row of the clip; then each
+// sequence adds up what its rows have for the token, and what the token has for their gradients goes into the rows in
+// the same pass. Of the weights there is one number a row and head, and the tensors are read once more for them.
 #pragma once
 #include "attention.h"
 #include "divided_args.h"
@@ -24,7 +24,8 @@ VIDATTN_INLINE T dot(const In* x, const In* y, int64_t n) {
   constexpr int step = kLanes<T> * P::pack;
   Vec<T> total{};
   int64_t c = 0;
-  for (; c + step <= n; c += step) total = P::multiply_add(P::load_words(x + c, step), P::load_words(y + c, step), total);
+  for (; c + step <= n; c += step)
+    total = P::multiply_add(P::load_words(x + c, step), P::load_words(y + c, step), total);
   if (c < n) total = P::multiply_add(P::load_words(x + c, n - c), P::load_words(y + c, n - c), total);
   return sum<T>(total);
 }
@@ -122,8 +123,8 @@ void cls_softmax(const DividedArgs& a, bool backward, int64_t begin, int64_t end
   }
 }
 
-// Adds up what the groups have for the cls tokens of clips and heads [begin, end), in order: the mean of its contexts or
-// its context, or its gradients.
+// Adds up what the groups have for the cls tokens of clips and heads [begin, end), in order: the mean of its contexts
+// or its context, or its gradients.
 template <class P>
 void add_groups(const DividedArgs& a, bool backward, int64_t begin, int64_t end) {
   using T = typename P::Acc;

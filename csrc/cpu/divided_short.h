@@ -5,8 +5,8 @@
 // vector has lanes are taken together, by a tree of exchanges, and come out as one vector: the scores of a sequence of
 // 8 are 4 vectors of 16. All heads of a sequence follow each other, so that whole rows of the token tensors are used.
 //
-// A cls token is no row of these, or 8 frames would need the matrix of 16. Its key has a column of scores apart, and its
-// query, which sees the whole clip, comes with weights: a row apart.
+// A cls token is no row of these, or 8 frames would need the matrix of 16. Its key has a column of scores apart, and
+// its query, which sees the whole clip, comes with weights: a row apart.
 #pragma once
 #include "divided_cls.h"
 

@@ -284,7 +284,8 @@ def _attend(
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
 _OPTIONS = "SymInt num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
 # cls is the context of the cls token in each frame (B, T, h * d), empty without one and with "all". It is an output of
-# "per_frame"; with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
+# "per_frame"; with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no
+# backward needs it.
 LIBRARY.define(
     f"divided_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor cls, Tensor lse)", tags=TAGS
 )

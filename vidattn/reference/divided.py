@@ -8,11 +8,11 @@ A clip is T frames of N sites. The groups of :mod:`vidattn.reference.attention` 
   each frame, or their mean (the released code of TimeSformer repeats the token and averages what comes out), and its
   gradient is the sum over the frames.
 
-Frozen in Time (arXiv 2104.00650) lets the query of the cls token see the whole clip, ``cls_query="all"``. A group is then
-the cls token and the frames of a site, or the sites of a frame; the token is a key there and no query. Its one query
-attends to all rows of the clip, itself included, and its gradient as key and value is the sum over the groups and this
-query. In the dropout mask the groups have the numbers from above and the cls token is position 0 in them, so that query
-0 is free; the query that sees the whole clip b is query 0 of group b, and its key j is row j of the input.
+Frozen in Time (arXiv 2104.00650) lets the query of the cls token see the whole clip, ``cls_query="all"``. A group is
+then the cls token and the frames of a site, or the sites of a frame; the token is a key there and no query. Its one
+query attends to all rows of the clip, itself included, and the gradient of its key and value is the sum over the groups
+and this query. In the dropout mask the groups have the numbers from above and the cls token is position 0 in them, so
+that query 0 is free; the query that sees the whole clip b is query 0 of group b, and its key j is row j of the input.
 
 The first ``temporal_heads`` heads attend over time and the others over space: all of them in ``temporal_attention``,
 none in ``spatial_attention``, half in ViViT's model 4. Nothing is added to the scores.
@@ -153,7 +153,7 @@ def divided_attention(
         seed: int64 tensor with one element, needed when ``dropout_p > 0``.
         num_frames: T.
         token_order: "thw" or "hwt".
-        temporal_heads: heads that attend over time; with a cls token that sees all, all or none of them, with another 0.
+        temporal_heads: heads that attend over time; 0 with a cls token, but all or none if its query sees all.
         cls_token: None, "mean", "per_frame", or "all" for one whose query sees the whole clip.
         scale: factor of q k^T.
         dropout_p: dropout probability.
