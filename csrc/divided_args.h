@@ -11,6 +11,7 @@ namespace vidattn {
 struct DividedArgs {
   int64_t batch, frames, heads, head_dim;
   int64_t cls;                    // 1: a row in front of the patches opens every sequence; else 0
+  bool cls_sees_all;              // its query attends to the whole clip, and takes no part in the sequences
   int64_t sites;                  // of a frame
   bool time_fastest;              // whether the frames of a site are neighbours, or the sites of a frame
   int64_t temporal_heads;         // the first ones attend over time, the others over space
@@ -24,12 +25,18 @@ struct DividedArgs {
   Element element;
   RowTensor tensor[kSlots];  // from the first patch on
 
-  // The cls token is shared by the frames of a clip: (batch, frames, heads, head_dim) in the accumulator's type.
+  // The cls token is shared by the groups of a clip: (batch, groups, heads, head_dim) in the accumulator's type.
   void* cls_out;
   const void* dcls;
   int64_t dcls_stride[2];  // of the batch and of the frames
-  void* cls_gradients;     // (3, batch, frames, heads, head_dim): each frame's share for q, k and v
+  void* cls_gradients;     // (3, batch, groups, heads, head_dim): each group's share for q, k and v
   RowTensor cls_mean;      // (batch, 1, heads, head_dim), where the mean of cls_out goes
+  // If its query sees all, (2, batch, heads, cls_stride()): the weight of each row, with dropout, and the gradient of
+  // its score times the scale.
+  void* cls_weights;
+  static constexpr int64_t kClsBlock = 16;
+  int64_t rows() const { return cls + frames * sites; }
+  int64_t cls_stride() const { return round_up(rows(), kClsBlock); }
   // On CUDA, log-sum-exp in the accumulator's type: (batch, rows, heads), the patches in token order, then the cls
   // token in each frame; null if nobody needs it.
   void* lse;

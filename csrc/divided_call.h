@@ -6,7 +6,8 @@
 namespace vidattn {
 
 // Reads the fields of DividedCall in vidattn/calls.py, which says what they are, and after them the context or its
-// gradient, which has the patches of a clip alone. The seed lies on the device of q, so whoever can reads it.
+// gradient, which has the patches of a clip alone, or a cls token that sees all in front of them. The seed lies on the
+// device of q, so whoever can reads it.
 inline DividedArgs read_divided_call(Arguments& from, Slot context, const Tensor*& seed) {
   DividedArgs a{};
   const Tokens tokens(from);
@@ -15,19 +16,21 @@ inline DividedArgs read_divided_call(Arguments& from, Slot context, const Tensor
   a.time_fastest = from.take<bool>();
   a.temporal_heads = from.take<int64_t>();
   a.scale = from.take<double>(), a.dropout_p = from.take<double>();
+  a.cls_sees_all = from.take<bool>();
   const Tensor& patches = from.tensor();
 
   set_shape(a, tokens.q);
   a.batch = patches.size(0);
-  STD_TORCH_CHECK(a.frames >= 1 && patches.size(1) >= 1 && patches.size(1) % a.frames == 0,
-                  "expected num_frames * sites rows");
-  a.sites = patches.size(1) / a.frames;
-  a.cls = tokens.q.size(1) - patches.size(1);
-  STD_TORCH_CHECK(a.cls == 0 || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1), " rows");
+  const int64_t count = patches.size(1) - a.cls_sees_all;
+  STD_TORCH_CHECK(a.frames >= 1 && count >= 1 && count % a.frames == 0, "expected num_frames * sites rows");
+  a.sites = count / a.frames;
+  a.cls = tokens.q.size(1) - count;
+  STD_TORCH_CHECK(a.cls == a.cls_sees_all || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1),
+                  " rows");
   a.tensor[kQ] = row_tensor(tokens.q, a.head_dim, a.cls);
   a.tensor[kK] = row_tensor(tokens.k, a.head_dim, a.cls);
   a.tensor[kV] = row_tensor(tokens.v, a.head_dim, a.cls);
-  a.tensor[context] = row_tensor(patches, a.head_dim);
+  a.tensor[context] = row_tensor(patches, a.head_dim, a.cls_sees_all);
   return a;
 }
 
@@ -36,7 +39,8 @@ inline bool set_axis(DividedArgs& a, bool over_time) {
   a.first_head = over_time ? 0 : a.temporal_heads;
   a.num_heads = over_time ? a.temporal_heads : a.heads - a.temporal_heads;
   if (a.num_heads == 0) return false;
-  STD_TORCH_CHECK(!over_time || !a.cls, "a cls token attends over space only");
+  STD_TORCH_CHECK(!over_time || !a.cls || a.cls_sees_all, "a cls token attends to frames, not to sites");
+  STD_TORCH_CHECK(!a.cls || a.num_heads == a.heads, "with a cls token all heads attend alike");
   a.patches = over_time ? a.frames : a.sites;
   a.groups = over_time ? a.sites : a.frames;
   const int64_t frame_step = a.time_fastest ? 1 : a.sites, site_step = a.time_fastest ? a.frames : 1;

@@ -87,6 +87,8 @@ def sequences_of(call: DividedCall, rows: int, mixing: Mixing | None) -> list[Se
     Returns:
         Those over time, then those over space; with ``mixing``, one for each group of heads.
     """
+    if call.cls_sees_all:
+        raise NotImplementedError("a cls token whose query sees the whole clip")
     batch, tokens, heads, head_dim = call.q.shape
     frames, sites, has_cls = call.num_frames, rows // call.num_frames, tokens > rows
     if mixing is not None:

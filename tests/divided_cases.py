@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
-from attention_cases import Attend, device_of, evaluate, on_cpu, seed_of, seeds_from_the_host, separated, to
+from attention_cases import (
+    BACKENDS,
+    Attend,
+    device_of,
+    evaluate,
+    half_precision,
+    on_cpu,
+    seed_of,
+    seeds_from_the_host,
+    separated,
+    to,
+)
 from tolerance import assert_all_close, assert_as_exact_as_plain
 from torch import Tensor
 
@@ -21,7 +34,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("spatial_attention", {"cls_token": "mean"}),
     "per_frame": ("spatial_attention", {"cls_token": "per_frame"}),
     "factorized": ("factorized_dot_product_attention", {}),
+    "temporal_all": ("temporal_attention", {"cls_query": "all"}),
+    "spatial_all": ("spatial_attention", {"cls_query": "all"}),
 }
+OVER_TIME = ("temporal", "factorized", "temporal_all")
+SEES_ALL = ("temporal_all", "spatial_all")
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Case:
     @property
     def has_cls(self) -> bool:
         """Whether row 0 is a cls token."""
-        return self.kind in ("mean", "per_frame")
+        return self.kind in ("mean", "per_frame", *SEES_ALL)
 
     @property
     def name(self) -> str:
@@ -81,7 +98,7 @@ class Case:
         patches = self.num_frames * self.num_sites
         qkv = draw(self.batch, patches + self.has_cls, 3, self.heads, self.head_dim)
         qkv[..., :2, :, :] *= self.spread
-        rows = {"mean": patches + 1, "per_frame": patches + self.num_frames}.get(self.kind, patches)
+        rows = patches + (self.num_frames if self.kind == "per_frame" else self.has_cls)
         grad_out = draw(self.batch, rows, self.heads * self.head_dim)
         return {"qkv": qkv.to(dtype), "grad_out": grad_out.to(dtype)}
 
@@ -100,6 +117,31 @@ def runs(case: Case, dtype: torch.dtype, backend: str) -> bool:
     """Whether a backend runs a case."""
     qkv = case.inputs(dtype)["qkv"].to(device_of(backend))
     return not vidattn.why_not(case.name, qkv, case.num_frames, **case.options(), backend=backend)
+
+
+def _kinds_of(backend: str) -> list[str]:
+    dtype, backend = half_precision(backend), "reference" if backend == "auto" else backend
+    return [kind for kind in KINDS if runs(Case(kind), dtype, backend)]
+
+
+# By backend: the kinds that it runs.
+KINDS_OF = {backend: _kinds_of(backend) for backend in (*BACKENDS, "auto")}
+
+
+def for_kinds(
+    parameters: Iterable[Any], names: Sequence[str] = ("backend",), kinds: Sequence[str] = tuple(KINDS)
+) -> pytest.MarkDecorator:
+    """Parametrise a test with values that begin with a backend, each with those of the kinds that it runs."""
+    known = [given if hasattr(given, "values") else pytest.param(given, id=given) for given in parameters]
+    return pytest.mark.parametrize(
+        (*names, "kind"),
+        [
+            pytest.param(*given.values, kind, id=f"{kind}-{given.id}")
+            for given in known
+            for kind in kinds
+            if kind in KINDS_OF[given.values[0]]
+        ],
+    )
 
 
 def check(

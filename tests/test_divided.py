@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from attention_cases import (
     to,
     with_head_dims,
 )
-from divided_cases import KINDS, Case, check, check_against_plain, runs
+from divided_cases import KINDS_OF, OVER_TIME, SEES_ALL, Case, check, check_against_plain, for_kinds, runs
 from torch import Tensor
 
 import vidattn
@@ -33,7 +34,8 @@ from vidattn.backends import TRITON_INTERPRETED
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
-kinds = pytest.mark.parametrize("kind", KINDS)
+backends_and_kinds = for_kinds(BACKENDS)
+backends_dtypes_and_kinds = for_kinds(BACKEND_DTYPES, ("backend", "dtype"))
 orders = pytest.mark.parametrize("token_order", ["thw", "hwt"])
 HEAD_DIMS = (1, 5, 8, 12, 15, 16, 18, 20, 24, 32, 40, 64, 96, 128)
 # Around what fits a vector, a tile and a whole row; Triton's interpreter takes a thousand times as long.
@@ -42,49 +44,45 @@ LENGTHS = (1, 3, 8, 17, 33, 96, 300) if TRITON_INTERPRETED else LENGTHS
 EVERY_LENGTH = (2, 5, 7, 12, 16, 31, 64) if TRITON_INTERPRETED else range(1, 68)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "head_dim"), with_head_dims(HEAD_DIMS))
-@kinds
+@for_kinds(with_head_dims(HEAD_DIMS), ("backend", "dtype", "head_dim"))
 def test_head_dims(backend: str, dtype: torch.dtype, kind: str, head_dim: int) -> None:
     check(Case(kind, head_dim=head_dim), dtype, backend)
 
 
-@backends_and_dtypes
+@backends_dtypes_and_kinds
 @orders
-@kinds
 def test_token_orders(backend: str, dtype: torch.dtype, kind: str, token_order: str) -> None:
     check(Case(kind, 4, 6, token_order, heads=4), dtype, backend)
 
 
-@backends_and_dtypes
+@for_kinds(BACKEND_DTYPES, ("backend", "dtype"), ("temporal", "temporal_all"))
 @orders
 @pytest.mark.parametrize("num_frames", LENGTHS)
-def test_frames(backend: str, dtype: torch.dtype, token_order: str, num_frames: int) -> None:
-    check(Case("temporal", num_frames, 3, token_order, head_dim=16), dtype, backend)
+def test_frames(backend: str, dtype: torch.dtype, kind: str, token_order: str, num_frames: int) -> None:
+    check(Case(kind, num_frames, 3, token_order, head_dim=16), dtype, backend)
 
 
-@backends_and_dtypes
-@pytest.mark.parametrize("kind", ["spatial", "mean", "per_frame"])
+@for_kinds(BACKEND_DTYPES, ("backend", "dtype"), ("spatial", "mean", "per_frame", "spatial_all"))
 @pytest.mark.parametrize("num_sites", LENGTHS)
 def test_sites(backend: str, dtype: torch.dtype, kind: str, num_sites: int) -> None:
     token_order = "hwt" if num_sites % 2 else "thw"
     check(Case(kind, 2, num_sites, token_order, batch=1, head_dim=16), dtype, backend)
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_every_short_sequence(backend: str, kind: str) -> None:
     """Lengths around every multiple of a vector or tile."""
     for length in EVERY_LENGTH if backend != "reference" else (5,):
-        frames, sites = (length, 3) if kind in ("temporal", "factorized") else (2, length)
+        frames, sites = (length, 3) if kind in OVER_TIME else (2, length)
         for dtype in (single_precision(backend), half_precision(backend)):
             check(Case(kind, frames, sites, "hwt" if length % 2 else "thw", batch=1, head_dim=8), dtype, backend)
 
 
-@backends_and_dtypes
+@for_kinds(BACKEND_DTYPES, ("backend", "dtype"), ("temporal", "temporal_all"))
 @pytest.mark.parametrize("num_frames", [12, 13, 16])
-def test_every_short_sequence_of_rows_far_apart(backend: str, dtype: torch.dtype, num_frames: int) -> None:
+def test_every_short_sequence_of_rows_far_apart(backend: str, dtype: torch.dtype, kind: str, num_frames: int) -> None:
     """Steps of 4 KB and more between its rows, which the CPU's cache has few places for."""
-    check(Case("temporal", num_frames, 128, "thw", batch=1, heads=1, head_dim=16), dtype, backend)
+    check(Case(kind, num_frames, 128, "thw", batch=1, heads=1, head_dim=16), dtype, backend)
 
 
 PUBLISHED = [
@@ -94,6 +92,8 @@ PUBLISHED = [
     Case("mean", 2, 784, "hwt", batch=1, heads=1, head_dim=64),
     Case("spatial", 2, 196, "thw", batch=2, heads=2, head_dim=64),
     Case("factorized", 16, 196, "thw", batch=1, heads=2, head_dim=64),
+    Case("temporal_all", 4, 196, "thw", batch=1, heads=2, head_dim=64),
+    Case("spatial_all", 4, 196, "thw", batch=1, heads=1, head_dim=64),
 ]
 
 
@@ -103,7 +103,7 @@ PUBLISHED = [
     ids=str,
 )
 def test_published_models(backend: str, case: Case) -> None:
-    """Sequences of full length, as TimeSformer and ViViT have them."""
+    """Sequences of full length, as TimeSformer, ViViT and Frozen in Time have them."""
     if TRITON_INTERPRETED:
         case = replace(
             case, num_sites=min(case.num_sites, 197 if case.kind == "mean" else 20), num_frames=min(case.num_frames, 16)
@@ -130,8 +130,7 @@ def test_heads_are_those_of_the_two_attentions(backend: str) -> None:
     torch.testing.assert_close(both, torch.cat((time, space), dim=-1), rtol=1e-6, atol=1e-6)
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_one_head_and_one_site_or_frame(backend: str, kind: str) -> None:
     for frames, sites in ((1, 9), (9, 1), (1, 1)):
         case = Case(kind, frames, sites, heads=2 if kind == "factorized" else 1)
@@ -149,15 +148,13 @@ def test_one_key_gives_its_value(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(grad[:, :, 2], torch.ones_like(grad[:, :, 2])) and (grad[:, :, :2] == 0).all()
 
 
-@backends_and_dtypes
-@kinds
+@backends_dtypes_and_kinds
 def test_scale(backend: str, dtype: torch.dtype, kind: str) -> None:
     for scale in (0.05, 1.7, 0.0, -0.3):
         check(Case(kind, scale=scale), dtype, backend)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), DROPOUT_DTYPES)
-@kinds
+@for_kinds(DROPOUT_DTYPES, ("backend", "dtype"))
 @pytest.mark.parametrize("dropout_p", [0.1, 0.9])
 def test_dropout(backend: str, dtype: torch.dtype, kind: str, dropout_p: float) -> None:
     """The mask of the reference, in the forward and in the backward pass."""
@@ -166,8 +163,7 @@ def test_dropout(backend: str, dtype: torch.dtype, kind: str, dropout_p: float) 
     check(Case(kind, 3, 37, "hwt", dropout_p=dropout_p), dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS_WITH_DROPOUT)
-@kinds
+@for_kinds(BACKENDS_WITH_DROPOUT)
 def test_dropout_keeps_the_expected_share(backend: str, kind: str) -> None:
     """With values of one every output is a share of kept weights: mean 1, and each mask is another."""
     case = Case(kind, 8, 24, batch=4, dropout_p=0.3)
@@ -178,8 +174,7 @@ def test_dropout_keeps_the_expected_share(backend: str, kind: str) -> None:
     assert abs(torch.stack(outs).mean().item() - 1.0) < 0.02
 
 
-@backends_and_dtypes
-@kinds
+@backends_dtypes_and_kinds
 def test_adversarial_logits(backend: str, dtype: torch.dtype, kind: str) -> None:
     """Scores of -150, 0 and 150: products of one-hot vectors, exact in every dtype."""
     case = Case(kind, 9, 20, head_dim=16, scale=1.0)
@@ -192,8 +187,7 @@ def test_adversarial_logits(backend: str, dtype: torch.dtype, kind: str) -> None
     check(case, dtype, backend, inputs=inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
-@kinds
+@for_kinds(BACKENDS_WITH_FLOAT32)
 @pytest.mark.parametrize("spread", [2.0, 30.0])
 def test_saturated_softmax(backend: str, kind: str, spread: float) -> None:
     """One key has nearly all the weight: the gradients of q and k are what rounding would hide first."""
@@ -204,8 +198,7 @@ def test_saturated_softmax(backend: str, kind: str, spread: float) -> None:
         check_against_plain(replace(case, spread=spread), backend)
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_large_logits(backend: str, kind: str) -> None:
     """Scores of thousands, where each row is all but one-hot.
 
@@ -214,8 +207,7 @@ def test_large_logits(backend: str, kind: str) -> None:
     check(Case(kind, 9, 40, head_dim=16, spread=60.0), single_precision(backend), backend)
 
 
-@backends_and_dtypes
-@kinds
+@backends_dtypes_and_kinds
 def test_separate_tensors(backend: str, dtype: torch.dtype, kind: str) -> None:
     check(Case(kind, 4, 6), dtype, backend, apart=True)
 
@@ -239,8 +231,7 @@ def _strided(x: Tensor, kind: str) -> Tensor:
     raise AssertionError(kind)
 
 
-@backends
-@kinds
+@backends_and_kinds
 @pytest.mark.parametrize("stride", ["tokens first", "heads first", "sliced", "behind a row", "channels first"])
 def test_strides(backend: str, kind: str, stride: str) -> None:
     """Strided inputs and gradients give what contiguous ones give."""
@@ -259,8 +250,7 @@ def test_strides(backend: str, kind: str, stride: str) -> None:
             assert torch.equal(grad, expected["qkv"]), "gradient"  # type: ignore[arg-type]
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_expanded_tensors(backend: str, kind: str) -> None:
     """A broadcast batch and the gradient of a sum, whose strides are zero."""
     case = Case(kind, 4, 6, batch=3)
@@ -298,8 +288,7 @@ def test_the_mean_is_that_of_the_frames(backend: str) -> None:
     torch.testing.assert_close(mean[:, 0], cls.mean(1), **about(dtype, 1e-6, 1e-6))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@kinds
+@for_kinds([*BACKENDS, "auto"])
 def test_empty_inputs(backend: str, kind: str) -> None:
     kind_of = {"dtype": single_precision(backend), "device": device_of(backend)}
     for batch, sites, heads in ((0, 3, 2), (2, 3, 0), (2, 0, 2)):
@@ -313,11 +302,10 @@ def test_empty_inputs(backend: str, kind: str) -> None:
         assert grad.shape == qkv.shape and (grad == 0).all()
 
 
-@backends
-@pytest.mark.parametrize("kind", ["temporal", "spatial", "mean", "factorized"])
+@for_kinds(BACKENDS, kinds=("temporal", "spatial", "mean", "factorized", *SEES_ALL))
 def test_seventy_thousand_groups(backend: str, kind: str) -> None:
     """More groups than a 16-bit grid dimension counts."""
-    frames, sites = (2, 35_000) if kind == "temporal" else (35_000, 2)
+    frames, sites = (2, 35_000) if kind in ("temporal", "temporal_all") else (35_000, 2)
     if kind == "factorized":
         frames, sites = 70_000, 1
     case = Case(kind, frames, sites, batch=2, heads=1, head_dim=2)
@@ -326,8 +314,7 @@ def test_seventy_thousand_groups(backend: str, kind: str) -> None:
     check(case, single_precision(backend), backend)
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_offsets_beyond_two_to_the_31(backend: str, kind: str) -> None:
     """Clips further apart than an int32 counts elements; untouched pages of the storage cost no memory."""
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -342,8 +329,7 @@ def test_offsets_beyond_two_to_the_31(backend: str, kind: str) -> None:
     assert torch.equal(attend(far, **options), attend(compact, **options))
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_bitwise_repeatable(backend: str, kind: str) -> None:
     """Outputs and gradients, the cls token's too, repeat bit by bit, whatever the number of threads."""
     case = Case(kind, 9, 40, batch=3, heads=4, head_dim=16)
@@ -386,6 +372,44 @@ def test_a_nan_stays_in_its_sequence_and_head(backend: str, dtype: torch.dtype, 
             assert torch.equal(out.isnan(), poisoned.view_as(out)), f"in {'qkv'[which]}, over time {over_time}"
 
 
+@for_kinds(BACKENDS, kinds=SEES_ALL)
+@pytest.mark.parametrize("sites", [6, 40])
+def test_a_nan_reaches_a_cls_token_that_sees_all(backend: str, kind: str, sites: int) -> None:
+    """Of a patch, in k and v: beside its sequence the cls token's row. Of the cls token in q: that row alone."""
+    frames, frame, site = 5, 2, 3
+    over_time = kind == "temporal_all"
+    attend = vidattn.temporal_attention if over_time else vidattn.spatial_attention
+    for place, which in itertools.product(("patch", "cls"), range(3)):
+        qkv = torch.randn(2, 1 + frames * sites, 3, 2, 8, device=device_of(backend))
+        token = 0 if place == "cls" else 1 + frame * sites + site
+        qkv[1, token, which, 1, 5] = float("nan")
+        out: Any = attend(qkv, frames, cls_query="all", backend=backend)
+        poisoned = torch.zeros(2, 1 + frames * sites, 2, 8, dtype=torch.bool)
+        patches = poisoned[1, 1:, 1].view(frames, sites, 8)
+        reached = patches if place == "cls" else patches[:, site] if over_time else patches[frame]
+        if which == 0:
+            poisoned[1, token, 1] = True
+        else:
+            channels = slice(None) if which == 1 else 5
+            reached[..., channels] = True
+            poisoned[1, 0, 1, channels] = True
+        assert torch.equal(out.isnan(), poisoned.flatten(2)), f"of the {place} in {'qkv'[which]}"
+
+
+@for_kinds(BACKENDS, kinds=SEES_ALL)
+def test_a_cls_token_that_sees_all_is_in_each_sequence_once(backend: str, kind: str) -> None:
+    """What patches and the cls token get, from the other functions and from plain attention."""
+    case = Case(kind, 3, 4, head_dim=16)
+    qkv = case.inputs(torch.float32)["qkv"].to(device_of(backend))
+    out = case.function()(qkv, **case.options(), backend=backend)
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    whole = torch.nn.functional.scaled_dot_product_attention(q[:, :, :1], k, v)
+    torch.testing.assert_close(out[:, 0], whole.flatten(1))
+    if kind == "spatial_all":
+        patches, _ = vidattn.spatial_attention(qkv, 3, cls_token="per_frame", backend=backend)
+        torch.testing.assert_close(out[:, 1:], patches)
+
+
 @backends
 def test_a_nan_of_a_gradient_stays_in_its_sequence_and_head(backend: str) -> None:
     """The same in the backward pass, for sequences that may share a tile."""
@@ -402,8 +426,7 @@ def test_a_nan_of_a_gradient_stays_in_its_sequence_and_head(backend: str) -> Non
         assert torch.equal(touched, expected) and not grad[..., 1, :].isnan().any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT64)
-@kinds
+@for_kinds(BACKENDS_WITH_FLOAT64)
 def test_float64_gradcheck(backend: str, kind: str) -> None:
     """Gradients of the op itself by finite differences, with and without dropout."""
     for dropout_p in (0.0, 0.4):
@@ -427,9 +450,9 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=draw))
 
-    heads = pick(1, 5)
+    kind, heads = KINDS_OF[backend][seed % len(KINDS_OF[backend])], pick(1, 5)
     case = Case(
-        kind=list(KINDS)[seed % len(KINDS)],
+        kind=kind,
         num_frames=pick(1, 70),
         num_sites=pick(1, 70),
         token_order=("thw", "hwt")[pick(0, 1)],
@@ -438,6 +461,6 @@ def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
         head_dim=pick(1, MAX_HEAD_DIM[backend]),
         scale=(None, 0.3)[pick(0, 1)],
         dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
-        num_temporal_heads=pick(0, heads) if list(KINDS)[seed % len(KINDS)] == "factorized" else None,
+        num_temporal_heads=pick(0, heads) if kind == "factorized" else None,
     )
     check(case, dtype, backend, apart=pick(0, 1) == 1)

@@ -199,6 +199,16 @@ def test_longer_sequences_are_refused() -> None:
     judge(Case("factorized", 401, 1, batch=1, num_temporal_heads=0))  # no head attends over these frames
 
 
+def test_a_cls_token_that_sees_all_is_refused() -> None:
+    """By the public function with the reason; below it, where nobody asks, by the native op."""
+    qkv = torch.zeros(1, 1 + 3 * 4, 3, 2, 16, dtype=BF16)
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: runs cls_query 'own', got 'all'"):
+        vidattn.temporal_attention(qkv, 3, cls_query="all", backend="cuda")
+    options = (3, "thw", 2, "all", 0.25, 0.0, "cuda")
+    with pytest.raises(RuntimeError, match="a cls token whose query sees the whole clip is not implemented"):
+        torch.ops.vidattn.divided_attention(qkv, None, None, None, *options)
+
+
 @pytest.mark.parametrize("case", [SMALL, TIME, replace(SMALL, kind="mean", num_sites=70)], ids=str)
 def test_sequences_with_huge_scores_among_others(case: Case) -> None:
     """A block takes them another way, between those that it takes as usual."""

@@ -22,7 +22,7 @@ from attention_cases import (
     single_precision,
     to,
 )
-from divided_cases import KINDS, Case
+from divided_cases import KINDS, SEES_ALL, Case, for_kinds
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vidattn
 from vidattn.ops._tensors import CUDA_WHOLE_ROW_KEYS, keeps_lse
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends_and_kinds = for_kinds(BACKENDS)
+backends_dtypes_and_kinds = for_kinds(BACKEND_DTYPES, ("backend", "dtype"))
 kinds = pytest.mark.parametrize("kind", KINDS)
 OPCHECKS = (
     "test_schema",
@@ -49,13 +49,12 @@ def _opcheck(op: Any, args: tuple[Any, ...]) -> None:
 
 def _options(case: Case) -> tuple[Any, ...]:
     """Options of the op, in the order of its schema."""
-    temporal_heads = {"temporal": case.heads, "factorized": case.heads // 2}.get(case.kind, 0)
-    cls_token = case.kind if case.has_cls else None
-    return (case.num_frames, case.token_order, temporal_heads, cls_token, 0.3, case.dropout_p)
+    temporal_heads = {"temporal": case.heads, "temporal_all": case.heads, "factorized": case.heads // 2}
+    cls_token = "all" if case.kind in SEES_ALL else case.kind if case.has_cls else None
+    return (case.num_frames, case.token_order, temporal_heads.get(case.kind, 0), cls_token, 0.3, case.dropout_p)
 
 
-@backends_and_dtypes
-@kinds
+@backends_dtypes_and_kinds
 def test_opcheck(backend: str, dtype: torch.dtype, kind: str) -> None:
     case = Case(kind, 3, 4, "hwt")
     qkv = to(case.inputs(dtype), device_of(backend))["qkv"].requires_grad_()
@@ -69,8 +68,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, kind: str) -> None:
     _opcheck(op, (*apart, *dropout, backend))
 
 
-@backends_and_dtypes
-@kinds
+@backends_dtypes_and_kinds
 def test_opcheck_backward(backend: str, dtype: torch.dtype, kind: str) -> None:
     case = Case(kind, 3, 4, "hwt")
     inputs = to(case.inputs(dtype), device_of(backend))
@@ -85,8 +83,7 @@ def test_opcheck_backward(backend: str, dtype: torch.dtype, kind: str) -> None:
             _opcheck(backward, (grad, grad_cls, *tensors, *given, *_options(case), backend))
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_compile(backend: str, kind: str) -> None:
     """One graph, forward and backward; the second size makes it dynamic, the third compiles nothing."""
     torch._dynamo.reset()
@@ -109,8 +106,7 @@ def test_compile(backend: str, kind: str) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS_WITH_DROPOUT)
-@kinds
+@for_kinds(BACKENDS_WITH_DROPOUT)
 def test_compile_with_dropout_and_autocast(backend: str, kind: str) -> None:
     torch._dynamo.reset()
     case = Case(kind, 3, 4, dropout_p=0.2)
@@ -126,8 +122,7 @@ def test_compile_with_dropout_and_autocast(backend: str, kind: str) -> None:
     assert all(value is not None and value.isfinite().all() for value in results.values())
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_export(backend: str, kind: str) -> None:
     """Exports with a dynamic batch."""
     case, dtype = Case(kind, 3, 4), single_precision(backend)
@@ -143,8 +138,7 @@ def test_export(backend: str, kind: str) -> None:
     torch.testing.assert_close(program.module()(other), Attend()(other))
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_autocast(backend: str, kind: str) -> None:
     """q, k and v are cast; the gradient comes back in the input's dtype."""
     device, half = device_of(backend), half_precision(backend)
@@ -176,6 +170,9 @@ def test_flops(device: str) -> None:
         "mean": products(frames, sites + 1),
         "per_frame": products(frames, sites + 1),
         "factorized": products(sites, frames, heads // 2) + products(frames, sites, heads // 2),
+        # of each patch with its sequence and the cls token; of this token with all
+        "temporal_all": 4 * batch * heads * head_dim * (15 * (3 + 1) + 16),
+        "spatial_all": 4 * batch * heads * head_dim * (15 * (5 + 1) + 16),
     }
     for kind, expected in forward.items():
         case = Case(kind, frames, sites, heads=heads)
@@ -188,8 +185,7 @@ def test_flops(device: str) -> None:
             assert counter.get_total_flops() == expected * 7 // 2
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_only_inputs_are_saved(backend: str, kind: str) -> None:
     """Nothing of N x N, repeated or permuted survives the forward pass; rows this short seldom need an output."""
     case = Case(kind, 4, 20, head_dim=16)
@@ -199,15 +195,14 @@ def test_only_inputs_are_saved(backend: str, kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         attend(qkv, case.num_frames, **case.options(), backend=backend)
     assert saved[0].data_ptr() == qkv.data_ptr()
-    patches, frames = 4 * 20, 4 * case.has_cls  # rows of contexts, and of those of the cls token
+    patches, frames = 4 * 20, 4 * (kind in ("mean", "per_frame"))  # rows of contexts, and of those of the cls token
     contexts = patches + frames + (kind == "mean")
     numbers = case.batch * case.heads * (contexts * case.head_dim + patches + frames)  # and the log-sum-exp
-    kept = keeps_lse(20, backend, 0 if case.has_cls else CUDA_WHOLE_ROW_KEYS)
+    kept = keeps_lse(20, backend, 0 if frames else CUDA_WHOLE_ROW_KEYS)
     assert sum(x.numel() for x in saved[1:]) == (numbers if kept else 0)
 
 
-@backends
-@kinds
+@backends_and_kinds
 def test_inference_mode_and_no_grad(backend: str, kind: str) -> None:
     case = Case(kind)
     qkv = to(case.inputs(single_precision(backend)), device_of(backend))["qkv"]
@@ -272,6 +267,38 @@ def test_errors(name: str, error: type[Exception], message: str, qkv: Any, optio
 def test_errors_of_the_cls_token(error: type[Exception], message: str, qkv: Any, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         vidattn.spatial_attention(qkv, 3, **options)
+
+
+@pytest.mark.parametrize("name", ["temporal_attention", "spatial_attention"])
+def test_errors_of_the_cls_query(name: str) -> None:
+    attend = getattr(vidattn, name)
+    with pytest.raises(ValueError, match=rf"{name}: cls_query: expected one of \('own', 'all'\), got 'both'"):
+        attend(QKV, 3, cls_query="both")
+    with pytest.raises(ValueError, match=rf"{name}: qkv: expected a cls token and .* 1 \+ 3 \* N"):
+        attend(QKV, 3, cls_query="all")
+    with pytest.raises(ValueError, match=f"{name}: qkv: expected a cls token"):
+        attend(QKV[:, :1], 3, cls_query="all")
+    for cls_token in ("mean", "per_frame"):
+        with pytest.raises(
+            ValueError, match=f"spatial_attention: cls_token: expected None with cls_query 'all', got '{cls_token}'"
+        ):
+            vidattn.spatial_attention(QKV[:, :10], 3, cls_token=cls_token, cls_query="all")
+
+
+@pytest.mark.parametrize("name", ["temporal_attention", "spatial_attention"])
+def test_gpus_refuse_a_cls_query_that_sees_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name with the reason, whatever else may be missing; "auto" leaves it to the reference."""
+    attend, qkv, reason = getattr(vidattn, name), QKV[:, :10], "runs cls_query 'own', got 'all'"
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(vidattn.backends._kernel_missing, (name, backend), lambda: None)
+        assert reason in vidattn.why_not(name, qkv, 3, cls_query="all", backend=backend)
+        assert reason not in vidattn.why_not(name, qkv[:, 1:], 3, backend=backend)
+        with pytest.raises(ValueError, match=f"{name}: backend '{backend}' cannot run this call: .*{reason}"):
+            attend(qkv, 3, cls_query="all", backend=backend)
+    call = vidattn.backends.AttentionCall(name, "cuda", torch.float16, 64)
+    with vidattn.use_backend("auto"):
+        assert vidattn.backends.find_backend(call) == "cuda"
+        assert vidattn.backends.find_backend(call._replace(cls_query="all")) == "reference"
 
 
 @pytest.mark.parametrize(

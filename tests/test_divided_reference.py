@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from attention_cases import seed_of
-from divided_cases import KINDS, Case
+from divided_cases import KINDS, SEES_ALL, Case
 from torch import Tensor
 
 from vidattn import reference
@@ -23,10 +24,11 @@ def _row(case: Case, frame: int, site: int) -> int:
 
 
 def _by_loops(case: Case, qkv: Tensor, seed: Tensor) -> Tensor:
-    """Attend sequence by sequence and query by query."""
+    """Attend sequence by sequence and query by query; last comes a cls token's query that sees all."""
     frames, sites, heads = case.num_frames, case.num_sites, case.heads
     split = {
         "temporal": heads,
+        "temporal_all": heads,
         "factorized": heads // 2 if case.num_temporal_heads is None else case.num_temporal_heads,
     }
     temporal_heads = split.get(case.kind, 0)
@@ -40,10 +42,13 @@ def _by_loops(case: Case, qkv: Tensor, seed: Tensor) -> Tensor:
                 if over_time:
                     rows = [_row(case, frame, group) for frame in range(frames)]
                 else:
-                    rows = [0] * case.has_cls + [_row(case, group, site) for site in range(sites)]
+                    rows = [_row(case, group, site) for site in range(sites)]
+                rows = [0] * case.has_cls + rows
                 number = batch * (sites if over_time else frames) + group
                 keep = dropout_keep_mask(seed, case.dropout_p, number + 1, heads, len(rows), len(rows))[number, head]
                 for i, row in enumerate(rows):
+                    if row == 0 and case.kind in SEES_ALL:
+                        continue
                     scores = torch.stack([scale * (qkv[batch, row, 0, head] @ qkv[batch, j, 1, head]) for j in rows])
                     weights = scores.softmax(0) * keep[i] / (1 - case.dropout_p)
                     context = weights @ torch.stack([qkv[batch, j, 2, head] for j in rows])
@@ -51,6 +56,11 @@ def _by_loops(case: Case, qkv: Tensor, seed: Tensor) -> Tensor:
                         cls[batch, group, head] = context
                     else:
                         out[batch, row, head] = context
+    for batch, head in itertools.product(range(case.batch), range(heads)) if case.kind in SEES_ALL else ():
+        tokens = qkv[batch, :, :, head].unbind(1)
+        keep = dropout_keep_mask(seed, case.dropout_p, case.batch, heads, 1, qkv.shape[1])[batch, head, 0]
+        weights = (scale * tokens[1] @ tokens[0][0]).softmax(0) * keep / (1 - case.dropout_p)
+        out[batch, 0, head] = weights @ tokens[2]
     if case.kind == "mean":
         out[:, 0] = cls.mean(1)
     if case.kind == "per_frame":

@@ -238,6 +238,15 @@ def test_guards_around_every_buffer(case: Case, dtype: torch.dtype) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@needs_triton
+def test_a_cls_token_that_sees_all_is_refused() -> None:
+    """Below the public functions too, where nobody asks."""
+    qkv = torch.zeros(1, 1 + 3 * 4, 3, 2, 16)
+    options = (3, "thw", 2, "all", 0.25, 0.0, "triton")
+    with pytest.raises(NotImplementedError, match="a cls token whose query sees the whole clip"):
+        torch.ops.vidattn.divided_attention(qkv, None, None, None, *options)
+
+
 # ---- Both ways through the same sequences ----
 
 

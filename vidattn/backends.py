@@ -59,6 +59,7 @@ class AttentionCall(NamedTuple):
         bias: "none" | "table" | "dense".
         needs_bias_grad: whether a gradient of the bias may be asked for.
         channel_ranges: how many ranges of channels come from other frames.
+        cls_query: what the query of a cls token attends to: "own", what its group has; or "all" tokens of the clip.
     """
 
     op: str
@@ -71,6 +72,7 @@ class AttentionCall(NamedTuple):
     bias: str = "none"
     needs_bias_grad: bool = False
     channel_ranges: int = 0
+    cls_query: str = "own"
 
 
 # Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.

@@ -59,9 +59,10 @@ class DividedCall(NamedTuple):
         seed: int64 (1,), key of the dropout mask; None without dropout.
         num_frames: T.
         time_fastest: whether the T frames of a site are neighbours, or the N sites of a frame.
-        temporal_heads: heads that attend over time, the first ones; 0 with a cls token.
+        temporal_heads: heads that attend over time, the first ones; 0 with a cls token that attends to each frame.
         scale: factor of q k^T.
         dropout_p: dropout probability.
+        cls_sees_all: whether row 0 is a cls token whose query attends to the whole clip; all heads attend alike.
     """
 
     q: Tensor
@@ -73,6 +74,7 @@ class DividedCall(NamedTuple):
     temporal_heads: int
     scale: float
     dropout_p: float
+    cls_sees_all: bool = False
 
 
 class MixingCall(NamedTuple):

@@ -19,8 +19,9 @@ class LongSequences final : public Group<P> {
   LongSequences(const DividedArgs& args, bool backward, char* base)
       : a_(args),
         arena_(base),
+        skipped_(args.cls_sees_all),
         engine_(a_.cls + a_.patches, a_.head_dim, a_.scale, {a_.dropout_p, a_.seed}, backward, arena_) {
-    this->queries = a_.cls + a_.patches;
+    this->queries = a_.cls + a_.patches - skipped_;
   }
   int64_t bytes() const { return arena_.used(); }
 
@@ -28,42 +29,58 @@ class LongSequences final : public Group<P> {
     for (int64_t task = begin; task < end; ++task) {
       start(task, end, {kQ, kK, kV, kOut});
       engine_.forward(*this);
+      if (a_.cls_sees_all) sum_of_rows(kV, false, a_.cls_out);
     }
   }
   void backward(int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       start(task, end, {kQ, kK, kV, kDout, kDq, kDk, kDv});
-      if (a_.cls) {
-        const T* dcls = (const T*)a_.dcls + clip_ * a_.dcls_stride[0] + frame_ * a_.dcls_stride[1];
+      if (a_.cls_sees_all) {
+        widen_row(kQ, cls_q_);
+        widen_row(kDout, cls_dout_);
+      } else if (a_.cls) {
+        const T* dcls = (const T*)a_.dcls + this->index / a_.groups * a_.dcls_stride[0] +
+                        this->index % a_.groups * a_.dcls_stride[1];
         write_row<P>(a_.element, dcls + this->head * a_.head_dim, T(1), dcls_, a_.head_dim);
         rows_[kDout].cls = dcls_;
       }
       engine_.backward(*this);
+      if (a_.cls_sees_all) sum_of_rows(kK, true, a_.cls_gradients);
     }
   }
 
   // ---- What attention.h asks for ----
 
+  int64_t position(int64_t query) const override { return skipped_ + query; }
+
   void read(Slot slot, int64_t first, int64_t count, const Value** rows, Value* spare) const override {
+    first += is_of_keys(slot) ? 0 : skipped_;
     for (int64_t r = 0; r < count; ++r)
       rows[r] = read_row<P>(a_.element, row(slot, first + r), a_.head_dim, spare + r * kMaxDim);
   }
 
   void write(Slot slot, int64_t first, int64_t count, const T* from, int64_t step, T factor) override {
+    first += is_of_keys(slot) ? 0 : skipped_;
     for (int64_t i = first; i < first + count; ++i, from += step) {
       if (is_of_keys(slot) && i + 8 < first + count) fetch_to_write(slot, i + 8, 1);
-      if (i >= a_.cls) {
+      if (i < a_.cls) {
+        const bool is_context = slot == kOut;
+        T* to = share_of_group<T>(a_, is_context ? a_.cls_out : a_.cls_gradients, is_context ? 0 : slot - kDq,
+                                  this->index, this->head);
+        for (int64_t c = 0; c < a_.head_dim; ++c) to[c] = from[c] * factor;
+      } else if (a_.cls_sees_all && is_of_keys(slot)) {
+        const T *of_cls = slot == kDk ? cls_q_ : cls_dout_, weight = weights(slot == kDk)[(i - 1) * a_.position_step];
+        T total[kMaxDim];
+        for (int64_t c = 0; c < a_.head_dim; ++c) total[c] = from[c] * factor + weight * of_cls[c];
+        write_row<P>(a_.element, total, T(1), row(slot, i), a_.head_dim);
+      } else {
         write_row<P>(a_.element, from, factor, row(slot, i), a_.head_dim);
-        continue;
       }
-      const int64_t which = slot == kOut ? 0 : slot - kDq;
-      T* to = (T*)(slot == kOut ? a_.cls_out : a_.cls_gradients);
-      to += (((which * a_.batch + clip_) * a_.frames + frame_) * a_.heads + this->head) * a_.head_dim;
-      for (int64_t c = 0; c < a_.head_dim; ++c) to[c] = from[c] * factor;
     }
   }
 
   void fetch_to_write(Slot slot, int64_t first, int64_t count) const override {
+    first += is_of_keys(slot) ? 0 : skipped_;
     for (int64_t i = first < a_.cls ? a_.cls : first; i < first + count; ++i)
       fetch_row<true>(row(slot, i), row_bytes());
   }
@@ -95,7 +112,6 @@ class LongSequences final : public Group<P> {
   template <int Count>
   void start(int64_t task, int64_t end, const Slot (&slots)[Count]) {
     this->head = a_.first_head + task % a_.num_heads, this->index = task / a_.num_heads;
-    clip_ = this->index / a_.groups, frame_ = this->index % a_.groups;
     for (Slot slot : slots) rows_[slot] = sequence(slot, task);
     has_next_ = task + 1 < end;
     if (!has_next_) return;
@@ -103,33 +119,37 @@ class LongSequences final : public Group<P> {
       if (slot <= kDout) next_rows_[slot] = sequence(slot, task + 1);
   }
 
+  // What the query of a cls token that sees all has for the sequence's patches, position_step apart.
+  const T* weights(bool gradients) const {
+    return cls_weights<T>(a_, gradients, this->index / a_.groups, this->head) + first_row_of(a_, this->index);
+  }
+  // The sequence's share of what they sum up to.
+  void sum_of_rows(Slot slot, bool gradients, void* shares) const {
+    const T* weight = weights(gradients);
+    T total[kMaxDim] = {};
+    for (int64_t i = 0; i < a_.patches; ++i, weight += a_.position_step) {
+      Value spare[kMaxDim];
+      const Value* values = read_row<P>(a_.element, row(slot, a_.cls + i), a_.head_dim, spare);
+      for (int64_t c = 0; c < a_.head_dim; ++c) total[c] += *weight * widen(values[c]);
+    }
+    T* to = share_of_group<T>(a_, shares, 0, this->index, this->head);
+    for (int64_t c = 0; c < a_.head_dim; ++c) to[c] = total[c];
+  }
+  void widen_row(Slot slot, T* to) const {
+    Value spare[kMaxDim];
+    const Value* values = read_row<P>(a_.element, rows_[slot].cls, a_.head_dim, spare);
+    for (int64_t c = 0; c < a_.head_dim; ++c) to[c] = widen(values[c]);
+  }
+
   const DividedArgs& a_;
   Arena arena_;
+  const int64_t skipped_;  // queries that others answer: that of a cls token that sees all
   Attention<P> engine_;
   Rows rows_[kSlots], next_rows_[kDout + 1];
   bool has_next_ = false;
   char dcls_[kMaxDim * sizeof(T)];
-  int64_t clip_ = 0, frame_ = 0;  // frame_ is a site where sequences run over time
+  T cls_q_[kMaxDim], cls_dout_[kMaxDim];
 };
-
-template <class P>
-void add_frames(const DividedArgs& a, bool backward, int64_t clip) {
-  using T = typename P::Acc;
-  for (int which = 0; which < (backward ? 3 : 1); ++which) {
-    const RowTensor& to = backward ? a.tensor[kDq + which] : a.cls_mean;
-    const T* from = (const T*)(backward ? a.cls_gradients : a.cls_out);
-    from += (which * a.batch + clip) * a.frames * a.heads * a.head_dim;
-    for (int64_t head = 0; head < a.heads; ++head) {
-      double total[kMaxDim] = {};  // there may be many frames
-      for (int64_t t = 0; t < a.frames; ++t)
-        for (int64_t c = 0; c < a.head_dim; ++c) total[c] += from[(t * a.heads + head) * a.head_dim + c];
-      char* row = to.data + clip * to.stride[0] + head * to.stride[2] - to.stride[1];
-      T exact[kMaxDim];
-      for (int64_t c = 0; c < a.head_dim; ++c) exact[c] = T(backward ? total[c] : total[c] / double(a.frames));
-      write_row<P>(a.element, exact, T(1), row, a.head_dim);
-    }
-  }
-}
 
 // Either kind of sequence, as the call says. float64 has no kernel for short ones.
 template <class P, bool backward>
@@ -146,7 +166,9 @@ constexpr DividedKernels divided_kernels() {
              return args.short_sequences ? 0 : LongSequences<P>(args, backward, nullptr).bytes();
            },
            run_sequences<P, false>, run_sequences<P, true>},
-          add_frames<P>};
+          cls_scores<P>,
+          cls_softmax<P>,
+          add_groups<P>};
 }
 
 }  // namespace VIDATTN_ISA

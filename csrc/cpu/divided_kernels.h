@@ -5,12 +5,15 @@
 
 namespace vidattn {
 
-// Sequences of at most this many rows, without a cls token, are computed where they lie.
+// Sequences of at most this many patches, without a query of a cls token, are computed where they lie.
 constexpr int64_t kShortSequence = 16;
 
 struct DividedKernels : Kernels<DividedArgs> {
-  // Adds up what the frames have for the cls token of a clip, in order: the mean of its contexts, or its gradients.
-  void (*add_frames)(const DividedArgs&, bool backward, int64_t clip);
+  // Of a cls token, on one thread each; divided_cls.h says what they do.
+  using Part = void (*)(const DividedArgs&, bool backward, int64_t begin, int64_t end);
+  Part cls_scores;   // [begin, end) are rows of all clips
+  Part cls_softmax;  // heads of all clips
+  Part add_groups;   // heads of all clips
 };
 VIDATTN_DECLARE_KERNELS(divided, DividedKernels);
 

@@ -13,6 +13,7 @@ void check(const DividedArgs& a) {
   STD_TORCH_CHECK(a.element == Element::float16 || a.element == Element::bfloat16, "expected float16 or bfloat16");
   STD_TORCH_CHECK(a.head_dim <= kMaxHeadDim, "expected head_dim up to ", kMaxHeadDim, ", got ", a.head_dim);
   STD_TORCH_CHECK(a.dropout_p == 0, "dropout is not implemented");
+  STD_TORCH_CHECK(!a.cls_sees_all, "a cls token whose query sees the whole clip is not implemented");
 }
 
 // Runs one pass for the heads that attend over time, then for those that attend over space.

@@ -32,6 +32,8 @@ __all__ = ["factorized_dot_product_attention", "spatial_attention", "temporal_at
 
 TOKEN_ORDERS = ("thw", "hwt")
 CLS_TOKENS = (None, "mean", "per_frame")
+CLS_QUERIES = ("own", "all")
+ATTENDS_TO_FRAMES = ("mean", "per_frame")  # the cls token, to each for itself
 
 
 @traced_for_one_size
@@ -40,6 +42,7 @@ def temporal_attention(
     num_frames: int,
     *,
     token_order: str = "thw",
+    cls_query: str = "own",
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
@@ -50,17 +53,21 @@ def temporal_attention(
     whatever the dtype of q. Under autocast q, k and v are cast.
 
     Args:
-        qkv: (B, T * N, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is
-            copied once); or a tuple (q, k, v) of (B, T * N, h, d). float32, bfloat16, float16 or float64. Tokens
-            without a cls token: slice it off, which copies nothing.
+        qkv: (B, S, 3, h, d), a view of the projection's output, with any strides (a strided last dimension is copied
+            once); or a tuple (q, k, v) of (B, S, h, d). float32, bfloat16, float16 or float64. S is T * N; with
+            ``cls_query="all"`` it is 1 + T * N, and row 0 is a cls token.
         num_frames: frames T of the clip.
-        token_order: "thw" (ViViT, diffusion models: token t * N + n) or "hwt" (TimeSformer: token n * T + t).
+        token_order: order of the patches, "thw" (ViViT, diffusion models: t * N + n) or "hwt" (TimeSformer: n * T + t).
+        cls_query: "own": tokens attend to what is in their sequences. There is no cls token: slice it off, which copies
+            nothing. "all" (Frozen in Time): the patches of a site attend to the cls token too, and its query attends
+            to all tokens of the clip, itself included; row 0 of the result is its context. On the CPU and by the
+            reference.
         scale: factor of q k^T; d**-0.5 when None.
         dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
         backend: backend of this call, strict; None for the one in force.
 
     Returns:
-        (B, T * N, h * d), contiguous, in q's dtype and the input's token order.
+        (B, S, h * d), contiguous, in q's dtype and the input's token order.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -68,7 +75,8 @@ def temporal_attention(
 
     Reference:
         Is Space-Time Attention All You Need for Video Understanding?, arXiv 2102.05095, section 3, equation 11 without
-        the cls token as key, like the released code; ViViT, arXiv 2103.15691, section 3.3 (model 3).
+        the cls token as key, like the released code; ViViT, arXiv 2103.15691, section 3.3 (model 3); with
+        ``cls_query="all"`` Frozen in Time, arXiv 2104.00650, section 3.1, like the released code.
 
     Example:
         >>> import torch, vidattn
@@ -77,8 +85,10 @@ def temporal_attention(
         >>> vidattn.temporal_attention(qkv, 8, token_order="hwt").shape
         torch.Size([2, 1568, 96])
     """
-    options = Options(num_frames, token_order, 0, None, scale, dropout_p)  # type: ignore[arg-type]
-    return _attend("temporal_attention", qkv, options, backend, lambda heads: heads)[0]
+    name = "temporal_attention"
+    cls_token = _cls_token(name, None, cls_query)
+    options = Options(num_frames, token_order, 0, cls_token, scale, dropout_p)  # type: ignore[arg-type]
+    return _attend(name, qkv, options, backend, lambda heads: heads)[0]
 
 
 @traced_for_one_size
@@ -88,6 +98,7 @@ def spatial_attention(
     *,
     token_order: str = "thw",
     cls_token: str | None = None,
+    cls_query: str = "own",
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
@@ -107,6 +118,10 @@ def spatial_attention(
         cls_token: None; "mean" (TimeSformer: row 0 of the result is the mean over the frames of what the token attends
             to in each) or "per_frame" (the same input; these contexts apart, so that each frame can be dropped or
             projected by itself).
+        cls_query: "own": a query attends to what is in its frame, the cls token's to each frame for itself. "all"
+            (Frozen in Time; ``cls_token`` stays None, row 0 is the token): the query of the cls token attends to all
+            tokens of the clip, itself included, and row 0 of the result is its context; the patches of a frame attend
+            to their frame and the cls token. On the CPU and by the reference.
         scale: factor of q k^T; d**-0.5 when None.
         dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
         backend: backend of this call, strict; None for the one in force.
@@ -121,7 +136,8 @@ def spatial_attention(
 
     Reference:
         Is Space-Time Attention All You Need for Video Understanding?, arXiv 2102.05095, section 3, equation 12; ViViT,
-        arXiv 2103.15691, section 3.3 (models 2 and 3).
+        arXiv 2103.15691, section 3.3 (models 2 and 3); with ``cls_query="all"`` Frozen in Time, arXiv 2104.00650,
+        section 3.1, like the released code.
 
     Example:
         >>> import torch, vidattn
@@ -130,8 +146,10 @@ def spatial_attention(
         >>> vidattn.spatial_attention(qkv, 8, token_order="hwt", cls_token="mean").shape
         torch.Size([2, 1569, 96])
     """
+    name = "spatial_attention"
+    cls_token = _cls_token(name, cls_token, cls_query)
     options = Options(num_frames, token_order, 0, cls_token, scale, dropout_p)  # type: ignore[arg-type]
-    out, cls = _attend("spatial_attention", qkv, options, backend)
+    out, cls = _attend(name, qkv, options, backend)
     return (out, cls) if cls_token == "per_frame" else out
 
 
@@ -211,9 +229,20 @@ class Options(NamedTuple):
     num_frames: int
     token_order: str
     temporal_heads: int  # the first so many attend over time, the others over space
-    cls_token: str | None
+    cls_token: str | None  # "all" for one whose query sees the whole clip
     scale: float
     dropout_p: float
+
+
+def _cls_token(name: str, cls_token: str | None, cls_query: str) -> str | None:
+    """Check both options and give the one that the op has for them."""
+    arguments.check_choice(name, "cls_token", cls_token, CLS_TOKENS)
+    arguments.check_choice(name, "cls_query", cls_query, CLS_QUERIES)
+    if cls_query == "own":
+        return cls_token
+    if cls_token is not None:
+        raise ValueError(f"{name}: cls_token: expected None with cls_query 'all', got {cls_token!r}")
+    return "all"
 
 
 def _attend(
@@ -226,7 +255,6 @@ def _attend(
     """Validate and call; ``temporal_heads`` takes the number of heads and gives how many attend over time."""
     inputs = Inputs(*arguments.split_qkv(name, qkv, "(B, S, 3, h, d)", "(B, S, h, d)"))
     tokens, (heads, head_dim) = inputs.q.shape[1], inputs.q.shape[-2:]
-    arguments.check_choice(name, "cls_token", options.cls_token, CLS_TOKENS)
     frames = arguments.integer(name, "num_frames", options.num_frames)
     if frames < 1:
         raise ValueError(f"{name}: num_frames: expected at least 1, got {frames}")
@@ -246,7 +274,8 @@ def _attend(
         arguments.check_dropout(name, options.dropout_p),
     )
     longest = max(_keys(inputs, options))
-    out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend, longest)
+    cls_query = "all" if options.cls_token == "all" else "own"
+    out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend, longest, cls_query=cls_query)
     return out, cls
 
 
@@ -254,8 +283,9 @@ def _attend(
 
 _INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? seed"
 _OPTIONS = "SymInt num_frames, str token_order, int temporal_heads, str? cls_token, float scale, float dropout_p"
-# cls is the context of the cls token in each frame (B, T, h * d), empty without one. It is an output of "per_frame";
-# with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no backward needs it.
+# cls is the context of the cls token in each frame (B, T, h * d), empty without one and with "all". It is an output of
+# "per_frame"; with "mean" it is in the accumulator's dtype, and row 0 of out is its mean. lse is empty where no
+# backward needs it.
 LIBRARY.define(
     f"divided_attention({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor cls, Tensor lse)", tags=TAGS
 )
@@ -267,12 +297,12 @@ LIBRARY.define(
 )
 # Implemented by the extension per device, with the fields of a DividedCall first. out, dout: patches (B, T * N, h * d)
 # in token order. cls, dcls: (B, T, h * d) in the accumulator's dtype, given if and only if row 0 of q, k, v, dq, dk and
-# dv is a cls token. cls_mean: (B, h * d), where the mean of cls goes. lse: of the patches in token order, then of the
-# cls token in each frame.
+# dv is a cls token that attends to each frame. cls_mean: (B, h * d), where the mean of cls goes. lse: of the patches in
+# token order, then of the cls token in each frame. With cls_sees_all row 0 of out and dout is the cls token's too.
 NATIVE_FORWARD = "_divided_attention_forward"
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? seed,"
-    " int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p"
+    " int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p, bool cls_sees_all"
 )
 LIBRARY.define(
     f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!)? cls, Tensor(c!)? cls_mean, Tensor(d!)? lse) -> ()"
@@ -308,7 +338,7 @@ def _keys(inputs: Inputs, options: Options) -> tuple[int, int]:
     """Count the tokens of a sequence over time and of one over space, 0 where no head attends along it."""
     _, tokens, heads, _ = tensors.shape_of_q(inputs)
     cls = 0 if options.cls_token is None else 1
-    over_time = options.num_frames if options.temporal_heads > 0 else 0
+    over_time = cls + options.num_frames if options.temporal_heads > 0 else 0
     return over_time, cls + (tokens - cls) // options.num_frames if options.temporal_heads < heads else 0
 
 
@@ -321,15 +351,16 @@ def _call(inputs: Inputs, options: Options) -> DividedCall:
         temporal_heads=options.temporal_heads,
         scale=options.scale,
         dropout_p=options.dropout_p,
+        cls_sees_all=options.cls_token == "all",
     )
 
 
 def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate out, cls and lse."""
     batch, tokens, heads, head_dim = tensors.shape_of_q(inputs)
-    frames, cls_token, q = options.num_frames, options.cls_token, inputs.q
+    cls_token, q = options.cls_token, inputs.q
     accumulator = accumulator_dtype(q.dtype)
-    cls_frames = 0 if cls_token is None else frames
+    cls_frames = options.num_frames if cls_token in ATTENDS_TO_FRAMES else 0
     patches = tokens if cls_token is None else tokens - 1
     out = q.new_empty(batch, patches if cls_token == "per_frame" else tokens, heads * head_dim)
     cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
@@ -349,7 +380,7 @@ def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Te
         out, cls = reference.divided_attention(*tensors.separate(inputs), inputs.seed, **options._asdict())
         return out.contiguous(), cls.contiguous(), lse
     has_mean = options.cls_token == "mean"
-    exact_cls = None if options.cls_token is None else cls.to(lse.dtype)
+    exact_cls = cls.to(lse.dtype) if options.cls_token in ATTENDS_TO_FRAMES else None
     launch, _ = launch_functions(backend)
     launch(
         _call(inputs, options),
@@ -389,7 +420,7 @@ def _backward(
         out = None if out is None else out[:, 1:]
     elif dcls is not None:
         dcls = tensors.last_dim_dense(dcls.to(accumulator))
-    cls = None if cls is None or options.cls_token is None else cls.to(accumulator)
+    cls = None if cls is None or options.cls_token not in ATTENDS_TO_FRAMES else cls.to(accumulator)
     _, launch = launch_functions(backend)
     launch(_call(inputs, options), dout, dcls, out, cls, lse, *views)
     return dqkv
@@ -410,8 +441,12 @@ def _flops(shape: Sequence[int], options: Options) -> int:
     heads, head_dim = shape[-2:]
     frames, temporal_heads = options.num_frames, options.temporal_heads
     cls = 0 if options.cls_token is None else 1
-    sites = (tokens - cls) // frames
-    over_time, over_space = sites * frames**2, frames * (cls + sites) ** 2
+    patches = tokens - cls
+    sites = patches // frames
+    if options.cls_token == "all":
+        over_time, over_space = (patches * (1 + length) + tokens for length in (frames, sites))
+    else:
+        over_time, over_space = sites * frames**2, frames * (cls + sites) ** 2
     return 4 * batch * head_dim * (temporal_heads * over_time + (heads - temporal_heads) * over_space)
 
 
