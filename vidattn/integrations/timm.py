@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vidattn.geometry import region_mask, resolve_windows
-from vidattn.integrations import Counterpart, is_known
+from vidattn.integrations import Counterpart, find
 from vidattn.nn import windows
 from vidattn.nn.parts import (
     DROPOUT,
@@ -53,8 +53,10 @@ class FusedSwinTransformerBlock(Twin):
     def refuse(module: Any) -> str | None:
         """Say why a block cannot become this twin; None if it can."""
         attention = module.attn
-        if not is_known(attention, FusedWindowAttention):
-            return f"its attn is a {type(attention).__name__}"
+        if not isinstance(attention, FusedWindowAttention):
+            found = find(attention)  # tested or not: the code that a block is known by includes that of its attention
+            if found is None or found.twin is None or not issubclass(found.twin, FusedWindowAttention):
+                return f"its attn is a {type(attention).__name__}"
         reason = why_overridden(attention) or FusedWindowAttention.refuse(attention)
         return None if reason is None else f"its attn: {reason}"
 
@@ -131,7 +133,6 @@ def _input_projection(block: Any, x: Tensor) -> Affine | None:
     attention: Any = block._modules["attn"]
     if not (
         block.is_intact()
-        and isinstance(attention, FusedWindowAttention)
         and is_plain(attention, {type(attention): FusedWindowAttention.forward})
         and windows.ops_can_attend(attention)
         and _is_usual(attention)
@@ -211,8 +212,13 @@ COUNTERPARTS = (
         "SwinTransformerBlock",
         "timm",
         FusedSwinTransformerBlock,
-        code=("SwinTransformerBlock._attn", "SwinTransformerBlock.get_attn_mask", "window_partition", "window_reverse")
-        + _ATTENTION,
+        code=(
+            "SwinTransformerBlock._attn",
+            "SwinTransformerBlock.get_attn_mask",
+            "window_partition",
+            "window_reverse",
+            *_ATTENTION,
+        ),
         tested={
             "4fd796fd00625172": "1.0.31",
             "d1f511c37936b771": "1.0.24 to 1.0.30",
