@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters as compiled
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -134,8 +135,13 @@ class Results(NamedTuple):
     ops: Ops
 
 
-def run(model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: bool = False) -> Results:
-    """Call a model, its random numbers from one seed; with gradients of all inputs and parameters."""
+def run(
+    model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: bool = False, counted: bool = True
+) -> Results:
+    """Call a model, its random numbers from one seed; with gradients of all inputs and parameters.
+
+    Where ops are counted, ``torch.compile`` stands aside.
+    """
     model.zero_grad(set_to_none=True)
     leaves = [leaf for leaf in tensor_leaves(arguments) if leaf.requires_grad]
     for leaf in leaves:
@@ -143,7 +149,7 @@ def run(model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: b
     torch.manual_seed(SEED)
     cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     ops = Ops()
-    with ops, torch.set_grad_enabled(grad):
+    with ops if counted else nullcontext(), torch.set_grad_enabled(grad):
         with cast:
             outputs = [leaf for leaf in tensor_leaves(model(**arguments)) if leaf.is_floating_point()]
         if grad:
@@ -289,10 +295,12 @@ class Integration:
         if not target.compiles:
             return
         torch._dynamo.reset()
+        compiled.clear()
         model, arguments = target.make(), target.arguments()
         before = run(model, arguments)
         vidattn.accelerate(model)
-        after = run(torch.compile(model, backend="aot_eager"), arguments)
+        after = run(torch.compile(model, backend="aot_eager"), arguments, counted=False)
+        assert compiled["stats"]["unique_graphs"] > 0
         gradients = {name.removeprefix("_orig_mod."): row for name, row in after.gradients.items()}
         assert_as_before(after._replace(gradients=gradients), before, None)
 

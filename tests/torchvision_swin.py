@@ -27,4 +27,5 @@ except RuntimeError:
         library.define(schema)
     torchvision_swin3d = importlib.import_module(_NAME)
 
-SwinTransformerBlock = importlib.import_module("torchvision.models.swin_transformer").SwinTransformerBlock
+torchvision_swin2d = importlib.import_module("torchvision.models.swin_transformer")
+SwinTransformerBlock = torchvision_swin2d.SwinTransformerBlock

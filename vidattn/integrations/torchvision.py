@@ -1,13 +1,17 @@
-"""torchvision: Video Swin (``swin3d_t``, ``swin3d_s``, ``swin3d_b``)."""
+"""torchvision: Swin in 2D (``swin_t``, ``swin_v2_t``, ...) and Video Swin (``swin3d_t``, ...)."""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vidattn.integrations import Counterpart
+from vidattn.nn.window_dropout import drop_in_windows
 from vidattn.nn.windows import has_standard_index
 from vidattn.ops import window3d_attention
 from vidattn.twins import Twin
@@ -21,32 +25,95 @@ class FusedShiftedWindowAttention3d(Twin):
 
     ops = ("window3d_attention",)
     level = "block"
+    _factor: float | None = None  # of scores; None for that of the head dimension
 
     @staticmethod
     def refuse(module: Any) -> str | None:
         """Say why a module cannot become this twin; None if it can."""
         if not has_standard_index(module):
             return "its relative_position_index is not the standard one"
+        if not all(0 <= shift < window for shift, window in zip(module.shift_size, module.window_size, strict=True)):
+            return f"its shift {module.shift_size} is not below its window {module.window_size}"
         return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, T, H, W, C) to (B, T, H, W, C)."""
-        dropout_p = self.attention_dropout if self.training else 0.0
-        if not self.is_intact() or not 0.0 <= dropout_p < 1.0 or not has_standard_index(self):
-            return self.replaced.forward(self, x)
-        qkv, proj = self.qkv, self.proj
+        return self._attend(x) if self._ops_can_attend() else self.replaced.forward(self, x)
+
+    def _ops_can_attend(self: Any) -> bool:
+        return self.is_intact() and 0.0 <= self._attention_dropout() < 1.0 and has_standard_index(self)
+
+    def _attention_dropout(self: Any) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _attend(self: Any, x: Tensor) -> Tensor:
+        """Map tokens (B, D, H, W, C) to (B, D, H, W, C), windows of two axes being one token deep."""
+        flat = 3 - len(self.window_size)
+        window, shift = (1,) * flat + tuple(self.window_size), (0,) * flat + tuple(self.shift_size)
+        qkv, padding = self._project(x)
         context = window3d_attention(
-            functional.linear(x, qkv.weight, qkv.bias).unflatten(-1, (3, self.num_heads, -1)),
-            self.relative_position_bias_table,
-            window_size=self.window_size,
-            shift_size=self.shift_size,
-            pad_qkv=qkv.bias,
-            dropout_p=dropout_p,
+            qkv,
+            self._bias_table(),
+            window_size=window,
+            shift_size=shift,
+            pad_qkv=padding,
+            scale=self._factor,
+            dropout_p=self._attention_dropout(),
             backend=self.attention_backend,
         )
-        out = functional.linear(context, proj.weight, proj.bias)
-        return functional.dropout(out, p=self.dropout, training=self.training)
+        out = functional.linear(context, self.proj.weight, self.proj.bias)
+        if self.training and self.dropout > 0.0:
+            return drop_in_windows(out, functools.partial(functional.dropout, p=self.dropout), window, shift)
+        return out
 
+    def _project(self: Any, x: Tensor) -> tuple[Any, Tensor | None]:
+        """Give queries, keys and values of tokens, and of padding."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        return functional.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1)), bias
+
+    def _bias_table(self: Any) -> Tensor:
+        return self.relative_position_bias_table
+
+
+class FusedShiftedWindowAttention(FusedShiftedWindowAttention3d):
+    """``ShiftedWindowAttention``, likewise; its windows are never clipped to the grid."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Map tokens (B, H, W, C) to (B, H, W, C)."""
+        if not self._ops_can_attend():
+            return self.replaced.forward(self, x)
+        _, height, width, _ = x.shape
+        below, right = (max(0, window - size) for window, size in zip(self.window_size, (height, width), strict=True))
+        if below or right:  # a window larger than the grid, which the op would clip
+            x = functional.pad(x, (0, 0, 0, right, 0, below))
+        return self._attend(x.unsqueeze(1))[:, 0, :height, :width].contiguous()
+
+
+class FusedShiftedWindowAttentionV2(FusedShiftedWindowAttention):
+    """``ShiftedWindowAttentionV2``, likewise: cosine attention, and a bias that a small network makes."""
+
+    _factor = 1.0
+
+    def _project(self: Any, x: Tensor) -> tuple[Any, Tensor | None]:
+        """Give scaled unit queries, unit keys and values of tokens, and of padding."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        padding = None
+        if bias is not None:  # of keys it is nothing, whatever stands there
+            query, _, value = bias.chunk(3)
+            nothing = torch.zeros_like(query)
+            bias, padding = torch.cat((query, nothing, value)), torch.cat((nothing, nothing, value))
+        qkv = functional.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        heads, value = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        scale = torch.clamp(self.logit_scale, max=math.log(100.0)).exp().squeeze(-1)
+        lengths = torch.linalg.vector_norm(heads, dim=-1, keepdim=True).clamp_min(1e-12)
+        query, key = (heads * (torch.stack((scale, torch.ones_like(scale))) / lengths)).unbind(-3)
+        return (query, key, value), padding
+
+    def _bias_table(self: Any) -> Tensor:
+        return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
+
+
+_PLANE = ("_get_relative_position_bias", "shifted_window_attention")
 
 COUNTERPARTS = (
     Counterpart(
@@ -62,6 +129,20 @@ COUNTERPARTS = (
             "_compute_attention_mask_3d",
             "shifted_window_attention_3d",
         ),
-        tested={"335773b3c0c2dac0": "0.28"},
+        tested={"335773b3c0c2dac0": "0.17 to 0.28"},
+    ),
+    Counterpart(
+        "ShiftedWindowAttention",
+        "torchvision",
+        FusedShiftedWindowAttention,
+        code=("ShiftedWindowAttention.forward", "ShiftedWindowAttention.get_relative_position_bias", *_PLANE),
+        tested={"0bb1e2e79a35a5c5": "0.17 to 0.28"},
+    ),
+    Counterpart(
+        "ShiftedWindowAttentionV2",
+        "torchvision",
+        FusedShiftedWindowAttentionV2,
+        code=("ShiftedWindowAttentionV2.forward", "ShiftedWindowAttentionV2.get_relative_position_bias", *_PLANE),
+        tested={"e19fd2ee60a7a3bb": "0.17 to 0.28"},
     ),
 )
