@@ -49,7 +49,7 @@ class Target(NamedTuple):
         stand_in: whether the code is ours, written after that of a repository which is no package.
         dtypes: in which the original computes as it says: one that casts to float32 inside has no float64.
         trains: whether it is also run in training mode.
-        compiles: whether ``torch.compile`` takes the original.
+        compiles: whether ``torch.compile`` takes the original whole, as one graph.
     """
 
     library: str
@@ -134,8 +134,13 @@ class Results(NamedTuple):
     ops: Ops
 
 
-def run(model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: bool = False) -> Results:
-    """Call a model, its random numbers from one seed; with gradients of all inputs and parameters."""
+def run(
+    model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: bool = False, counted: bool = True
+) -> Results:
+    """Call a model, its random numbers from one seed; with gradients of all inputs and parameters.
+
+    While ops are counted nothing is compiled: Dynamo skips every frame below a dispatch mode.
+    """
     model.zero_grad(set_to_none=True)
     leaves = [leaf for leaf in tensor_leaves(arguments) if leaf.requires_grad]
     for leaf in leaves:
@@ -143,7 +148,7 @@ def run(model: Any, arguments: dict[str, Any], *, grad: bool = True, autocast: b
     torch.manual_seed(SEED)
     cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     ops = Ops()
-    with ops, torch.set_grad_enabled(grad):
+    with ops if counted else nullcontext(), torch.set_grad_enabled(grad):
         with cast:
             outputs = [leaf for leaf in tensor_leaves(model(**arguments)) if leaf.is_floating_point()]
         if grad:
@@ -292,7 +297,7 @@ class Integration:
         model, arguments = target.make(), target.arguments()
         before = run(model, arguments)
         vidattn.accelerate(model)
-        after = run(torch.compile(model, backend="aot_eager"), arguments)
+        after = run(torch.compile(model, backend="aot_eager", fullgraph=True), arguments, counted=False)
         gradients = {name.removeprefix("_orig_mod."): row for name, row in after.gradients.items()}
         assert_as_before(after._replace(gradients=gradients), before, None)
 

@@ -52,18 +52,18 @@ def _adapted(x: Tensor, change: Tensor | int) -> Tensor:
 COUNTERPARTS = (
     Counterpart(
         "WindowAttention",
-        "aurora",
+        None,
         FusedAuroraWindowAttention,
         code=("WindowAttention.forward",),
-        tested={"c51c65e3a14885fc": "1.0 to 1.7", "769343925676314a": "1.8"},
+        tested={"c51c65e3a14885fc": "Aurora 1.0 to 1.7", "769343925676314a": "Aurora 1.8"},
         resembles=lambda module: has_parts(module, "lora_qkv", "lora_proj", "head_dim"),
     ),
     Counterpart(
         "WindowAttention",
-        "aurora",
+        None,
         FusedAuroraWindowAttention,
         code=("WindowAttention.forward", "fp16_safe_scaled_dot_product_attention"),
-        tested={"07a812afe8ab7d0d": "2.0"},
+        tested={"07a812afe8ab7d0d": "Aurora 2.0"},
         resembles=lambda module: has_parts(module, "lora_qkv", "lora_proj", "use_fp16_safe_attention"),
     ),
 )

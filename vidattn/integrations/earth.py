@@ -121,26 +121,26 @@ def _resembles(module: Any) -> bool:
 COUNTERPARTS = (
     Counterpart(
         "EarthAttention3D",
-        "physicsnemo",
+        None,
         FusedEarthAttention,
         code=("EarthAttention3D.forward",),
-        tested={"4f2c79a9b93376a1": "1.1 to 2.2, WeatherLearn of 2025-04"},
+        tested={"4f2c79a9b93376a1": "physicsnemo 1.1 to 2.2, WeatherLearn of 2025-04"},
         resembles=_resembles,
     ),
     Counterpart(
         "EarthAttention2D",
-        "physicsnemo",
+        None,
         FusedEarthAttention,
         code=("EarthAttention2D.forward",),
-        tested={"343c8cdb90762ca5": "1.1 to 2.2"},
+        tested={"343c8cdb90762ca5": "physicsnemo 1.1 to 2.2"},
         resembles=_resembles,
     ),
     Counterpart(
         "EarthAttention3D",
-        "mfai",
+        None,
         FusedMfaiEarthAttention,
         code=("EarthAttention3D.forward",),
-        tested={"ebb59bff9f8b12cd": "6.2 to 8.0", "f09bbf27066acf2d": "9.0"},
+        tested={"ebb59bff9f8b12cd": "mfai 6.2 to 8.0", "f09bbf27066acf2d": "mfai 9.0"},
         resembles=lambda module: has_parts(module, "earth_specific_bias", "position_index", "linear1", "linear2"),
     ),
 )
