@@ -1,7 +1,7 @@
 """Window attention modules with the structure of those of repositories that are no packages, in our own words.
 
-Each namespace is one repository. With the same weights and inputs (float64, windows with a mask and without) outputs and
-gradients differed from those of the repository's own modules by at most 3e-16 of each tensor's largest value.
+Each namespace is one repository. With the same weights and inputs (float64, windows with a mask and without) outputs
+and gradients differed from those of the repository's own modules by at most 3e-16 of each tensor's largest value.
 """
 
 from __future__ import annotations
@@ -258,7 +258,13 @@ class acdc:
 class physicsnemo:
     class EarthAttention3D(nn.Module):
         def __init__(
-            self, dim: int, types: int, window_size: Sequence[int], num_heads: int, proj_drop: float = 0.0
+            self,
+            dim: int,
+            types: int,
+            window_size: Sequence[int],
+            num_heads: int,
+            proj_drop: float = 0.0,
+            attn_drop: float = 0.0,
         ) -> None:
             super().__init__()
             self.num_heads, self.scale, self.type_of_windows = num_heads, (dim // num_heads) ** -0.5, types
@@ -266,7 +272,7 @@ class physicsnemo:
             self.earth_position_bias_table = nn.Parameter(torch.zeros(rows, types, num_heads))
             self.register_buffer("earth_position_index", earth_index(window_size))
             self.qkv = nn.Linear(dim, 3 * dim)
-            self.attn_drop = nn.Dropout(0.0)
+            self.attn_drop = nn.Dropout(attn_drop)
             self.proj = nn.Linear(dim, dim)
             self.proj_drop = nn.Dropout(proj_drop)
             self.softmax = nn.Softmax(dim=-1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import standin_windows as repositories
 import torch
-from integration_cases import Integration, Target, admit, assert_as_before, run
+from integration_cases import Integration, Ops, Target, admit, spread
+from standin_windows import position_index
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -68,7 +70,7 @@ def vrt() -> nn.Module:
 
 
 def rvrt() -> nn.Module:
-    return Attended((repositories.rvrt.WindowAttention(DIM, WINDOW, HEADS), {"mask": separating(WINDOWS)}))
+    return Attended((repositories.rvrt.WindowAttention(DIM, (3, 3, 4), HEADS), {"mask": separating(WINDOWS)}))
 
 
 def aurora() -> nn.Module:
@@ -138,3 +140,207 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 class TestTargets(Integration):
     pass
+
+
+# One module of each class with its arguments behind the windows; attention dropout 0.5 where it has some.
+DROPPING = {
+    "aurora": ("aurora", partial(repositories.aurora.WindowAttention, DIM, HEADS, use_lora=False, attn_drop=0.5), {}),
+    "transmorph": (
+        "transmorph",
+        partial(repositories.transmorph.WindowAttention, DIM, WINDOW, HEADS, rpe=True, attn_drop=0.5),
+        {},
+    ),
+    "bayesian": ("transmorph", partial(repositories.bayesian.WindowAttention, DIM, WINDOW, HEADS, drop=0.5), {}),
+    "nnformer": (
+        "nnformer",
+        partial(repositories.nnformer.WindowAttention, DIM, (2, 4, 3), HEADS, attn_drop=0.5),
+        {},
+    ),
+    "physicsnemo": (
+        "earth",
+        partial(repositories.physicsnemo.EarthAttention3D, DIM, 2, WINDOW, HEADS, attn_drop=0.5),
+        {},
+    ),
+    "mfai": (
+        "earth",
+        partial(repositories.mfai.EarthAttention3D, DIM, 2, WINDOW, HEADS, dropout=0.5),
+        {"mask": None, "batch_size": 2},
+    ),
+    "fast_vqa": (
+        "fast_vqa",
+        partial(repositories.fast_vqa.WindowAttention3D, DIM, WINDOW, HEADS, frag_bias=True, attn_drop=0.5),
+        {"fmask": fragments(2, TOKENS)},
+    ),
+}
+
+
+def dropping(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """Make a module, and the arguments of a call of it."""
+    torch.manual_seed(0)
+    integration, build, given = DROPPING[name]
+    module = spread(build())
+    admit(module, integration, monkeypatch)
+    x = torch.randn(4, 2, TOKENS, DIM) if name == "physicsnemo" else torch.randn(4, TOKENS, DIM)
+    return module, x, given
+
+
+def called_ops(module: nn.Module, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, int]:
+    ops = Ops()
+    with ops, torch.no_grad():
+        return module(x, **given), ops.forward
+
+
+@pytest.fixture(autouse=True)
+def automatic() -> Iterator[None]:
+    previous = vidattn.current_backend()
+    vidattn.set_backend("auto")
+    yield
+    vidattn.set_backend(previous)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropped_weights_leave_the_mean(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, given = dropping(name, monkeypatch)
+    if name == "bayesian":
+        module.drop = 0.0  # it drops in evaluation too
+        expected = module(x)
+        module.drop = 0.5
+    else:
+        expected = module.eval()(x, **given)
+    vidattn.accelerate(module.train(name != "bayesian"))
+    runs = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        out, calls = called_ops(module, x, given)
+        assert calls > 0
+        runs.append(out)
+    torch.manual_seed(0)
+    assert torch.equal(called_ops(module, x, given)[0], runs[0]) and not torch.equal(runs[0], runs[1])
+    found = torch.stack(runs)
+    assert ((found.mean(0) - expected).abs() <= 6 * found.std(0) / len(runs) ** 0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_all_dropped_is_the_originals_business(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, given = dropping(name, monkeypatch)
+    for part in module.modules():
+        for attribute in ("attn_drop", "drop"):
+            if isinstance(vars(part).get(attribute), float):
+                setattr(part, attribute, 1.0)
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            part.p = 1.0
+    expected = module.train()(x, **given)
+    vidattn.accelerate(module)
+    out, calls = called_ops(module, x, given)
+    assert calls == 0 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "aurora"])
+def test_who_looks_at_the_weights_sees_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, given = dropping(name, monkeypatch)
+    vidattn.accelerate(module.eval())
+    seen: list[Tensor] = []
+    if name == "bayesian":
+        module.drop = 0.0
+    expected, calls = called_ops(module, x, given)
+    assert calls > 0
+    handle = module.softmax.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    out, calls = called_ops(module, x, given)
+    assert calls == 0 and len(seen) == 1 and seen[0].shape[-2:] == (TOKENS, TOKENS)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    assert called_ops(module, x, given)[1] > 0
+
+
+@pytest.mark.parametrize("name", ["aurora", "transmorph", "nnformer", "fast_vqa"])
+def test_other_masks_stay_with_the_original(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned ones have no gradient in the op, truth values mean something else in each library, shapes may spread."""
+    module, x, given = dropping(name, monkeypatch)
+    for mask in (separating(2).requires_grad_(), separating(2) == 0, separating(4)[:, :1]):
+        arguments = {**given, "mask": mask}
+        expected, _ = called_ops(module.eval(), x, arguments)
+        with vidattn.accelerate(module):
+            out, calls = called_ops(module, x, arguments)
+        assert calls == 0 and torch.equal(out, expected)
+
+
+def test_a_position_index_of_its_own_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, _ = dropping("nnformer", monkeypatch)
+    index = module.eval().relative_position_index
+    assert len(index.unique()) < len(position_index((2, 4, 3)).unique())  # several distances share a row
+    index.copy_(index.flip(0).clone())
+    expected = module(x)
+    vidattn.accelerate(module)
+    out, calls = called_ops(module, x, {})
+    assert calls == 1
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["transmorph", "bayesian", "nnformer", "physicsnemo", "mfai", "fast_vqa"])
+def test_windows_of_another_size_fail_as_they_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, given = dropping(name, monkeypatch)
+    given = {key: row for key, row in given.items() if key != "fmask"}
+    for other in (torch.cat((x, x), -2), x[..., :5, :] if name != "fast_vqa" else torch.cat((x, x[..., :1, :]), -2)):
+        with pytest.raises((RuntimeError, ValueError)) as before:
+            module(other, **given)
+        with vidattn.accelerate(module), pytest.raises(type(before.value), match=re.escape(str(before.value))):
+            module(other, **given)
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPING if name != "aurora"])
+def test_a_learned_scale_stays_original(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, _ = dropping(name, monkeypatch)
+    module.scale = nn.Parameter(torch.ones(()))
+    report = vidattn.accelerate(module)
+    assert not report.swapped and "no gradient" in report.skipped[0].reason
+
+
+def test_mfai_leaves_no_old_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, given = dropping("mfai", monkeypatch)
+    module.eval()(x, **given)
+    assert module.attention2.shape == (4, HEADS, TOKENS, TOKENS)
+    vidattn.accelerate(module)
+    assert called_ops(module, x, given)[1] > 0
+    assert not hasattr(module, "attention") and not hasattr(module, "attention2")
+    module.softmax.register_forward_hook(lambda *_: None)
+    module(x, **given)
+    assert module.attention2.shape == (4, HEADS, TOKENS, TOKENS)
+
+
+def test_float16_needs_no_safe_attention_of_aurora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores past the largest float16 are scores, and not what the original clamps them to."""
+    module, x, _ = dropping("aurora", monkeypatch)
+    module.use_fp16_safe_attention = True
+    with torch.no_grad():
+        module.qkv.weight.mul_(300.0)
+    exact = module.double().eval()(x.double())
+    module.half()
+    vidattn.accelerate(module)
+    out, calls = called_ops(module, x.half(), {})
+    assert calls == 1
+    assert (out - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+def test_verify_takes_a_model_whose_train_returns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(Attended):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]  # as FAST-VQA's
+            super().train(mode)
+
+    module, x, given = dropping("fast_vqa", monkeypatch)
+    model = Model((module, given))
+    assert model.eval() is None
+    with vidattn.accelerate(model, verify=x, verify_gradients=True) as report:
+        assert len(report.swapped) == 1
+
+
+def test_a_class_of_that_name_alone_is_unknown() -> None:
+    class WindowAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.qkv(x)
+
+    report = vidattn.accelerate(WindowAttention())
+    assert not report.swapped and not report.skipped
