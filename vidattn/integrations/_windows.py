@@ -93,18 +93,12 @@ def attend_by_type(
         (G, N, h * d).
     """
     types = bias.shape[0]
-    windows = qkv.unflatten(0, (-1, types, repeats)).unbind(1)
     masks: Sequence[Tensor | None] = [None] * types
     if mask is not None:
-        masks = [row.flatten(0, 1) for row in mask.unflatten(0, (-1, types, repeats)).unbind(1)]
+        masks = [rows.flatten(0, 1) for rows in mask.unflatten(0, (-1, types, repeats)).unbind(1)]
+    # unbind, whose gradient is one stack; that of an index would fill a tensor of its own for each type.
     contexts = [
-        attend(
-            module,
-            windows[number].flatten(0, 1),
-            bias[number],
-            masks[number],
-            dropout_p,
-        ).unflatten(0, (-1, repeats))
-        for number in range(types)
+        attend(module, rows.flatten(0, 1), one_bias, one_mask, dropout_p).unflatten(0, (-1, repeats))
+        for rows, one_bias, one_mask in zip(qkv.unflatten(0, (-1, types, repeats)).unbind(1), bias.unbind(), masks)
     ]
     return torch.stack(contexts, 1).flatten(0, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vidattn.integrations import Counterpart
@@ -62,9 +63,10 @@ class FusedFragmentAttention(Twin):
         if fmask is None or not hasattr(self, "fragment_position_bias_table"):
             context = attend(self, qkv, bias, mask, dropout_p)
         else:
-            gate = fmask.abs().sum(-1).unsqueeze(1)  # (nW, 1, N, N)
-            between = gathered_bias(self.fragment_position_bias_table, index)
-            context = attend_by_type(self, qkv, bias * gate + between * (1 - gate), mask, dropout_p=dropout_p)
+            gate = fmask.abs().sum(-1).unsqueeze(1).to(bias.dtype)  # (nW, 1, N, N)
+            other = gathered_bias(self.fragment_position_bias_table, index)
+            by_window = torch.addcmul(other, bias - other, gate)  # bias * gate + other * (1 - gate)
+            context = attend_by_type(self, qkv, by_window, mask, dropout_p=dropout_p)
         return self.proj_drop(self.proj(context))
 
 
