@@ -121,19 +121,32 @@ def target(library: str, model: str, integration: str, build: Callable[[], nn.Mo
     return Target(library, model, build, partial(windows, *shape), names, integration, stand_in=True)
 
 
+_TRANSMORPH = "junyuchen245/TransMorph_Transformer_for_Medical_Image_Registration"
 TARGETS = [
-    target("VRT", "TMSA", "vrt", vrt, 4, TOKENS),
-    target("RVRT", "STL", "vrt", rvrt, 4, TOKENS),
-    target("Aurora", "Swin3DTransformerBackbone", "aurora", aurora, 4, TOKENS),
-    target("TransMorph", "TransMorph", "transmorph", transmorph, 4, TOKENS),
-    target("TransMorph", "TransMorph-Bayes", "transmorph", bayesian, 4, TOKENS),
+    target("JingyunLiang/VRT", "VRT", "vrt", vrt, 4, TOKENS),
+    target("JingyunLiang/RVRT", "RVRT", "vrt", rvrt, 4, TOKENS),
+    target("aurora", "Aurora", "aurora", aurora, 4, TOKENS),
+    target(_TRANSMORPH, "TransMorph", "transmorph", transmorph, 4, TOKENS),
+    target(_TRANSMORPH, "TransMorph-Bayes", "transmorph", bayesian, 4, TOKENS),
     target(
-        "nnFormer", "tumor and synapse", "nnformer", partial(UpAndDown, repositories.nnformer.WindowAttention_kv), 4, 27
+        "282857341/nnFormer",
+        "nnFormer, tumor and synapse",
+        "nnformer",
+        partial(UpAndDown, repositories.nnformer.WindowAttention_kv),
+        4,
+        27,
     ),
-    target("nnFormer", "acdc", "nnformer", partial(UpAndDown, repositories.acdc.WindowAttention_kv), 4, 27),
+    target(
+        "282857341/nnFormer",
+        "nnFormer, ACDC",
+        "nnformer",
+        partial(UpAndDown, repositories.acdc.WindowAttention_kv),
+        4,
+        27,
+    ),
     target("physicsnemo", "Pangu and FengWu", "earth", physicsnemo, 6, 2, TOKENS),
     target("mfai", "PanguWeather", "earth", mfai, 12, TOKENS),
-    target("FAST-VQA", "SwinTransformer3D", "fast_vqa", fast_vqa, 4, TOKENS),
+    target("VQAssessment/FAST-VQA-and-FasterVQA", "FAST-VQA and DOVER", "fast_vqa", fast_vqa, 4, TOKENS),
 ]
 
 

@@ -55,7 +55,10 @@ COUNTERPARTS = (
         None,
         FusedAuroraWindowAttention,
         code=("WindowAttention.forward",),
-        tested={"c51c65e3a14885fc": "Aurora 1.0 to 1.7", "769343925676314a": "Aurora 1.8"},
+        tested={
+            "c51c65e3a14885fc": "microsoft-aurora 1.0.0, 1.3.0, 1.5.2, 1.6.0, 1.7.0",
+            "769343925676314a": "microsoft-aurora 1.8.0",
+        },
         resembles=lambda module: has_parts(module, "lora_qkv", "lora_proj", "head_dim"),
     ),
     Counterpart(
@@ -63,7 +66,7 @@ COUNTERPARTS = (
         None,
         FusedAuroraWindowAttention,
         code=("WindowAttention.forward", "fp16_safe_scaled_dot_product_attention"),
-        tested={"07a812afe8ab7d0d": "Aurora 2.0"},
+        tested={"07a812afe8ab7d0d": "microsoft-aurora 2.0.1"},
         resembles=lambda module: has_parts(module, "lora_qkv", "lora_proj", "use_fp16_safe_attention"),
     ),
 )

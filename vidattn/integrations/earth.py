@@ -124,7 +124,7 @@ COUNTERPARTS = (
         None,
         FusedEarthAttention,
         code=("EarthAttention3D.forward",),
-        tested={"4f2c79a9b93376a1": "physicsnemo 1.1 to 2.2, WeatherLearn of 2025-04"},
+        tested={"4f2c79a9b93376a1": "physicsnemo 1.1.0, 1.3.0, 2.2.2, WeatherLearn 41333e1"},
         resembles=_resembles,
     ),
     Counterpart(
@@ -132,7 +132,7 @@ COUNTERPARTS = (
         None,
         FusedEarthAttention,
         code=("EarthAttention2D.forward",),
-        tested={"343c8cdb90762ca5": "physicsnemo 1.1 to 2.2"},
+        tested={"343c8cdb90762ca5": "EarthAttention2D of physicsnemo 1.1.0, 1.3.0, 2.2.2"},
         resembles=_resembles,
     ),
     Counterpart(
@@ -140,7 +140,7 @@ COUNTERPARTS = (
         None,
         FusedMfaiEarthAttention,
         code=("EarthAttention3D.forward",),
-        tested={"ebb59bff9f8b12cd": "mfai 6.2 to 8.0", "f09bbf27066acf2d": "mfai 9.0"},
+        tested={"ebb59bff9f8b12cd": "mfai 6.2.1, 7.3.1, 8.0.2", "f09bbf27066acf2d": "mfai 9.0.1"},
         resembles=lambda module: has_parts(module, "earth_specific_bias", "position_index", "linear1", "linear2"),
     ),
 )

@@ -94,7 +94,7 @@ COUNTERPARTS = (
         None,
         FusedFragmentAttention,
         code=("WindowAttention3D.forward",),
-        tested={"78e23685c8189d2e": "FAST-VQA of 2023-11"},
+        tested={"78e23685c8189d2e": "FAST-VQA 9f264e4, DOVER f1ddc96"},
         resembles=lambda module: (
             has_parts(module, "qkv", "relative_position_bias_table", "relative_position_index", "attn_drop")
             and takes_arguments(module, "fmask", "resized_window_size")

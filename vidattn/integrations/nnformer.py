@@ -120,7 +120,7 @@ COUNTERPARTS = (
         None,
         FusedNNFormerWindowAttention,
         code=("WindowAttention.forward",),
-        tested={"f4fbb3c7d62d98d4": "nnFormer of 2022-06", "29c7f5c224ec4f2e": "nnFormer in TransMorph of 2025-05"},
+        tested={"f4fbb3c7d62d98d4": "nnFormer d48aaeb", "29c7f5c224ec4f2e": "its copy in TransMorph 6357a1d"},
         resembles=lambda module: _resembles(module) and has_parts(module, "qkv"),
     ),
     Counterpart(
@@ -128,7 +128,7 @@ COUNTERPARTS = (
         None,
         FusedNNFormerDecoderAttention,
         code=("WindowAttention_kv.forward",),
-        tested={"6f14a184f2365962": "nnFormer of 2022-06"},
+        tested={"6f14a184f2365962": "nnFormer d48aaeb"},
         resembles=lambda module: _resembles(module) and takes_arguments(module, "pos_embed"),
     ),
     Counterpart(
@@ -136,7 +136,7 @@ COUNTERPARTS = (
         None,
         FusedNNFormerACDCDecoderAttention,
         code=("WindowAttention_kv.forward",),
-        tested={"54fc9675aabac049": "nnFormer of 2022-06"},
+        tested={"54fc9675aabac049": "nnFormer d48aaeb"},
         resembles=lambda module: _resembles(module) and not takes_arguments(module, "pos_embed"),
     ),
 )

@@ -89,7 +89,7 @@ COUNTERPARTS = (
         None,
         FusedTransMorphWindowAttention,
         code=("WindowAttention.forward",),
-        tested={"3eaf530573ca71c5": "TransMorph of 2025-05", "0c35610366bf1af6": "TransMorph 2D of 2025-05"},
+        tested={"3eaf530573ca71c5": "6357a1d", "0c35610366bf1af6": "6357a1d (2D)"},
         resembles=lambda module: has_parts(module, "qkv", "relative_position_bias_table", "rpe", "attn_drop"),
     ),
     Counterpart(
@@ -98,8 +98,8 @@ COUNTERPARTS = (
         FusedBayesianWindowAttention,
         code=("WindowAttention.forward",),
         tested={
-            "eb11b1fd1babba17": "TransMorph-Bayes of 2025-05",
-            "7b9c8c78ab46a0d7": "TransMorph-Bayes 2D of 2025-05",
+            "eb11b1fd1babba17": "6357a1d",
+            "7b9c8c78ab46a0d7": "6357a1d (2D)",
         },
         resembles=lambda module: (
             has_parts(module, "qkv", "relative_position_bias_table", "softmax")

@@ -82,7 +82,7 @@ COUNTERPARTS = (
         None,
         FusedVRTWindowAttention,
         code=_ATTENTION,
-        tested={"87a866f29b95b3a7": "VRT of 2022-07", "2e79c525f22d0cd4": "RVRT of 2022-10"},
+        tested={"87a866f29b95b3a7": "VRT 94a5f50, KAIR fc1732f", "2e79c525f22d0cd4": "RVRT a5d406c, KAIR fc1732f"},
         resembles=lambda module: has_parts(module, "qkv_self", "relative_position_index"),
     ),
 )
