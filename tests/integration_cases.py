@@ -50,7 +50,7 @@ class Target(NamedTuple):
         stand_in: whether the code is ours, written after that of a repository which is no package.
         dtypes: in which the original computes as it says: one that casts to float32 inside has no float64.
         trains: whether it is also run in training mode.
-        compiles: whether ``torch.compile`` takes the original.
+        compiles: whether ``torch.compile`` takes the original whole, as one graph.
     """
 
     library: str

@@ -43,13 +43,16 @@ class Verification:
             return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
         self.model, self.batch, self.gradients = model, batch, gradients
+        failure = "accelerate: verify needs to run a float64 copy of the model, which failed"
+        try:  # before the run: a model that keeps what it computed, with its graph, has no copy afterwards
+            wide = copy.deepcopy(model).double()
+        except RuntimeError as error:
+            raise RuntimeError(f"{failure}: {error}") from error
         self.before = _run(model, batch, gradients)
         try:
-            self.exact = _run(copy.deepcopy(model).double(), tree_map(widen, batch), gradients)
+            self.exact = _run(wide, tree_map(widen, batch), gradients)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"accelerate: verify needs to run a float64 copy of the model, which failed: {error}"
-            ) from error
+            raise RuntimeError(f"{failure}: {error}") from error
 
     def check(self, alone: Callable[[str], contextlib.AbstractContextManager[None]], names: list[str]) -> float:
         """Compare the swapped model with what it was.

@@ -128,13 +128,14 @@ def twin_of(twin: type[Twin], original: type[nn.Module]) -> type[Twin]:
     Returns:
         A subclass of both, which watches the functions that it does the work of.
     """
-    for counterpart in _all():
-        if counterpart.twin is twin:
-            for base in original.__mro__:
-                if base.__name__ == counterpart.name:
-                    watched = resolve(original, counterpart.name, counterpart.code)
-                    return make_twin(twin, original, watched or ())
-    return make_twin(twin, original)
+    names = {base.__name__ for base in original.__mro__}
+    best: tuple[Watched, ...] = ()
+    for row in _all():
+        watched = resolve(original, row.name, row.code) if row.twin is twin and row.name in names else None
+        if watched is not None and fingerprint(watched) in row.tested:
+            return make_twin(twin, original, watched)
+        best = best or watched or ()
+    return make_twin(twin, original, best)
 
 
 @functools.cache

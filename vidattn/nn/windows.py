@@ -46,10 +46,9 @@ class FusedWindowAttention(Twin):
             return self.replaced.forward(self, x, mask)
         qkv = self.qkv(x)
         index = self.relative_position_index[:tokens, :tokens]
-        bias = self.relative_position_bias_table.index_select(0, index.reshape(-1)).t().unflatten(1, index.shape)
         context = window_attention(
             qkv.unflatten(-1, (3, self.num_heads, -1)),
-            bias,
+            gathered_bias(self.relative_position_bias_table, index),
             mask,
             scale=self.scale,
             dropout_p=rate_in_use(self.attn_drop),
@@ -66,6 +65,19 @@ class FusedWindowAttention(Twin):
     def _load_from_state_dict(self, *args: Any) -> None:
         _seen_index.pop(self, None)  # type: ignore[call-overload]
         super()._load_from_state_dict(*args)  # type: ignore[misc]
+
+
+def gathered_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Give pairs of tokens their bias.
+
+    Args:
+        table: (L, h).
+        index: integers (N, N), the row of the table that a pair reads.
+
+    Returns:
+        (h, N, N), contiguous: gathered head by head, which takes a fraction of the time of turning it afterwards.
+    """
+    return table.t().contiguous().index_select(1, index.reshape(-1)).unflatten(1, index.shape)
 
 
 def ops_can_attend(attention: Any) -> bool:
