@@ -176,7 +176,7 @@ COUNTERPARTS = (
             "Attention.prepare_attention_mask",
             *(f"{name}.__call__" for name in _PROCESSORS),
         ),
-        tested={"6d13838b22602382": "0.42"},
+        tested={"6d13838b22602382": "0.35 to 0.42", "45fa2bb0aec4041a": "0.32"},
         resembles=lambda module: all(
             hasattr(module, name) for name in ("set_processor", "processor", "to_q", "heads", "rescale_output_factor")
         ),
