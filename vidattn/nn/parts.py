@@ -107,6 +107,11 @@ def rate_in_use(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
+def draws(part: Any) -> bool:
+    """Whether a dropout, or a stochastic depth of rate ``drop_prob``, draws random numbers now."""
+    return bool(part.training and (part.p if type(part) is nn.Dropout else getattr(part, "drop_prob", 0.0)))
+
+
 def can_drop(dropout: nn.Module) -> bool:
     """Whether the ops can stand in for the dropout of the attention probabilities: a plain one that keeps some."""
     return is_plain(dropout, DROPOUT) and rate_in_use(dropout) < 1.0
