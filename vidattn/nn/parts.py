@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vidattn.backends import AttentionCall, current_backend, find_backend
 from vidattn.ops import spatial_attention
+from vidattn.twins import Twin
 
 # Longer sequences are what PyTorch's attention on GPUs is made for: the products take nearly all of the time there.
 SDPA_TOKENS = 512
@@ -46,6 +47,21 @@ def is_plain(module: Any, kinds: dict[type, Callable[..., Any]]) -> bool:
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
         )
+    )
+
+
+def is_part(module: Any, twin: Any) -> bool:
+    """Whether calling a module does what a twin does in its place, and nothing besides.
+
+    Args:
+        module: part of the twin, of any class.
+        twin: an instance that :func:`vidattn.twins.make_twin` made the class of. The functions that it does the work of
+            (whose being intact it asks for itself) name the classes that are known.
+    """
+    kind: Any = type(module)
+    known = kind.replaced if issubclass(kind, Twin) and "forward" not in vars(kind) else kind
+    return any(row.namespace is known and row.name == "forward" for row in twin._watched) and is_plain(
+        module, {kind: kind.forward}
     )
 
 

@@ -41,8 +41,7 @@ class FusedTimeSformerBlock(FusedDividedBlock):
 
     folded = ("temporal_attn.proj", "temporal_fc")
 
-    @staticmethod
-    def takes(attention: Any) -> bool:
+    def takes(self, attention: Any) -> bool:
         """Whether an attention, which the block does the work of, is one that it knows, and nothing hangs on it."""
         raise NotImplementedError
 
@@ -92,8 +91,7 @@ class FusedBlock(FusedTimeSformerBlock, Block):
                 return f"its {name} is a {type(norm).__name__}, which may look at several tokens"
         return None
 
-    @staticmethod
-    def takes(attention: Any) -> bool:
+    def takes(self, attention: Any) -> bool:
         """Whether an attention, which the block does the work of, is one that it knows, and nothing hangs on it."""
         return is_plain(attention, _ATTENTIONS) and FusedAttention.is_intact()
 
