@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from vidattn.integrations import Counterpart
+from vidattn.nn.divided import Divided
 from vidattn.nn.parts import DROPOUT, is_part, is_plain
 from vidattn.nn.timesformer import FusedTimeSformerAttention, FusedTimeSformerBlock
-from vidattn.nn.divided import Divided
 
 
 class FusedOfficialBlock(FusedTimeSformerBlock):

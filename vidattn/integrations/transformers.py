@@ -108,7 +108,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
     qkv = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    context = attend(qkv, scale=scaling, dropout_p=dropout, backend=None)
+    context = attend(qkv, scale=scaling, dropout_p=dropout, backend=None, in_place_of_sdpa=True)
     return context.unflatten(-1, (query.shape[1], query.shape[3])), None
 
 
@@ -214,6 +214,17 @@ class FusedTimesformerLayer(FusedDividedBlock):
         return (attended + self.drop_path(self.output(self.intermediate(self.layernorm_after(attended)))),)
 
 
+def _attend(attention: Any, qkv: tuple[Tensor, Tensor, Tensor], dropout_p: float) -> Tensor:
+    """Attend over whole sequences, in place of the attention interface."""
+    return attend(
+        qkv,
+        scale=attention.scaling,
+        dropout_p=dropout_p,
+        backend=attention.attention_backend,
+        in_place_of_sdpa=attention.config._attn_implementation != "eager",
+    )
+
+
 class FusedVivitAttention(Twin):
     """``VivitAttention`` on the attention of this package, or PyTorch's where that is faster."""
 
@@ -233,9 +244,10 @@ class FusedVivitAttention(Twin):
         ):
             return self.replaced.forward(self, hidden_states, attention_mask, **kwargs)
         heads = (-1, self.head_dim)
-        qkv = tuple(part(hidden_states).unflatten(-1, heads) for part in (self.q_proj, self.k_proj, self.v_proj))
-        context = attend(qkv, scale=self.scaling, dropout_p=dropout_p, backend=self.attention_backend)
-        return self.o_proj(context), None
+        query, key, value = (
+            part(hidden_states).unflatten(-1, heads) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(_attend(self, (query, key, value), dropout_p)), None
 
 
 class FusedVideoMAESelfAttention(Twin):
@@ -256,8 +268,7 @@ class FusedVideoMAESelfAttention(Twin):
             return self.replaced.forward(self, hidden_states, *args, **kwargs)
         heads = (-1, self.attention_head_size)
         key, value, query = (part(hidden_states).unflatten(-1, heads) for part in (self.key, self.value, self.query))
-        qkv = (query, key, value)
-        return attend(qkv, scale=self.scaling, dropout_p=dropout_p, backend=self.attention_backend), None
+        return _attend(self, (query, key, value), dropout_p), None
 
 
 class FusedSwinAttention(Twin):
