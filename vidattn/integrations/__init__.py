@@ -128,12 +128,12 @@ def twin_of(twin: type[Twin], original: type[nn.Module]) -> type[Twin]:
     Returns:
         A subclass of both, which watches the functions that it does the work of.
     """
-    for counterpart in _all():
-        if counterpart.twin is twin:
-            for base in original.__mro__:
-                if base.__name__ == counterpart.name:
-                    watched = resolve(original, counterpart.name, counterpart.code)
-                    return make_twin(twin, original, watched or ())
+    names = {base.__name__ for base in original.__mro__}
+    for row in _all():
+        if row.twin is twin and row.name in names:
+            watched = resolve(original, row.name, row.code)
+            if watched is not None:  # or this is not the version that the row is about
+                return make_twin(twin, original, watched)
     return make_twin(twin, original)
 
 

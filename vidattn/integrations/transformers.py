@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -250,25 +251,41 @@ class FusedVivitAttention(Twin):
         return self.o_proj(_attend(self, (query, key, value), dropout_p)), None
 
 
-class FusedVideoMAESelfAttention(Twin):
-    """``VideoMAESelfAttention`` on the attention of this package, or PyTorch's where that is faster."""
+class FusedSelfAttention(Twin):
+    """``VideoMAESelfAttention`` and ``VivitSelfAttention`` like :class:`FusedVivitAttention`, without its projection."""
 
     ops = ("spatial_attention",)
+
+    def _project(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = self.key(x), self.value(x)
+        return self.query(x), key, value
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Map tokens (B, N, C) to (B, N, C), and None for the weights."""
         dropout_p = self.dropout_prob if self.training else 0.0
         if not (
             self.is_intact()
-            and not args
+            and all(mask is None for mask in args)
             and hidden_states.ndim == 3
             and 0.0 <= dropout_p < 1.0
             and _asks_for_context_alone(self, kwargs)
         ):
             return self.replaced.forward(self, hidden_states, *args, **kwargs)
         heads = (-1, self.attention_head_size)
-        key, value, query = (part(hidden_states).unflatten(-1, heads) for part in (self.key, self.value, self.query))
+        query, key, value = (x.unflatten(-1, heads) for x in self._project(hidden_states))
         return _attend(self, (query, key, value), dropout_p), None
+
+
+class FusedVideoMAESelfAttention(FusedSelfAttention):
+    """``VideoMAESelfAttention`` of versions that keep the biases beside the projections, which they never call."""
+
+    def _project(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.query.weight, self.key.weight, self.value.weight
+        return (
+            functional.linear(x, query, self.q_bias),
+            functional.linear(x, key),
+            functional.linear(x, value, self.v_bias),
+        )
 
 
 class FusedSwinAttention(Twin):
@@ -526,12 +543,15 @@ def _bias_table(attention: Any) -> Tensor:
     return 16 * torch.sigmoid(table.view(-1, attention.num_attention_heads))
 
 
+# What a twin does the work of. A name that another version does without is in a row of its own.
 _TIMESFORMER = ("TimesformerSelfAttention.forward",)
-_SWIN = (
-    "SwinAttention.forward",
-    "SwinRelativePositionBias.forward",
-    "eager_attention_forward",
+_TIMESFORMER_LAYER = (
+    "TimesformerLayer.forward",
+    "TimeSformerAttention.forward",
+    "TimesformerSelfOutput.forward",
+    *_TIMESFORMER,
 )
+_SWIN = ("SwinAttention.forward", "SwinRelativePositionBias.forward", "eager_attention_forward")
 _SWIN_LAYER = (
     "SwinLayer.forward",
     "SwinLayer.get_attn_mask",
@@ -540,6 +560,7 @@ _SWIN_LAYER = (
     "SwinLayer.set_shift_and_window_size",
     "window_partition",
     "window_reverse",
+    *_SWIN,
 )
 _SWIN_V2 = ("Swinv2SelfAttention.forward",)
 _SWIN_V2_LAYER = (
@@ -550,36 +571,57 @@ _SWIN_V2_LAYER = (
     "window_reverse",
     "Swinv2Attention.forward",
     "Swinv2SelfOutput.forward",
-)
-_TIMESFORMER_LAYER = (
-    "TimesformerLayer.forward",
-    "TimeSformerAttention.forward",
-    "TimesformerSelfOutput.forward",
-    "TimesformerDropPath.forward",
+    *_SWIN_V2,
 )
 
 
-def _of(name: str, twin: type[Twin], code: tuple[str, ...], tested: dict[str, str]) -> Counterpart:
-    return Counterpart(name, "transformers", twin, code, tested)
+def _of(
+    twin: type[Twin], code: tuple[str, ...], tested: dict[str, str], resembles: Callable[[Any], bool] = lambda _: True
+) -> Counterpart:
+    return Counterpart(code[0].partition(".")[0], "transformers", twin, code, tested, resembles)
 
 
 COUNTERPARTS = (
-    _of("TimesformerSelfAttention", FusedTimesformerSelfAttention, _TIMESFORMER, {"7f0f68962248a7a4": "5.23"}),
-    _of("TimesformerLayer", FusedTimesformerLayer, (*_TIMESFORMER_LAYER, *_TIMESFORMER), {"d5cfc6202674db2b": "5.23"}),
+    _of(FusedTimesformerSelfAttention, _TIMESFORMER, {"7f0f68962248a7a4": "4.57 to 5.24"}),
     _of(
-        "VivitAttention",
+        FusedTimesformerLayer,
+        (*_TIMESFORMER_LAYER, "TimesformerDropPath.forward"),
+        {"225ee02c9c7db0e8": "5.12 to 5.24"},
+    ),
+    _of(
+        FusedTimesformerLayer,
+        (*_TIMESFORMER_LAYER, "TimeSformerDropPath.forward", "drop_path"),
+        {"5a15b3d7e3287290": "4.57 to 5.0"},
+    ),
+    _of(
         FusedVivitAttention,
         ("VivitAttention.forward", "eager_attention_forward"),
-        {"c514c5e38825922f": "5.23"},
+        {"c514c5e38825922f": "5.12 to 5.24"},
+        lambda module: hasattr(module, "q_proj"),  # the name of another class before
     ),
     _of(
-        "VideoMAESelfAttention",
+        FusedSelfAttention,
+        ("VivitSelfAttention.forward", "eager_attention_forward"),
+        {"84c8a30a10d11ae2": "5.0", "9b515e7464e920dd": "4.57"},
+    ),
+    _of(
+        FusedSelfAttention,
+        ("VideoMAESelfAttention.forward", "eager_attention_forward"),
+        {"7755b3dc1123905b": "5.12 to 5.24"},
+        lambda module: not hasattr(module, "q_bias"),
+    ),
+    _of(
         FusedVideoMAESelfAttention,
         ("VideoMAESelfAttention.forward", "eager_attention_forward"),
-        {"7755b3dc1123905b": "5.23"},
+        {"a3033e44591f725a": "5.0", "ed3ed1c6605272b7": "4.57"},
+        lambda module: hasattr(module, "q_bias"),
     ),
-    _of("SwinAttention", FusedSwinAttention, _SWIN, {"4630a867d6a914f6": "5.23"}),
-    _of("SwinLayer", FusedSwinLayer, (*_SWIN_LAYER, *_SWIN), {"85dff2eb53bd72e2": "5.23"}),
-    _of("Swinv2SelfAttention", FusedSwinv2SelfAttention, _SWIN_V2, {"53a5473016cb0af2": "5.23"}),
-    _of("Swinv2Layer", FusedSwinv2Layer, (*_SWIN_V2_LAYER, *_SWIN_V2), {"a48dfd9fe2f4a5a0": "5.23"}),
+    _of(FusedSwinAttention, _SWIN, {"4630a867d6a914f6": "5.12 to 5.24"}),
+    _of(FusedSwinLayer, _SWIN_LAYER, {"85dff2eb53bd72e2": "5.23 to 5.24", "cc4c93cb92ff3fe7": "5.12"}),
+    _of(FusedSwinv2SelfAttention, _SWIN_V2, {"53a5473016cb0af2": "5.0 to 5.24"}),
+    _of(
+        FusedSwinv2Layer,
+        _SWIN_V2_LAYER,
+        {"a48dfd9fe2f4a5a0": "5.23 to 5.24", "469f2836469d47e1": "5.12", "f1728c1fe3265910": "5.0"},
+    ),
 )
