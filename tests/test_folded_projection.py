@@ -15,7 +15,8 @@ from twin_cases import assert_same, results, spread
 
 import vidattn
 from vidattn.models.timesformer import Attention, Block
-from vidattn.nn.timesformer import _FOLD_TOKENS, FusedBlock, _folded
+from vidattn.nn import FusedBlock
+from vidattn.nn.divided import _FOLD_TOKENS, _folded
 
 CHANNELS = 24
 FEW, MANY = (torch.randn(batch, 1 + 4 * 6, CHANNELS) for batch in (1, 3))  # 24 and 72 tokens: 48 are worth it

@@ -33,7 +33,7 @@ class Counterpart(NamedTuple):
             versions are reported as untested.
         twin: the twin, with :class:`~vidattn.twins.Twin` alone as its base.
         code: functions that the twin does the work of: ``"Class.method"`` for those of the class, ``"function"`` or
-            ``"Other.method"`` for those that its methods see under that name.
+            ``"Other.method"`` for those that its methods, or the functions listed before, see under that name.
         tested: fingerprints of the code, each with the versions that have it.
         resembles: whether an instance has the parts that one is known by, for a name that says little.
     """

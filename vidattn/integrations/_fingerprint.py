@@ -31,15 +31,15 @@ def resolve(kind: type, name: str, code: tuple[str, ...]) -> tuple[Watched, ...]
         The functions, in this order; None if one is missing.
     """
     found: list[Watched] = []
-    seen: dict[str, Any] = {}
+    scopes: list[dict[str, Any]] = []  # what the methods of the class see, and then the functions that they call
     for entry in code:
         owner, _, function = entry.rpartition(".")
+        seen = next((scope for scope in scopes if (owner or function) in scope), {})
         namespace = kind if owner == name else seen.get(owner) if owner else seen
         value = _get(namespace, function)
         if value is None:
             return None
-        if not found:  # what the methods of the class see
-            seen = getattr(inspect.unwrap(value), "__globals__", {})
+        scopes.append(getattr(inspect.unwrap(value), "__globals__", {}))
         found.append(Watched(namespace, function, value))
     return tuple(found)
 
