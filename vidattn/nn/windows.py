@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from vidattn.ops import window_attention
 from vidattn.twins import Twin
 
 
+def dropout_in_use(attention: Any) -> float:
+    """Tell the probability with which an attention module drops a probability now."""
+    return rate_in_use(attention.attn_drop)
+
+
 class FusedWindowAttention(Twin):
     """Attention of windows that are already partitioned, on :func:`vidattn.window_attention`.
 
@@ -24,6 +29,7 @@ class FusedWindowAttention(Twin):
     """
 
     ops = ("window_attention",)
+    _dropout_in_use: ClassVar[Callable[[Any], float]] = staticmethod(dropout_in_use)
 
     @staticmethod
     def refuse(module: Any) -> str | None:
@@ -52,7 +58,7 @@ class FusedWindowAttention(Twin):
             bias,
             mask,
             scale=self.scale,
-            dropout_p=rate_in_use(self.attn_drop),
+            dropout_p=self._dropout_in_use(self),
             backend=self.attention_backend,
         )
         return self.proj_drop(self.proj(context))
