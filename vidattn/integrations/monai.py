@@ -8,25 +8,23 @@ import torch
 
 from vidattn.integrations import Counterpart
 from vidattn.nn.window_blocks import FusedWindowBlock, FusedWindowStage
-from vidattn.nn.windows import FusedWindowAttention, dropout_in_use
-
-
-def _dropout_in_use(attention: Any) -> float:
-    """Its flash flag acts without gradients, and drops nothing then, whatever the mode."""
-    flash = getattr(attention, "use_flash_attention", False) and not torch.is_grad_enabled()
-    return 0.0 if flash else dropout_in_use(attention)
+from vidattn.nn.windows import FusedWindowAttention
 
 
 class FusedSwinAttention(FusedWindowAttention):
-    """``WindowAttention`` on :func:`vidattn.window_attention`, with either setting of its flash flag."""
+    """``WindowAttention`` on :func:`vidattn.window_attention`."""
 
-    _dropout_in_use = staticmethod(_dropout_in_use)
+    @staticmethod
+    def dropout_in_use(attention: Any) -> float:
+        """Tell the share of the attention weights that are dropped now: none where the flash flag acts."""
+        flash = getattr(attention, "use_flash_attention", False) and not torch.is_grad_enabled()
+        return 0.0 if flash else FusedWindowAttention.dropout_in_use(attention)
 
 
 class FusedSwinTransformerBlock(FusedWindowBlock):
     """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`."""
 
-    _dropout_in_use = staticmethod(_dropout_in_use)
+    dropout_in_use = staticmethod(FusedSwinAttention.dropout_in_use)
 
 
 class FusedBasicLayer(FusedWindowStage):

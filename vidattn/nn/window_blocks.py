@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vidattn.models.video_swin_windows import MASK_VALUE, Triple, compute_mask, fit_window, window_reverse
 from vidattn.nn.parts import DROPOUT, Affine, affine, is_plain, rate_in_use, why_not_number
-from vidattn.nn.windows import FusedWindowAttention, dropout_in_use, has_standard_index, ops_can_attend
+from vidattn.nn.windows import FusedWindowAttention, has_standard_index, ops_can_attend
 from vidattn.ops import window3d_attention
 from vidattn.twins import Twin, why_overridden
 
@@ -54,7 +54,7 @@ class FusedWindowBlock(Twin):
 
     ops = ("window3d_attention", "window_attention")
     level = "block"
-    _dropout_in_use: ClassVar[Callable[[Any], float]] = staticmethod(dropout_in_use)
+    dropout_in_use = staticmethod(FusedWindowAttention.dropout_in_use)
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
@@ -109,7 +109,7 @@ class FusedWindowBlock(Twin):
             mask_value=MASK_VALUE,
             wrap=mask_matrix is None,
             scale=attention.scale,
-            dropout_p=self._dropout_in_use(attention),
+            dropout_p=self.dropout_in_use(attention),
             backend=self.attention_backend,
         )
         out = attention.proj(context if x.dim() == 5 else context.squeeze(1))

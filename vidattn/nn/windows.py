@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,6 @@ from vidattn.ops import window_attention
 from vidattn.twins import Twin
 
 
-def dropout_in_use(attention: Any) -> float:
-    """Tell the probability with which an attention module drops a probability now."""
-    return rate_in_use(attention.attn_drop)
-
-
 class FusedWindowAttention(Twin):
     """Attention of windows that are already partitioned, on :func:`vidattn.window_attention`.
 
@@ -29,12 +24,16 @@ class FusedWindowAttention(Twin):
     """
 
     ops = ("window_attention",)
-    _dropout_in_use: ClassVar[Callable[[Any], float]] = staticmethod(dropout_in_use)
 
     @staticmethod
     def refuse(module: Any) -> str | None:
         """Say why a module cannot become this twin; None if it can."""
         return why_not_number(module)
+
+    @staticmethod
+    def dropout_in_use(attention: Any) -> float:
+        """Tell the share of the attention weights that an attention module drops now."""
+        return rate_in_use(attention.attn_drop)
 
     def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend inside each window.
@@ -58,7 +57,7 @@ class FusedWindowAttention(Twin):
             bias,
             mask,
             scale=self.scale,
-            dropout_p=self._dropout_in_use(self),
+            dropout_p=self.dropout_in_use(self),
             backend=self.attention_backend,
         )
         return self.proj_drop(self.proj(context))
