@@ -51,10 +51,10 @@ class FusedOmnivoreBasicLayer(FusedWindowStage):
 
 
 def _is_attention(module: Any) -> bool:
-    """Whether a module has a table of positions in 3D windows, and no other parameters of its own."""
+    """Whether a module has a table of positions in 3D windows, and no other of its own."""
     return (
         _is_in_3d(getattr(module, "window_size", None))
-        and set(module._parameters) == {"relative_position_bias_table"}
+        and set(module._parameters) - {"scale"} == {"relative_position_bias_table"}
         and set(module._buffers) == {"relative_position_index"}
         and {"qkv", "softmax", "attn_drop", "proj", "proj_drop"} <= set(module._modules)
     )
