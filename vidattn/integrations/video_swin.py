@@ -75,7 +75,12 @@ def _is_stage(module: Any) -> bool:
         and _is_in_3d(getattr(module, "shift_size", None))
         and "blocks" in module._modules
         and hasattr(module, "downsample")
+        and any(_is_block(part) and _has_name(part, "SwinTransformerBlock3D") for part in module.blocks.modules())
     )
+
+
+def _has_name(module: Any, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(module).__mro__)
 
 
 def _is_in_3d(axes: Any) -> bool:
