@@ -6,8 +6,9 @@ original does. :func:`vidattn.accelerate` turns the modules of an existing model
 """
 
 from vidattn.nn.timesformer import FusedAttention, FusedBlock
-from vidattn.nn.video_swin import FusedBasicLayer, FusedSwinTransformerBlock3D, FusedWindowAttention3D, RegionMask
+from vidattn.nn.video_swin import FusedBasicLayer, FusedSwinTransformerBlock3D, FusedWindowAttention3D
 from vidattn.nn.vivit import FusedMultiHeadDotProductAttention
+from vidattn.nn.window_blocks import RegionMask
 from vidattn.nn.xvit import FusedMixingAttention
 
 __all__ = [

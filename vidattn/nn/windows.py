@@ -30,6 +30,11 @@ class FusedWindowAttention(Twin):
         """Say why a module cannot become this twin; None if it can."""
         return why_not_number(module)
 
+    @staticmethod
+    def dropout_in_use(attention: Any) -> float:
+        """Tell the share of the attention weights that an attention module drops now."""
+        return rate_in_use(attention.attn_drop)
+
     def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend inside each window.
 
@@ -51,7 +56,7 @@ class FusedWindowAttention(Twin):
             gathered_bias(self.relative_position_bias_table, index),
             mask,
             scale=self.scale,
-            dropout_p=rate_in_use(self.attn_drop),
+            dropout_p=self.dropout_in_use(self),
             backend=self.attention_backend,
         )
         return self.proj_drop(self.proj(context))
