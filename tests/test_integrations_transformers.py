@@ -403,10 +403,9 @@ def test_a_pickle_is_read_where_nothing_was_accelerated(name: str, monkeypatch: 
     assert again.ops.calls == after.ops.calls and torch.equal(again.outputs[0], after.outputs[0])
 
 
-@pytest.mark.parametrize(("name", "implementation"), [("ViViT", "eager"), ("Swin", "sdpa"), ("TimeSformer", None)])
-def test_compiles_as_one_graph(name: str, implementation: str | None) -> None:
+def test_compiles_as_one_graph_after_hidden_states_were_asked_for() -> None:
     torch._dynamo.reset()
-    model, arguments = make(name, implementation), BY_NAME[name].inputs()
+    model, arguments = make("ViViT", "eager"), BY_NAME["ViViT"].inputs()
     model(**arguments, output_hidden_states=True)  # its hooks stay
     before = model(**arguments).logits
     vidattn.accelerate(model)
