@@ -252,7 +252,7 @@ class FusedVivitAttention(Twin):
 
 
 class FusedSelfAttention(Twin):
-    """``VideoMAESelfAttention`` and ``VivitSelfAttention`` like :class:`FusedVivitAttention`, without its projection."""
+    """``VideoMAESelfAttention`` and ``VivitSelfAttention``: :class:`FusedVivitAttention` without its last layer."""
 
     ops = ("spatial_attention",)
 
@@ -472,7 +472,15 @@ def _is_window_mask(mask: Tensor | None) -> bool:
 def _fits(layer: Any, x: Tensor, grid: tuple[int, int]) -> bool:
     """Whether the op lays windows as the layer does, which never clips one or drops the shift of one axis alone."""
     window, shift = layer.window_size, layer.shift_size
-    return grid[0] * grid[1] == x.shape[1] and all(axis > window or (axis == window and shift == 0) for axis in grid)
+    return (
+        grid[0] * grid[1] == x.shape[1]
+        and all(axis > window or (axis == window and shift == 0) for axis in grid)
+        and not _HELPERS & vars(layer).keys()
+    )
+
+
+# Methods of a layer that the twin does not call; somebody may have put others on the instance.
+_HELPERS = {"get_attn_mask", "maybe_pad", "cyclic_shift"}
 
 
 def _keeps_all(dropout: Any) -> bool:
