@@ -1,7 +1,7 @@
 """A motion module with the structure of AnimateDiff's, in our own words.
 
-With the weights of the official code (guoyww/AnimateDiff at e92bd56, on the CrossAttention of diffusers 0.11.1) it gives
-the same bits in float64.
+With the weights of the official code (guoyww/AnimateDiff at e92bd56, on the CrossAttention of diffusers 0.11.1) it
+gives the same bits in float64.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ class FusedVersatileAttention(Twin):
             tokens = tokens + self.pos_encoder.pe[:, :video_length].unsqueeze(2)
         tokens = tokens.flatten(1, 2)
         query, key, value = (self._modules[name](tokens).unflatten(-1, (self.heads, -1)) for name in _PROJECTIONS)
-        context = temporal_attention((query, key, value), video_length, scale=self.scale, backend=self.attention_backend)
+        context = temporal_attention(
+            (query, key, value), video_length, scale=self.scale, backend=self.attention_backend
+        )
         out: Tensor = self.to_out[0](context)
         return out.view(*hidden_states.shape[:2], out.shape[-1])
 

@@ -1,4 +1,4 @@
-"""diffusers: self-attention of video (and image) models by ``Attention`` with the processors of the library's own choice.
+"""diffusers: self-attention of its ``Attention``, in models of video and of images.
 
 AnimateDiff's motion modules, ``TransformerTemporalModel``, Latte and Stable Video Diffusion regroup their tokens into
 sequences around a whole block, once, together with the change from channels first to last; these sequences are
@@ -20,7 +20,7 @@ from vidattn.twins import Twin
 
 # More channels in a head have no kernel: the library's own processor is faster.
 _MAX_HEAD_DIM = 128
-# Processors whose work the twin does: text and video joined (or hidden states alone), by one packed projection (or three).
+# Processors that the twin does the work of. In their names: text and video in one sequence; one packed projection.
 _JOINT, _PACKED = "CogVideoX", "Fused"
 _PROCESSORS = (
     "AttnProcessor",
@@ -91,8 +91,9 @@ class FusedDiffusersAttention(Twin):
             return self.replaced.forward(
                 self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
-        tokens = torch.cat((encoder_hidden_states, hidden_states), dim=1) if joint else hidden_states
-        text_tokens = encoder_hidden_states.shape[1] if joint else 0
+        text = encoder_hidden_states
+        text_tokens = 0 if text is None else text.shape[1]
+        tokens = hidden_states if text is None else torch.cat((text, hidden_states), dim=1)
         qkv = _project(self, tokens, _PACKED in processor)
         if rotate is not None:
             for x in qkv[:2]:  # as the original does it: in place, and in float32
@@ -105,7 +106,7 @@ class FusedDiffusersAttention(Twin):
             backend=self.attention_backend,
         )
         out = self.to_out[1](self.to_out[0](context))
-        if joint:
+        if text is not None:
             text, video = out.split((text_tokens, out.shape[1] - text_tokens), dim=1)
             return video, text
         return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
