@@ -223,6 +223,25 @@ def test_text_and_video_without_positions() -> None:
     assert after.ops.forward == 2
 
 
+@pytest.mark.parametrize("norm", [None, "layer_norm"])
+@pytest.mark.parametrize("packed", [False, True], ids=["three projections", "packed"])
+def test_rotary_positions(packed: bool, norm: str | None) -> None:
+    """Queries and keys of the video are turned, those of the text and all values are not."""
+    module: Any = attention(qk_norm=norm, processor=processors.CogVideoXAttnProcessor2_0())
+    accelerated = copy.deepcopy(module)
+    assert vidattn.accelerate(accelerated).swapped
+    angles = torch.rand(7, 8)
+    arguments = tokens(encoder_hidden_states=torch.randn(2, 4, 24), image_rotary_emb=(angles.cos(), angles.sin()))
+    for one in (module, accelerated) if packed else ():
+        one.fuse_projections()
+        one.set_processor(processors.FusedCogVideoXAttnProcessor2_0())
+    before, after = (run(one, arguments, grad=False) for one in (module, accelerated))
+    assert_as_before(after, before, None)
+    assert after.ops.forward == 1
+    arguments["image_rotary_emb"] = None
+    assert not torch.allclose(run(module, arguments, grad=False).outputs[0], before.outputs[0], rtol=0.1)
+
+
 def test_a_processor_that_somebody_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     module, arguments = attention(), tokens()
     before = run(module, arguments, grad=False)

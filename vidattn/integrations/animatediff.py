@@ -113,7 +113,8 @@ COUNTERPARTS = (
         ),
         tested={"a0c9df7de39325ef": "AnimateDiff v1 to v3, MagicAnimate"},
         resembles=lambda module: all(
-            hasattr(module, name) for name in ("attention_mode", "pos_encoder", "to_q", "_slice_size")
+            hasattr(module, name)
+            for name in ("attention_mode", "is_cross_attention", "pos_encoder", "scale", "_slice_size")
         ),
     ),
 )

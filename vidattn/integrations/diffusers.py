@@ -96,9 +96,11 @@ class FusedDiffusersAttention(Twin):
         tokens = hidden_states if text is None else torch.cat((text, hidden_states), dim=1)
         qkv = _project(self, tokens, _PACKED in processor)
         if rotate is not None:
-            for x in qkv[:2]:  # as the original does it: in place, and in float32
+            query, key, value = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+            for x in (query, key):  # as the original does it: in place, and in float32
                 video = x[:, text_tokens:].transpose(1, 2)  # (B, h, S, d)
                 video.copy_(rotate(video, rotary))
+            qkv = query, key, value
         context = attend(
             qkv,
             scale=self.scale if processor == "AttnProcessor" else None,
@@ -139,14 +141,14 @@ def _rotation(module: Any) -> Callable[[Tensor, Any], Tensor] | None:
     return getattr(sys.modules.get(f"{package}.embeddings"), "apply_rotary_emb", None)
 
 
-def _project(module: Any, x: Tensor, packed: bool) -> Any:
+def _project(module: Any, x: Tensor, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Map tokens (B, S, C) to (B, S, 3, h, d), or to three of (B, S, h, d)."""
     heads = module.heads
     norms = module.norm_q, module.norm_k
     if packed:
         qkv = module.to_qkv(x).unflatten(-1, (3, heads, -1))
         if norms == (None, None):
-            return qkv
+            return qkv  # type: ignore[no-any-return]
         query, key, value = qkv.unbind(2)
     else:
         query, key, value = (layer(x).unflatten(-1, (heads, -1)) for layer in (module.to_q, module.to_k, module.to_v))

@@ -51,6 +51,6 @@ COUNTERPARTS = (
             "30dcdf19d34aa042": "Latte since April 2024",
             "41c75a0d62f78784": "Latte before, and its model for images",
         },
-        resembles=lambda module: all(hasattr(module, name) for name in ("attention_mode", "qkv", "attn_drop", "proj")),
+        resembles=lambda module: all(hasattr(module, name) for name in ("attention_mode", "qkv", "attn_drop", "scale")),
     ),
 )
