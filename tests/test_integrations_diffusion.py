@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import standin_animateanyone
 import standin_animatediff
 import standin_latte
 import torch
@@ -15,6 +16,8 @@ from integration_cases import Integration, Target, admit, assert_as_before, run
 from torch import nn
 
 import vidattn
+
+processors = standin_animateanyone.processors
 
 _motion = partial(Target, "AnimateDiff", attention=("VersatileAttention",), integration="animatediff", stand_in=True)
 _latte = partial(Target, "Latte", attention=("Attention",), integration="latte", stand_in=True)
@@ -36,9 +39,15 @@ TARGETS = [
         partial(clip, 1),
         compiles=False,  # as the first
     ),
+    _motion(
+        "motion module on later diffusers, as in AnimateAnyone",
+        partial(standin_animatediff.MotionModule, attention=standin_animateanyone.VersatileAttention),
+        clip,
+        compiles=False,  # as the first
+    ),
     _latte("Latte", standin_latte.Latte, patches),
 ]
-MOTION, LATTE = TARGETS[0], TARGETS[2]
+MOTION, ANYONE, LATTE = TARGETS[0], *TARGETS[2:]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -109,8 +118,41 @@ def test_what_hangs_on_the_parts_of_a_motion_module(
     assert calls_of(MOTION, MOTION.make(), change, monkeypatch) == 0
 
 
-def test_a_new_scale_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calls_of(MOTION, MOTION.make(), lambda module: setattr(module, "scale", 0.9), monkeypatch) == 2
+@pytest.mark.parametrize("target", [MOTION, ANYONE], ids=str)
+def test_a_new_scale_counts_where_it_is_read(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calls_of(target, target.make(), lambda module: setattr(module, "scale", 0.9), monkeypatch) == 2
+
+
+class DoubledProcessor(processors.AttnProcessor2_0):
+    """A processor of a user."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [
+        (lambda module: module.set_processor(processors.AttnProcessor()), 2),
+        (lambda module: module.set_processor(processors.AttnProcessor()) or setattr(module, "scale", 0.9), 2),
+        (lambda module: module.set_processor(DoubledProcessor()), 0),
+        (lambda module: module.set_attention_slice(1), 0),
+        (lambda module: setattr(module, "rescale_output_factor", 2.0), 0),
+        (lambda module: setattr(module, "norm_k", nn.LayerNorm(8)), 0),
+    ],
+    ids=["eager", "scale", "own", "sliced", "factor", "norm"],
+)
+def test_the_processor_of_a_motion_module(
+    change: Callable[[Any], Any], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calls_of(ANYONE, ANYONE.make(), change, monkeypatch) == calls
+
+
+@pytest.mark.parametrize("attention", [standin_animatediff, standin_animateanyone])
+def test_heads_that_are_too_wide(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = attention.VersatileAttention(320, 2)
+    admit(module, "animatediff", monkeypatch)
+    assert vidattn.accelerate(module).skipped[0].reason.startswith("its heads have 160 channels")
 
 
 def test_frames_that_attend_to_a_text_stay_original(monkeypatch: pytest.MonkeyPatch) -> None:

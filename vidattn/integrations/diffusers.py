@@ -19,7 +19,7 @@ from vidattn.nn.parts import PER_TOKEN_NORM, attend, is_plain
 from vidattn.twins import Twin
 
 # More channels in a head have no kernel: the library's own processor is faster.
-_MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 128
 # Processors that the twin does the work of. In their names: text and video in one sequence; one packed projection.
 _JOINT, _PACKED = "CogVideoX", "Fused"
 _PROCESSORS = (
@@ -46,14 +46,14 @@ class FusedDiffusersAttention(Twin):
         """Say why a module cannot become this twin; None if it can."""
         if module.is_cross_attention:
             return "it attends to another sequence"
-        if not _is_plain_attention(module):
+        if not is_plain_attention(module):
             return "it has parts for images or several sources, which stay as they are"
         processor = type(module.processor).__name__
         if processor not in _PROCESSORS:
             return f"its processor is a {processor}"
         head_dim = module.inner_dim // module.heads
-        if head_dim > _MAX_HEAD_DIM:
-            return f"its heads have {head_dim} channels, for which there is no kernel (up to {_MAX_HEAD_DIM})"
+        if head_dim > MAX_HEAD_DIM:
+            return f"its heads have {head_dim} channels, for which there is no kernel (up to {MAX_HEAD_DIM})"
         return None
 
     def forward(
@@ -75,7 +75,7 @@ class FusedDiffusersAttention(Twin):
         Returns:
             (B, S, C); from a processor that joins two sequences the pair (B, S, C), (B, S', C).
         """
-        processor = _processor_name(self)
+        processor = processor_name(self)
         joint = processor is not None and _JOINT in processor
         rotary = cross_attention_kwargs.get("image_rotary_emb") if joint else None
         rotate = None if rotary is None else _rotation(self)
@@ -86,7 +86,7 @@ class FusedDiffusersAttention(Twin):
             or joint == (encoder_hidden_states is None)
             or not cross_attention_kwargs.keys() <= ({"image_rotary_emb"} if joint else set())
             or (rotary is not None and rotate is None)
-            or not _is_plain_attention(self)
+            or not is_plain_attention(self)
         ):
             return self.replaced.forward(
                 self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
@@ -114,20 +114,20 @@ class FusedDiffusersAttention(Twin):
         return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
 
 
-def _is_plain_attention(module: Any) -> bool:
+def is_plain_attention(module: Any) -> bool:
     """Whether nothing happens to the tokens but projections and attention, and no method is another one."""
     return (
         module.group_norm is None
         and module.spatial_norm is None
         and module.added_kv_proj_dim is None
         and not module.residual_connection
-        and not module.pre_only
-        and module.inner_dim == module.inner_kv_dim
-        and "get_attention_scores" not in module.__dict__
+        and not getattr(module, "pre_only", False)  # this and the next are not in old releases
+        and getattr(module, "inner_kv_dim", module.inner_dim) == module.inner_dim
+        and module.__dict__.keys().isdisjoint(HELPERS)
     )
 
 
-def _processor_name(module: Any) -> str | None:
+def processor_name(module: Any) -> str | None:
     """Name the class of the processor, if the twin does its work and nobody has changed what that is."""
     kind = type(module.processor)
     if not module.is_intact() or not any(row.namespace is kind for row in module._watched):
@@ -166,6 +166,9 @@ def _normalise(norm: nn.Module | None, x: Tensor) -> Tensor:
     return by_head.transpose(1, 2)
 
 
+# Methods of ``Attention`` that the eager processor calls.
+HELPERS = ("get_attention_scores", "head_to_batch_dim", "batch_to_head_dim", "prepare_attention_mask")
+
 COUNTERPARTS = (
     Counterpart(
         "Attention",
@@ -173,10 +176,7 @@ COUNTERPARTS = (
         FusedDiffusersAttention,
         code=(
             "Attention.forward",
-            "Attention.get_attention_scores",
-            "Attention.head_to_batch_dim",
-            "Attention.batch_to_head_dim",
-            "Attention.prepare_attention_mask",
+            *(f"Attention.{name}" for name in HELPERS),
             *(f"{name}.__call__" for name in _PROCESSORS),
         ),
         tested={"6d13838b22602382": "0.35 to 0.42", "45fa2bb0aec4041a": "0.32"},
