@@ -1,7 +1,7 @@
 """A motion module with the structure of AnimateDiff's, in our own words.
 
-With the weights of the official code (guoyww/AnimateDiff at e92bd56, on the CrossAttention of diffusers 0.11.1) it gives
-the same bits in float64.
+With the weights of the official code (guoyww/AnimateDiff at e92bd56, on the CrossAttention of diffusers 0.11.1) it
+gives the same bits in float64.
 """
 
 from __future__ import annotations
@@ -102,10 +102,12 @@ class GEGLU(nn.Module):
 class TemporalTransformerBlock(nn.Module):
     """Two attentions over time, or one and one to a text, and a feed-forward network."""
 
-    def __init__(self, channels: int, heads: int, frames: int, text_channels: int | None, dropout: float) -> None:
+    def __init__(
+        self, channels: int, heads: int, frames: int, text_channels: int | None, dropout: float, attention: type
+    ) -> None:
         super().__init__()
         self.attention_blocks = nn.ModuleList(
-            VersatileAttention(channels, heads, source, dropout, frames) for source in (None, text_channels)
+            attention(channels, heads, source, dropout, frames) for source in (None, text_channels)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
         self.ff = nn.ModuleDict(
@@ -132,12 +134,13 @@ class MotionModule(nn.Module):
         frames: int = 24,
         text_channels: int | None = None,
         dropout: float = 0.0,
+        attention: type = VersatileAttention,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            TemporalTransformerBlock(channels, heads, frames, text_channels, dropout) for _ in range(depth)
+            TemporalTransformerBlock(channels, heads, frames, text_channels, dropout, attention) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels)
 

@@ -1,4 +1,4 @@
-"""diffusers: self-attention of video (and image) models by ``Attention`` with the processors of the library's own choice.
+"""diffusers: self-attention of its ``Attention``, in models of video and of images.
 
 AnimateDiff's motion modules, ``TransformerTemporalModel``, Latte and Stable Video Diffusion regroup their tokens into
 sequences around a whole block, once, together with the change from channels first to last; these sequences are
@@ -19,8 +19,8 @@ from vidattn.nn.parts import PER_TOKEN_NORM, attend, is_plain
 from vidattn.twins import Twin
 
 # More channels in a head have no kernel: the library's own processor is faster.
-_MAX_HEAD_DIM = 128
-# Processors whose work the twin does: text and video joined (or hidden states alone), by one packed projection (or three).
+MAX_HEAD_DIM = 128
+# Processors that the twin does the work of. In their names: text and video in one sequence; one packed projection.
 _JOINT, _PACKED = "CogVideoX", "Fused"
 _PROCESSORS = (
     "AttnProcessor",
@@ -46,14 +46,14 @@ class FusedDiffusersAttention(Twin):
         """Say why a module cannot become this twin; None if it can."""
         if module.is_cross_attention:
             return "it attends to another sequence"
-        if not _is_plain_attention(module):
+        if not is_plain_attention(module):
             return "it has parts for images or several sources, which stay as they are"
         processor = type(module.processor).__name__
         if processor not in _PROCESSORS:
             return f"its processor is a {processor}"
         head_dim = module.inner_dim // module.heads
-        if head_dim > _MAX_HEAD_DIM:
-            return f"its heads have {head_dim} channels, for which there is no kernel (up to {_MAX_HEAD_DIM})"
+        if head_dim > MAX_HEAD_DIM:
+            return f"its heads have {head_dim} channels, for which there is no kernel (up to {MAX_HEAD_DIM})"
         return None
 
     def forward(
@@ -75,7 +75,7 @@ class FusedDiffusersAttention(Twin):
         Returns:
             (B, S, C); from a processor that joins two sequences the pair (B, S, C), (B, S', C).
         """
-        processor = _processor_name(self)
+        processor = processor_name(self)
         joint = processor is not None and _JOINT in processor
         rotary = cross_attention_kwargs.get("image_rotary_emb") if joint else None
         rotate = None if rotary is None else _rotation(self)
@@ -86,18 +86,21 @@ class FusedDiffusersAttention(Twin):
             or joint == (encoder_hidden_states is None)
             or not cross_attention_kwargs.keys() <= ({"image_rotary_emb"} if joint else set())
             or (rotary is not None and rotate is None)
-            or not _is_plain_attention(self)
+            or not is_plain_attention(self)
         ):
             return self.replaced.forward(
                 self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
             )
-        tokens = torch.cat((encoder_hidden_states, hidden_states), dim=1) if joint else hidden_states
-        text_tokens = encoder_hidden_states.shape[1] if joint else 0
+        text = encoder_hidden_states
+        text_tokens = 0 if text is None else text.shape[1]
+        tokens = hidden_states if text is None else torch.cat((text, hidden_states), dim=1)
         qkv = _project(self, tokens, _PACKED in processor)
         if rotate is not None:
-            for x in qkv[:2]:  # as the original does it: in place, and in float32
+            query, key, value = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+            for x in (query, key):  # as the original does it: in place, and in float32
                 video = x[:, text_tokens:].transpose(1, 2)  # (B, h, S, d)
                 video.copy_(rotate(video, rotary))
+            qkv = query, key, value
         context = attend(
             qkv,
             scale=self.scale if processor == "AttnProcessor" else None,
@@ -105,26 +108,26 @@ class FusedDiffusersAttention(Twin):
             backend=self.attention_backend,
         )
         out = self.to_out[1](self.to_out[0](context))
-        if joint:
+        if text is not None:
             text, video = out.split((text_tokens, out.shape[1] - text_tokens), dim=1)
             return video, text
         return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
 
 
-def _is_plain_attention(module: Any) -> bool:
+def is_plain_attention(module: Any) -> bool:
     """Whether nothing happens to the tokens but projections and attention, and no method is another one."""
     return (
         module.group_norm is None
         and module.spatial_norm is None
         and module.added_kv_proj_dim is None
         and not module.residual_connection
-        and not module.pre_only
-        and module.inner_dim == module.inner_kv_dim
-        and "get_attention_scores" not in module.__dict__
+        and not getattr(module, "pre_only", False)  # this and the next are not in old releases
+        and getattr(module, "inner_kv_dim", module.inner_dim) == module.inner_dim
+        and module.__dict__.keys().isdisjoint(HELPERS)
     )
 
 
-def _processor_name(module: Any) -> str | None:
+def processor_name(module: Any) -> str | None:
     """Name the class of the processor, if the twin does its work and nobody has changed what that is."""
     kind = type(module.processor)
     if not module.is_intact() or not any(row.namespace is kind for row in module._watched):
@@ -138,14 +141,14 @@ def _rotation(module: Any) -> Callable[[Tensor, Any], Tensor] | None:
     return getattr(sys.modules.get(f"{package}.embeddings"), "apply_rotary_emb", None)
 
 
-def _project(module: Any, x: Tensor, packed: bool) -> Any:
+def _project(module: Any, x: Tensor, packed: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Map tokens (B, S, C) to (B, S, 3, h, d), or to three of (B, S, h, d)."""
     heads = module.heads
     norms = module.norm_q, module.norm_k
     if packed:
         qkv = module.to_qkv(x).unflatten(-1, (3, heads, -1))
         if norms == (None, None):
-            return qkv
+            return qkv  # type: ignore[no-any-return]
         query, key, value = qkv.unbind(2)
     else:
         query, key, value = (layer(x).unflatten(-1, (heads, -1)) for layer in (module.to_q, module.to_k, module.to_v))
@@ -163,6 +166,9 @@ def _normalise(norm: nn.Module | None, x: Tensor) -> Tensor:
     return by_head.transpose(1, 2)
 
 
+# Methods of ``Attention`` that the eager processor calls.
+HELPERS = ("get_attention_scores", "head_to_batch_dim", "batch_to_head_dim", "prepare_attention_mask")
+
 COUNTERPARTS = (
     Counterpart(
         "Attention",
@@ -170,10 +176,7 @@ COUNTERPARTS = (
         FusedDiffusersAttention,
         code=(
             "Attention.forward",
-            "Attention.get_attention_scores",
-            "Attention.head_to_batch_dim",
-            "Attention.batch_to_head_dim",
-            "Attention.prepare_attention_mask",
+            *(f"Attention.{name}" for name in HELPERS),
             *(f"{name}.__call__" for name in _PROCESSORS),
         ),
         tested={"6d13838b22602382": "0.35 to 0.42", "45fa2bb0aec4041a": "0.32"},

@@ -37,9 +37,7 @@ class FusedLatteAttention(Twin):
         ):
             return self.replaced.forward(self, x)  # type: ignore[no-any-return]
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        context = attend(
-            qkv, scale=self.scale, dropout_p=rate_in_use(self.attn_drop), backend=self.attention_backend
-        )
+        context = attend(qkv, scale=self.scale, dropout_p=rate_in_use(self.attn_drop), backend=self.attention_backend)
         return self.proj_drop(self.proj(context))  # type: ignore[no-any-return]
 
 
@@ -49,7 +47,10 @@ COUNTERPARTS = (
         None,
         FusedLatteAttention,
         code=("Attention.forward",),
-        tested={"30dcdf19d34aa042": "Latte since April 2024", "41c75a0d62f78784": "Latte before, and its model for images"},
-        resembles=lambda module: all(hasattr(module, name) for name in ("attention_mode", "qkv", "attn_drop", "proj")),
+        tested={
+            "30dcdf19d34aa042": "Latte since April 2024",
+            "41c75a0d62f78784": "Latte before, and its model for images",
+        },
+        resembles=lambda module: all(hasattr(module, name) for name in ("attention_mode", "qkv", "attn_drop", "scale")),
     ),
 )
