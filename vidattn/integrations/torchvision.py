@@ -38,10 +38,11 @@ class FusedShiftedWindowAttention3d(Twin):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, T, H, W, C) to (B, T, H, W, C)."""
-        return self._attend(x) if self._ops_can_attend() else self.replaced.forward(self, x)
+        return self._attend(x) if self._ops_can_attend(x) else self.replaced.forward(self, x)
 
-    def _ops_can_attend(self: Any) -> bool:
-        return self.is_intact() and 0.0 <= self._attention_dropout() < 1.0 and has_standard_index(self)
+    def _ops_can_attend(self: Any, x: Tensor) -> bool:
+        is_tensor = isinstance(x, Tensor)  # and no proxy of torch.fx, which sees the original's functions as a whole
+        return is_tensor and self.is_intact() and 0.0 <= self._attention_dropout() < 1.0 and has_standard_index(self)
 
     def _attention_dropout(self: Any) -> float:
         return self.attention_dropout if self.training else 0.0
@@ -80,7 +81,7 @@ class FusedShiftedWindowAttention(FusedShiftedWindowAttention3d):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, H, W, C) to (B, H, W, C)."""
-        if not self._ops_can_attend():
+        if not self._ops_can_attend(x):
             return self.replaced.forward(self, x)
         _, height, width, _ = x.shape
         below, right = (max(0, window - size) for window, size in zip(self.window_size, (height, width), strict=True))
