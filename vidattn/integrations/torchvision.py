@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vidattn.integrations import Counterpart
 from vidattn.nn.window_dropout import drop_in_windows
-from vidattn.nn.windows import has_standard_index
+from vidattn.nn.windows import has_standard_index, in_3d
 from vidattn.ops import window3d_attention
 from vidattn.twins import Twin
 
@@ -49,8 +49,7 @@ class FusedShiftedWindowAttention3d(Twin):
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, D, H, W, C) to (B, D, H, W, C), windows of two axes being one token deep."""
-        flat = 3 - len(self.window_size)
-        window, shift = (1,) * flat + tuple(self.window_size), (0,) * flat + tuple(self.shift_size)
+        window, shift = in_3d(self.window_size, 1), in_3d(self.shift_size, 0)
         qkv, padding = self._project(x)
         context = window3d_attention(
             qkv,
