@@ -93,6 +93,7 @@ WHOLE, WINDOWS = {"window3d_attention": 1}, {"window_attention": 1}
         ((8, 6), {"shift_size": (2, 0)}, WHOLE),  # padded on the axis that is not rolled
         ((8, 10), {}, WINDOWS),  # padded after it is rolled
         ((4, 8), {"always_partition": True}, WINDOWS),  # rolled though one window covers it
+        ((4, 8), {"always_partition": True, "dynamic_mask": True}, WINDOWS),
         ((3, 8), {"always_partition": True, "shift_size": 0}, WINDOWS),  # padded up to the window
         ((8, 12), {"dynamic_mask": True}, WHOLE),
         ((8, 12), {"head_dim": 5, "qkv_bias": False}, WHOLE),
@@ -208,6 +209,18 @@ def test_the_flag_for_pytorchs_attention(fused: bool) -> None:
         with vidattn.accelerate(module):
             assert_same(results(module, x), before, 1e-10)
             assert sum(called(module, x).values()) == (0 if fused else 1)
+
+
+def test_pytorchs_attention_drops_in_the_mode_of_the_module() -> None:
+    windows = spread(swin_transformer.WindowAttention(12, 3, window_size=4, attn_drop=0.5))
+    sequence = spread(vision_transformer.Attention(12, 3, attn_drop=0.5))
+    x = torch.randn(6, 16, 12)
+    for module in (windows, sequence):
+        module.eval().fused_attn = True
+        module.attn_drop.train()
+        before = module(x)
+        vidattn.accelerate(module)
+        assert_same([module(x)], [before])
 
 
 def test_windows_of_another_number_of_tokens_are_refused_as_before() -> None:

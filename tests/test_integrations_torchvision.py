@@ -152,6 +152,16 @@ def test_feature_extraction_of_an_accelerated_model(index: int) -> None:
     assert torch.equal(before["features.2"], after["features.2"])
 
 
+def test_an_exported_program_has_the_ops() -> None:
+    """``torch.fx`` puts something before the functions of the original while it records."""
+    model, x = TARGETS[2].make(), TARGETS[2].inputs()["x"]
+    before = model(x)
+    vidattn.accelerate(model)
+    program = torch.export.export(model, (x,))
+    assert sum("vidattn" in str(node.target) for node in program.graph.nodes) == 4
+    assert_same([program.module()(x)], [before])
+
+
 @pytest.mark.parametrize("index", [0, 3], ids=["3d", "2d v2"])
 def test_half_precision(index: int) -> None:
     target = TARGETS[index]

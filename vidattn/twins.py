@@ -26,8 +26,16 @@ class Watched(NamedTuple):
     def is_there(self) -> bool:
         """Whether it is still found where it was."""
         if isinstance(self.namespace, dict):
-            return self.namespace.get(self.name) is self.function
-        return getattr(self.namespace, self.name, None) is self.function
+            found = self.namespace.get(self.name)
+        else:
+            found = getattr(self.namespace, self.name, None)
+        return found is self.function or _is_recorder(found, self.function)
+
+
+def _is_recorder(found: Any, function: Any) -> bool:
+    """Whether ``torch.fx`` stands before a function while it traces, which ``torch.fx.wrap`` asks for."""
+    names = getattr(found, "__globals__", {})
+    return getattr(found, "__wrapped__", None) is function and names.get("__name__") == "torch.fx._symbolic_trace"
 
 
 class Twin:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vidattn.geometry import region_mask, resolve_windows
 from vidattn.integrations import Counterpart, find
@@ -66,7 +65,7 @@ class FusedSwinTransformerBlock(Twin):
         if projection is None:
             return self.replaced._attn(self, x)
         attention = self.attn
-        window, shift = (1, *self.window_size), (0, *self.shift_size)
+        window, shift = windows.in_3d(self.window_size, 1), windows.in_3d(self.shift_size, 0)
         context = window3d_attention(
             attention.qkv(x.unsqueeze(1)).unflatten(-1, (3, attention.num_heads, -1)),
             attention.relative_position_bias_table,
@@ -155,10 +154,7 @@ def _is_cut_alike(grid: Sequence[int], window_size: Sequence[int], shift_size: S
     )
 
 
-# What was found of the mask of a block: the tensor, its version and the sizes then, and whether it is the standard one.
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], tuple[Any, ...], bool]] = (
-    weakref.WeakKeyDictionary()
-)
+_seen_mask: windows.Seen = weakref.WeakKeyDictionary()
 
 
 def _has_standard_mask(block: Any, grid: Sequence[int]) -> bool:
@@ -166,22 +162,16 @@ def _has_standard_mask(block: Any, grid: Sequence[int]) -> bool:
     if getattr(block, "dynamic_mask", False) or not any(block.shift_size):
         return True
     mask, sizes = block.attn_mask, (tuple(block.input_resolution), tuple(block.window_size), tuple(block.shift_size))
-    if mask is None or tuple(grid) != sizes[0]:
-        return False
-    if torch.compiler.is_dynamo_compiling() or mask.is_inference():
-        return _is_standard_mask(mask, *sizes)
-    seen = _seen.get(block)
-    if type(mask) is not Tensor or mask.is_meta or is_functorch_wrapped_tensor(mask):  # nothing to be read
-        return mask.is_meta or (seen is not None and seen[2])
-    state = (mask._version, *sizes)
-    if seen is None or seen[0]() is not mask or seen[1] != state:
-        seen = weakref.ref(mask), state, _is_standard_mask(mask, *sizes)
-        _seen[block] = seen
-    return seen[2]
+    return (
+        mask is not None
+        and tuple(grid) == sizes[0]
+        and windows.is_still(_is_standard_mask, _seen_mask, block, mask, *sizes)
+    )
 
 
 def _is_standard_mask(mask: Tensor, grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    masked = region_mask(resolve_windows((1, *grid), (1, *window), (0, *shift)), mask.device)
+    geometry = resolve_windows(windows.in_3d(grid, 1), windows.in_3d(window, 1), windows.in_3d(shift, 0))
+    masked = region_mask(geometry, mask.device)
     return masked is not None and mask.shape == masked.shape and torch.equal(mask, -100.0 * masked.to(mask.dtype))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vidattn.integrations import Counterpart
 from vidattn.nn.window_dropout import drop_in_windows
-from vidattn.nn.windows import has_standard_index
+from vidattn.nn.windows import has_standard_index, in_3d
 from vidattn.ops import window3d_attention
 from vidattn.twins import Twin
 
@@ -38,18 +38,18 @@ class FusedShiftedWindowAttention3d(Twin):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, T, H, W, C) to (B, T, H, W, C)."""
-        return self._attend(x) if self._ops_can_attend() else self.replaced.forward(self, x)
+        return self._attend(x) if self._ops_can_attend(x) else self.replaced.forward(self, x)
 
-    def _ops_can_attend(self: Any) -> bool:
-        return self.is_intact() and 0.0 <= self._attention_dropout() < 1.0 and has_standard_index(self)
+    def _ops_can_attend(self: Any, x: Tensor) -> bool:
+        is_tensor = isinstance(x, Tensor)  # and no proxy of torch.fx, which sees the original's functions as a whole
+        return is_tensor and self.is_intact() and 0.0 <= self._attention_dropout() < 1.0 and has_standard_index(self)
 
     def _attention_dropout(self: Any) -> float:
         return self.attention_dropout if self.training else 0.0
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, D, H, W, C) to (B, D, H, W, C), windows of two axes being one token deep."""
-        flat = 3 - len(self.window_size)
-        window, shift = (1,) * flat + tuple(self.window_size), (0,) * flat + tuple(self.shift_size)
+        window, shift = in_3d(self.window_size, 1), in_3d(self.shift_size, 0)
         qkv, padding = self._project(x)
         context = window3d_attention(
             qkv,
@@ -80,7 +80,7 @@ class FusedShiftedWindowAttention(FusedShiftedWindowAttention3d):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, H, W, C) to (B, H, W, C)."""
-        if not self._ops_can_attend():
+        if not self._ops_can_attend(x):
             return self.replaced.forward(self, x)
         _, height, width, _ = x.shape
         below, right = (max(0, window - size) for window, size in zip(self.window_size, (height, width), strict=True))

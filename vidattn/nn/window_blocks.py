@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidattn.models.video_swin_windows import MASK_VALUE, Triple, compute_mask, fit_window, window_reverse
+from vidattn.models.video_swin_windows import MASK_VALUE, Triple, compute_mask, fit_window
 from vidattn.nn.parts import DROPOUT, Affine, affine, is_plain, rate_in_use, why_not_number
-from vidattn.nn.windows import FusedWindowAttention, has_standard_index, ops_can_attend
+from vidattn.nn.window_dropout import drop_in_windows
+from vidattn.nn.windows import FusedWindowAttention, has_standard_index, in_3d, ops_can_attend
 from vidattn.ops import window3d_attention
 from vidattn.twins import Twin, why_overridden
 
@@ -35,7 +36,7 @@ class RegionMask(NamedTuple):
     @classmethod
     def of(cls, grid: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]) -> RegionMask:
         """Fit windows to a token grid; all in 2D or all in 3D."""
-        window, shift, padded = fit_window(_in_3d(grid, 1), _in_3d(window_size, 1), _in_3d(shift_size, 0))
+        window, shift, padded = fit_window(in_3d(grid, 1), in_3d(window_size, 1), in_3d(shift_size, 0))
         return cls(padded, window, shift)
 
 
@@ -99,12 +100,12 @@ class FusedWindowBlock(Twin):
             return self.replaced.forward_part1(self, x, mask_matrix)
         attention = self.attn
         qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
-        grid = _in_3d(x.shape[1:-1], 1)
+        grid = in_3d(x.shape[1:-1], 1)
         context = window3d_attention(
             qkv if x.dim() == 5 else qkv.unsqueeze(1),
             attention.relative_position_bias_table,
-            window_size=_in_3d(self.window_size, 1),
-            shift_size=_in_3d(self.shift_size, 0),
+            window_size=in_3d(self.window_size, 1),
+            shift_size=in_3d(self.shift_size, 0),
             pad_qkv=None if regions.padded == grid else projection.constant,
             mask_value=MASK_VALUE,
             wrap=mask_matrix is None,
@@ -113,7 +114,9 @@ class FusedWindowBlock(Twin):
             backend=self.attention_backend,
         )
         out = attention.proj(context if x.dim() == 5 else context.squeeze(1))
-        return _drop_by_windows(attention.proj_drop, out, regions) if rate_in_use(attention.proj_drop) > 0.0 else out
+        if rate_in_use(attention.proj_drop) > 0.0:
+            return drop_in_windows(out, attention.proj_drop, self.window_size, self.shift_size)
+        return out
 
 
 class FusedWindowStage(Twin):
@@ -197,24 +200,6 @@ def _input_projection(block: Any) -> Affine | None:
     ):
         return None
     return affine(attention._modules["qkv"])
-
-
-def _drop_by_windows(dropout: nn.Module, x: Tensor, regions: RegionMask) -> Tensor:
-    """Drop numbers of tokens (B, D, H, W, C) as the original draws them: in windows, padding included."""
-    batch, *grid, channels = x.shape
-    padded, window, shift = regions
-    windows = batch * (padded[0] // window[0]) * (padded[1] // window[1]) * (padded[2] // window[2])
-    ones = x.new_ones(windows, window[0] * window[1] * window[2], channels)
-    factors = window_reverse(dropout(ones), window, batch, *padded)  # what ones become is the factor of each number
-    depth, height, width = _in_3d(grid, 1)
-    factors = torch.roll(factors, shift, dims=(1, 2, 3))[:, :depth, :height, :width]
-    return x * factors.reshape(x.shape)
-
-
-def _in_3d(axes: Sequence[int], fill: int) -> Triple:
-    """Put an axis of time in front of two."""
-    depth, height, width = (*(fill,) * (3 - len(axes)), *axes)
-    return depth, height, width
 
 
 def _same_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:

@@ -7,28 +7,30 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from vidattn.geometry import resolve_windows
+from vidattn.nn.windows import in_3d
 
 
 def drop_in_windows(
     x: Tensor, drop: Callable[[Tensor], Tensor], window_size: Sequence[int], shift_size: Sequence[int]
 ) -> Tensor:
-    """Drop of a token grid what a dropout of its windows drops under the same seed.
+    """Drop of a token grid what a dropout of its windows, padding included, drops under the same seed.
 
     Args:
-        x: tokens (B, D, H, W, C).
+        x: tokens (B, D, H, W, C), or (B, H, W, C).
         drop: the dropout, which is active.
-        window_size: configured window (Wd, Wh, Ww).
+        window_size: configured window (Wd, Wh, Ww), or (Wh, Ww).
         shift_size: configured shift.
 
     Returns:
-        Tokens (B, D, H, W, C).
+        Tokens of the shape of ``x``.
     """
     batch, *grid, channels = x.shape
-    windows = resolve_windows(grid, window_size, shift_size)
+    windows = resolve_windows(in_3d(grid, 1), in_3d(window_size, 1), in_3d(shift_size, 0))
     # What ones become there is the factor of each number.
     factors = drop(x.new_ones(batch * windows.num_windows, windows.num_tokens, channels))
     factors = factors.view(batch, *windows.counts, *windows.window, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
     factors = factors.reshape(batch, *windows.padded, channels)
     if any(windows.shift):
         factors = factors.roll(windows.shift, dims=(1, 2, 3))
-    return x * factors[:, : grid[0], : grid[1], : grid[2]]
+    depth, height, width = windows.grid
+    return x * factors[:, :depth, :height, :width].reshape(x.shape)

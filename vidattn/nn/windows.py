@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,30 +97,54 @@ def ops_can_attend(attention: Any) -> bool:
     )
 
 
-# What was found of the position index of a module: the tensor, its version then, and whether it is the standard one.
-_seen_index: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int, bool]] = weakref.WeakKeyDictionary()
+# What was found of a tensor of a module: the tensor, its version and the sizes then, and the answer.
+Seen = weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], tuple[Any, ...], bool]]
+_seen_index: Seen = weakref.WeakKeyDictionary()
 
 
 def has_standard_index(attention: Any) -> bool:
     """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
     index = attention._buffers.get("relative_position_index")
-    if index is None:
-        return False
-    if torch.compiler.is_dynamo_compiling() or index.is_inference():
-        return _is_standard_index(index, attention.window_size)
-    seen = _seen_index.get(attention)
-    if type(index) is not Tensor or index.is_meta or is_functorch_wrapped_tensor(index):  # nothing to be read
-        return index.is_meta or (seen is not None and seen[2])
-    if seen is None or seen[0]() is not index or seen[1] != index._version:
-        seen = weakref.ref(index), index._version, _is_standard_index(index, attention.window_size)
-        _seen_index[attention] = seen
-    return seen[2]
+    return index is not None and is_still(
+        _is_standard_index, _seen_index, attention, index, tuple(attention.window_size)
+    )
+
+
+def is_still(is_so: Callable[..., bool], seen: Seen, module: nn.Module, tensor: Tensor, *sizes: Any) -> bool:
+    """Ask something of what a tensor of a module holds, once, until one of them changes.
+
+    Args:
+        is_so: the question, of the tensor and the sizes; a function that compilers are told to call.
+        seen: what was found before.
+        module: whose tensor it is.
+        tensor: the tensor.
+        sizes: what else the answer depends on.
+
+    Returns:
+        The answer; of a tensor that cannot be read the last one.
+    """
+    if torch.compiler.is_dynamo_compiling() or tensor.is_inference():
+        return is_so(tensor, *sizes)
+    last = seen.get(module)
+    if type(tensor) is not Tensor or tensor.is_meta or is_functorch_wrapped_tensor(tensor):  # nothing to be read
+        return tensor.is_meta or (last is not None and last[2])
+    state = (tensor._version, *sizes)
+    if last is None or last[0]() is not tensor or last[1] != state:
+        last = weakref.ref(tensor), state, is_so(tensor, *sizes)
+        seen[module] = last
+    return last[2]
 
 
 def _is_standard_index(index: Tensor, window_size: Sequence[int]) -> bool:
-    window = (*(1,) * (3 - len(window_size)), *window_size)
+    window = in_3d(window_size, 1)
     rows = bias_rows(window, resolve_windows(window, window), device=index.device)
     return index.numel() == rows.numel() and torch.equal(index.reshape(rows.shape).to(rows.dtype), rows)
 
 
 _is_standard_index._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read while compiling, not in the graph
+
+
+def in_3d(axes: Sequence[int], fill: int) -> tuple[int, int, int]:
+    """Put an axis of time in front of two, of one token or not shifted; three stay as they are."""
+    depth, height, width = (*(fill,) * (3 - len(axes)), *axes)
+    return depth, height, width
