@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.integrations import Counterpart
@@ -158,6 +158,11 @@ def _is_block(module: Any) -> bool:
     return has_parts(module, "H", "W", "T", "window_size", "shift_size", "attn") and has_parts(module.attn, "rpe")
 
 
+def _is_stage(module: Any) -> bool:
+    blocks = module._modules.get("blocks")
+    return has_parts(module, "use_checkpoint") and isinstance(blocks, nn.ModuleList) and all(map(_is_block, blocks))
+
+
 COUNTERPARTS = (
     Counterpart(
         "WindowAttention",
@@ -195,6 +200,6 @@ COUNTERPARTS = (
         FusedTransMorphLayer,
         code=("BasicLayer.forward", "window_partition"),
         tested={"7dab01a40da6d7f8": "6357a1d"},
-        resembles=lambda module: has_parts(module, "blocks", "use_checkpoint") and all(map(_is_block, module.blocks)),
+        resembles=_is_stage,
     ),
 )
