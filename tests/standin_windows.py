@@ -40,7 +40,7 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
 
 
-class _Swin(nn.Module):
+class Swin(nn.Module):
     """What most of them have."""
 
     def __init__(
@@ -188,23 +188,8 @@ class aurora:
             return self.proj_drop(self.proj(out) + self.lora_proj(out, rollout_step))
 
 
-class transmorph:
-    class WindowAttention(_Swin):
-        def __init__(self, dim: int, window_size: Sequence[int], num_heads: int, *, rpe: bool, **options: Any) -> None:
-            super().__init__(dim, window_size, num_heads, **options)
-            self.rpe = rpe
-            if not rpe:
-                del self.relative_position_index
-
-        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-            q, k, v = self.split(self.qkv(x))
-            scores = self.scale * q @ k.transpose(-2, -1)
-            weights = self.softmax(masked(scores + self.bias() if self.rpe else scores, mask))
-            return self.proj_drop(self.proj(join(self.attn_drop(weights) @ v)))
-
-
 class bayesian:
-    class WindowAttention(_Swin):
+    class WindowAttention(Swin):
         def __init__(self, dim: int, window_size: Sequence[int], num_heads: int, drop: float = 0.0) -> None:
             super().__init__(dim, window_size, num_heads)
             del self.attn_drop, self.proj_drop
@@ -218,7 +203,7 @@ class bayesian:
 
 
 class nnformer:
-    class WindowAttention(_Swin):
+    class WindowAttention(Swin):
         def __init__(self, dim: int, window_size: Sequence[int], num_heads: int, **options: Any) -> None:
             side = window_size[1]
             super().__init__(dim, window_size, num_heads, steps=(3 * side - 1, 2 * side - 1, 1), **options)
@@ -229,7 +214,7 @@ class nnformer:
             out = join(self.attn_drop(weights) @ v)
             return self.proj_drop(self.proj(out if pos_embed is None else out + pos_embed))
 
-    class WindowAttention_kv(_Swin):
+    class WindowAttention_kv(Swin):
         def __init__(self, dim: int, window_size: Sequence[int], num_heads: int, **options: Any) -> None:
             side = window_size[1]
             super().__init__(dim, window_size, num_heads, steps=(3 * side - 1, 2 * side - 1, 1), **options)
@@ -317,7 +302,7 @@ class mfai:
 
 
 class fast_vqa:
-    class WindowAttention3D(_Swin):
+    class WindowAttention3D(Swin):
         def __init__(
             self, dim: int, window_size: Sequence[int], num_heads: int, *, frag_bias: bool = False, **options: Any
         ) -> None:

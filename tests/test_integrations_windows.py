@@ -11,7 +11,9 @@ import pytest
 import standin_windows as repositories
 import torch
 from integration_cases import Integration, Ops, Target, admit, spread
+from standin_transmorph import WindowAttention
 from standin_windows import position_index
+from test_integrations_transmorph import REPOSITORY
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,14 +82,6 @@ def aurora() -> nn.Module:
     return Attended((plain, {}), (adapted(), masked), (adapted(), {"rollout_step": 41}))
 
 
-def transmorph() -> nn.Module:
-    kind = repositories.transmorph.WindowAttention
-    masked = {"mask": separating(WINDOWS)}
-    return Attended(
-        (kind(DIM, WINDOW, HEADS, rpe=False), {}), (kind(DIM, WINDOW, HEADS, rpe=True, proj_drop=0.2), masked)
-    )
-
-
 def bayesian() -> nn.Module:
     return Attended((repositories.bayesian.WindowAttention(DIM, WINDOW, HEADS), {"mask": separating(WINDOWS)}))
 
@@ -121,13 +115,11 @@ def target(library: str, model: str, integration: str, build: Callable[[], nn.Mo
     return Target(library, model, build, partial(windows, *shape), names, integration, stand_in=True)
 
 
-_TRANSMORPH = "junyuchen245/TransMorph_Transformer_for_Medical_Image_Registration"
 TARGETS = [
     target("JingyunLiang/VRT", "VRT", "vrt", vrt, 4, TOKENS),
     target("JingyunLiang/RVRT", "RVRT", "vrt", rvrt, 4, TOKENS),
     target("aurora", "Aurora", "aurora", aurora, 4, TOKENS),
-    target(_TRANSMORPH, "TransMorph", "transmorph", transmorph, 4, TOKENS),
-    target(_TRANSMORPH, "TransMorph-Bayes", "transmorph", bayesian, 4, TOKENS),
+    target(REPOSITORY, "TransMorph-Bayes", "transmorph", bayesian, 4, TOKENS),
     target(
         "282857341/nnFormer",
         "nnFormer, tumor and synapse",
@@ -158,11 +150,7 @@ class TestTargets(Integration):
 # One module of each class with its arguments behind the windows; attention dropout 0.5 where it has some.
 DROPPING = {
     "aurora": ("aurora", partial(repositories.aurora.WindowAttention, DIM, HEADS, use_lora=False, attn_drop=0.5), {}),
-    "transmorph": (
-        "transmorph",
-        partial(repositories.transmorph.WindowAttention, DIM, WINDOW, HEADS, rpe=True, attn_drop=0.5),
-        {},
-    ),
+    "transmorph": ("transmorph", partial(WindowAttention, DIM, WINDOW, HEADS, rpe=True, attn_drop=0.5), {}),
     "bayesian": ("transmorph", partial(repositories.bayesian.WindowAttention, DIM, WINDOW, HEADS, drop=0.5), {}),
     "nnformer": (
         "nnformer",

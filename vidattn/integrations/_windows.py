@@ -26,7 +26,11 @@ def has_parts(module: Any, *names: str) -> bool:
 
 def takes_arguments(module: nn.Module, *names: str) -> bool:
     """Whether the ``forward`` of a module's class has arguments of these names."""
-    return set(names) <= set(inspect.signature(type(module).forward).parameters)
+    try:
+        known = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):  # compiled code
+        return False
+    return set(names) <= set(known)
 
 
 def can_attend(module: Any, softmax: str | None = "softmax", dropout: str | None = "attn_drop") -> bool:

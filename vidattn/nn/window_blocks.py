@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,25 @@ class RegionMask(NamedTuple):
         return cls(padded, window, shift)
 
 
-class FusedWindowBlock(Twin):
-    """A block whose ``forward_part1`` attends in (shifted) windows, on :func:`vidattn.window3d_attention`.
+class WindowBlock(Twin):
+    """A block that does the work of the attention inside it, ``attn``, on the token grid.
 
-    For blocks with the parts of the official code: ``window_size``, ``shift_size``, ``norm1`` and ``attn``, whose
-    parts are those of :class:`~vidattn.nn.windows.FusedWindowAttention`; in 2D and 3D. Their twins watch the
-    ``forward`` of ``attn``'s class.
+    For blocks with ``window_size``, ``shift_size``, ``norm1`` and an ``attn`` with the parts of the official one; in 2D
+    and 3D. Their twins watch the ``forward`` of its class.
 
-    The projections run on the unpadded, unrolled grid; nothing is rolled, padded or partitioned. That takes the
-    place of calling ``attn``, so at every call the block looks whether anything hangs on it: a wrapper, an adapter, a
-    hook, a ``forward`` of the instance, another position index. Then ``attn`` is called with the windows that the
-    original hands it. A mask of the caller's own is also used there, as it is.
+    Attributes:
+        attention_twin: the twin that ``attn`` may be.
     """
 
     ops = ("window3d_attention", "window_attention")
     level = "block"
+    attention_twin: ClassVar[type[Twin]] = FusedWindowAttention
     dropout_in_use = staticmethod(FusedWindowAttention.dropout_in_use)
+
+    @staticmethod
+    def table_of(attention: Any) -> Tensor | None:
+        """Give the table of the position bias of an attention module; None where it adds none."""
+        return attention.relative_position_bias_table
 
     @classmethod
     def refuse(cls, module: Any) -> str | None:
@@ -68,9 +71,19 @@ class FusedWindowBlock(Twin):
         reason = why_overridden(attention) or why_not_number(attention)
         if reason is not None:
             return f"its attn: {reason}"
-        if not has_standard_index(attention):
+        if cls.table_of(attention) is not None and not has_standard_index(attention):
             return "its relative_position_index is not the standard one"
         return None
+
+
+class FusedWindowBlock(WindowBlock):
+    """A block whose ``forward_part1`` attends in (shifted) windows, on :func:`vidattn.window3d_attention`.
+
+    The projections run on the unpadded, unrolled grid; nothing is rolled, padded or partitioned. That takes the
+    place of calling ``attn``, so at every call the block looks whether anything hangs on it: a wrapper, an adapter, a
+    hook, a ``forward`` of the instance, another position index. Then ``attn`` is called with the windows that the
+    original hands it. A mask of the caller's own is also used there, as it is.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the block as the original does. It hands the mask on, so a change of the original's shows here."""
@@ -91,32 +104,48 @@ class FusedWindowBlock(Twin):
             return self.replaced.forward_part1(self, x, mask_matrix)  # the original's error
         regions = RegionMask.of(x.shape[1:-1], self.window_size, self.shift_size)
         shifted = any(offset > 0 for offset in regions.shift)
-        standard = not shifted or mask_matrix is None or _same_mask(mask_matrix, regions)
-        projection = _input_projection(self) if standard else None
+        standard = not shifted or mask_matrix is None or same_mask(mask_matrix, regions)
+        projection = input_projection(self) if standard else None
         if projection is None:
             # Partitioned by the original's code: any mask, and whatever hangs on the attention, works there.
             if isinstance(mask_matrix, RegionMask):
                 mask_matrix = mask_matrix.build(x.device) if shifted else None
             return self.replaced.forward_part1(self, x, mask_matrix)
-        attention = self.attn
-        qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
-        grid = in_3d(x.shape[1:-1], 1)
-        context = window3d_attention(
-            qkv if x.dim() == 5 else qkv.unsqueeze(1),
-            attention.relative_position_bias_table,
-            window_size=in_3d(self.window_size, 1),
-            shift_size=in_3d(self.shift_size, 0),
-            pad_qkv=None if regions.padded == grid else projection.constant,
-            mask_value=MASK_VALUE,
-            wrap=mask_matrix is None,
-            scale=attention.scale,
-            dropout_p=self.dropout_in_use(attention),
-            backend=self.attention_backend,
-        )
-        out = attention.proj(context if x.dim() == 5 else context.squeeze(1))
-        if rate_in_use(attention.proj_drop) > 0.0:
-            return drop_in_windows(out, attention.proj_drop, self.window_size, self.shift_size)
-        return out
+        return attend_on_grid(self, x, regions, projection, mask_matrix is None)
+
+
+def attend_on_grid(block: Any, x: Tensor, regions: RegionMask, projection: Affine, wrap: bool) -> Tensor:
+    """Do what a block does before stochastic depth and the residual, in place of its attention.
+
+    Args:
+        block: the twin.
+        x: tokens (B, D, H, W, C), in 2D (B, H, W, C).
+        regions: the windows.
+        projection: what :func:`input_projection` says of the block.
+        wrap: whether nothing is masked.
+
+    Returns:
+        Tokens of the shape of ``x``.
+    """
+    attention = block.attn
+    qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+    grid = in_3d(x.shape[1:-1], 1)
+    context = window3d_attention(
+        qkv if x.dim() == 5 else qkv.unsqueeze(1),
+        block.table_of(attention),
+        window_size=in_3d(block.window_size, 1),
+        shift_size=regions.shift,
+        pad_qkv=None if regions.padded == grid else projection.constant,
+        mask_value=MASK_VALUE,
+        wrap=wrap,
+        scale=attention.scale,
+        dropout_p=block.dropout_in_use(attention),
+        backend=block.attention_backend,
+    )
+    out = attention.proj(context if x.dim() == 5 else context.squeeze(1))
+    if rate_in_use(attention.proj_drop) > 0.0:
+        return drop_in_windows(out, attention.proj_drop, block.window_size, regions.shift)
+    return out
 
 
 class FusedWindowStage(Twin):
@@ -138,7 +167,7 @@ class FusedWindowStage(Twin):
 
 def region_mask(stage: Any, grid: Sequence[int]) -> RegionMask | None:
     """Give what stands for the mask of a stage on a token grid; None where somebody may look at the mask itself."""
-    fused = len(grid) == len(stage.window_size) and stage.is_intact() and all(map(_takes_region_mask, stage.blocks))
+    fused = len(grid) == len(stage.window_size) and stage.is_intact() and all(map(takes_region_mask, stage.blocks))
     return RegionMask.of(grid, stage.window_size, stage.shift_size) if fused else None
 
 
@@ -154,34 +183,33 @@ def run_blocks(stage: Any, x: Tensor, mask: RegionMask, **options: Any) -> Tenso
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 
-def _takes_region_mask(block: nn.Module) -> bool:
-    """Whether nobody between a stage and the block that is fused looks at the mask."""
-    while not isinstance(block, FusedWindowBlock):
+def takes_region_mask(block: nn.Module, twin: type[WindowBlock] = FusedWindowBlock) -> bool:
+    """Whether nobody between a stage and the block that is fused, to this twin, looks at the mask."""
+    while not isinstance(block, twin):
         inner = next((block._modules[name] for name in _WRAPPED if name in block._modules), None)
         if inner is None:
             return False
         block = inner
     hooks = (*block._forward_pre_hooks.values(), *block._forward_hooks.values())
     kind: Any = type(block)
+    methods = [name for name in ("forward", "forward_part1") if hasattr(twin, name)]
     return (
         block.is_intact()
-        and kind.forward is FusedWindowBlock.forward
-        and kind.forward_part1 is FusedWindowBlock.forward_part1
-        and "forward" not in block.__dict__
-        and "forward_part1" not in block.__dict__
+        and all(getattr(kind, name) is getattr(twin, name) and name not in block.__dict__ for name in methods)
         and all(hook.__module__.startswith("torch.distributed.") for hook in hooks)  # FSDP's
     )
 
 
-def _attends_for(block: type[Twin], attention: Any) -> bool:
+def _attends_for(block: type[WindowBlock], attention: Any) -> bool:
     """Whether a module is of the class whose work the block does, or a twin of that class."""
     kind: Any = type(attention)
-    if issubclass(kind, FusedWindowAttention) and kind.forward is FusedWindowAttention.forward:
+    twin: Any = block.attention_twin
+    if issubclass(kind, twin) and kind.forward is twin.forward:
         kind = kind.replaced
     return any(row.namespace is kind and row.name == "forward" for row in block._watched)
 
 
-def _input_projection(block: Any) -> Affine | None:
+def input_projection(block: Any) -> Affine | None:
     """Describe the qkv projection; None where the block may not do the work of its attention.
 
     It may where nothing hangs on the attention and its projections map token by token.
@@ -195,12 +223,13 @@ def _input_projection(block: Any) -> Affine | None:
         and ops_can_attend(attention)
         and is_plain(attention._modules["proj_drop"], DROPOUT)
         and tuple(attention.window_size) == tuple(block.window_size)
-        and has_standard_index(attention)
+        and (block.table_of(attention) is None or has_standard_index(attention))
         and affine(attention._modules["proj"]) is not None
     ):
         return None
     return affine(attention._modules["qkv"])
 
 
-def _same_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:
+def same_mask(mask: Tensor | RegionMask, standard: RegionMask) -> bool:
+    """Whether a mask is known to be the standard one, without a look at it."""
     return isinstance(mask, RegionMask) and mask == standard
