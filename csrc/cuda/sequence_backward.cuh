@@ -1,46 +1,65 @@
-// The backward pass of sequences whose keys come at once: a block of threads walks over sequences of any head. While it
-// is at one, the keys and values of the next come into the other half of their shared memory, rows by rows with the
-// queries, so that it waits for them once.
-//
-// Delta is found tile by tile, from rows of the context that come with the queries.
+// The backward pass of sequences whose keys come at once: a block of threads walks over sequences of any head, tile by
+// tile of queries, without a break between sequences. While one tile meets the keys, dq of the tile before is summed,
+// delta of the tile behind is found, and the tile behind that one is on its way, and with it keys and values of the next
+// sequence. So there is one barrier a tile, and all warps have something to do in between.
 #pragma once
 #include "backward.cuh"
 #include "sequences.cuh"
 
 namespace vidattn::cuda {
 
-// A sequence of the backward pass: the one that Progress names, or another one in its round of the block.
+// The one sequence of a block.
 class SequenceGradientGroup : public SequenceGroup {
  public:
+  static constexpr int kStages = 2;
   __device__ __forceinline__ SequenceGradientGroup(const SequenceArguments& arguments, int head, int group)
-      : SequenceGradientGroup(arguments, head, group, gpu::shared_memory<Progress>()->round) {}
-  __device__ __forceinline__ SequenceGradientGroup(const SequenceArguments& arguments, int head, int group, int round)
-      : SequenceGroup(arguments, head, group, arguments.bases + round % 2 * int(kSequenceBytes)), round_(round) {}
+      : SequenceGroup(arguments, head, group, arguments.bases) {}
+  static constexpr __device__ int half() { return 0; }
+  static constexpr __device__ int records() { return 0; }
+  static constexpr __device__ int turn() { return 0; }
+};
 
-  // How far from the place of keys and values those of this round lie.
+// A sequence of a block that walks: that of a round, or the one that Progress names. A block's tasks, each a sequence
+// and head, lie a grid apart.
+class WalkingGroup : public SequenceGroup {
+ public:
+  static constexpr int kStages = 3;
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int round)
+      : WalkingGroup(arguments, arguments.heads.remainder(task_of(round)), arguments.heads.quotient(task_of(round)),
+                     round) {}
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int head, int group)
+      : WalkingGroup(arguments, head, group, gpu::shared_memory<Progress>()->round) {}
+
+  static __device__ __forceinline__ int task_of(int round) { return int(blockIdx.x) + round * int(gridDim.x); }
+  // Two sequences have keys and values, and records, at a time.
   __device__ __forceinline__ int half() const { return round_ % 2 * a_.backward.half; }
+  __device__ __forceinline__ int records() const { return round_ % 2 * a_.slots * int(sizeof(QueryRecord)); }
+  __device__ __forceinline__ float* log_sums_place() const {
+    return reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + a_.backward.log_sums) +
+           round_ % 2 * a_.slots;
+  }
   // Tiles of queries take turns, without a break between rounds.
-  __device__ __forceinline__ int first_stage() const { return round_ * ((keys() + 31) / 32) % 2; }
+  __device__ __forceinline__ int turn() const { return round_ * ((keys() + 31) / 32); }
 
  private:
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int head, int group, int round)
+      : SequenceGroup(arguments, head, group, arguments.bases + round % 3 * int(kSequenceBytes)), round_(round) {}
+
   int round_;
 };
 
 template <class T, int kDim>
-struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
-  using Base = Backward<T, kDim, SequenceGradientGroup, 32, 32>;
+struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
+  using Base = Backward<T, kDim, WalkingGroup, 32, 32>;
   using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
-  using Base::at, Base::key, Base::queries, Base::records, Base::slots, Base::stage_of, Base::warp_count;
+  using Base::at, Base::queries, Base::records, Base::slots, Base::stage_of, Base::warp_count;
   using typename Base::Layout, typename Base::Sums;
   static constexpr int kQueries = 32;
 
   using Base::Base;
 
   __device__ __forceinline__ unsigned char* contexts(int query) const {
-    return at(plan.contexts + stage_of(query) * kQueries * Layout::kBytes);
-  }
-  __device__ __forceinline__ float* log_sums() const {
-    return reinterpret_cast<float*>(at(plan.log_sums)) + (group.half() ? slots() : 0);
+    return at(plan.contexts + (query / kQueries + group.turn()) % 2 * kQueries * Layout::kBytes);
   }
 
   // ---- Copies ----
@@ -51,18 +70,22 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
     copy_rows<kDim>(group, kQ, kDout, query, count, kQueries, queries(stage, 0), queries(stage, 1), thread, threads);
     if (!arguments.whole_rows) copy_rows<kDim>(group, kOut, query, count, kQueries, contexts(query), thread, threads);
   }
-  // Some keys and values, zeros behind the last one, and the log-sum-exp of as many queries.
+  // Some keys and values, zeros behind the last one.
   __device__ __forceinline__ void copy_keys(int first, int rows, int thread, int threads) const {
     unsigned char *k = at(this->keys_place() + first * Layout::kBytes),
                   *v = at(this->values_place() + first * Layout::kBytes);
     copy_rows<kDim>(group, kK, kV, first, group.keys() - first, rows, k, v, thread, threads);
-    for (int n = first + thread; n < min(first + rows, group.keys()); n += threads)
-      gpu::cp_async_4(gpu::shared_address(log_sums() + n), group.lse(n), true);
+  }
+  __device__ __forceinline__ void copy_log_sums(int thread, int threads) const {
+    for (int n = thread; n < group.keys(); n += threads)
+      gpu::cp_async_4(gpu::shared_address(group.log_sums_place() + n), group.lse(n), true);
   }
   // All that a sequence begins with.
   __device__ __forceinline__ void start() const {
-    copy_keys(0, plan.rows, thread_of_block(), int(blockDim.x));
-    copy_tile(0, thread_of_block(), int(blockDim.x));
+    const int thread = thread_of_block(), threads = int(blockDim.x);
+    copy_keys(0, plan.rows, thread, threads);
+    copy_log_sums(thread, threads);
+    for (int query = 0; query < min(group.keys(), 2 * kQueries); query += kQueries) copy_tile(query, thread, threads);
     gpu::cp_async_commit();
   }
 
@@ -72,16 +95,16 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
   __device__ __forceinline__ bool read_log_sums() const {
     bool moderate = true;
     for (int n = thread_of_block(); n < slots(); n += blockDim.x) {
-      const float log_sum = n < group.keys() ? log_sums()[n] * kLog2e : plus_infinity();
+      const float log_sum = n < group.keys() ? group.log_sums_place()[n] * kLog2e : plus_infinity();
       moderate &= n >= group.keys() || fabsf(log_sum) <= kLargestLogSum;
       records()[n].log_sum = log_sum;
     }
     return moderate;
   }
-  // Delta of a tile of queries, four threads a row.
-  __device__ __forceinline__ void find_deltas(int query) const {
+  // Delta of a tile of queries, four threads a row, by so many threads, of which this is one.
+  __device__ __forceinline__ void find_deltas(int query, int thread, int threads) const {
     const unsigned char *gradients = queries(stage_of(query), 1), *out = contexts(query);
-    for (int row = thread_of_block() / 4; row < kQueries; row += blockDim.x / 4) {
+    for (int row = thread / 4; row < kQueries; row += threads / 4) {
       float sum = 0.0f;
 #pragma unroll
       for (int piece = 0; piece < Layout::kPieces; piece += 4) {
@@ -126,7 +149,7 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
     const uint32_t keys =
         start + this->keys_place() + thread / 32 * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const uint32_t eights = tile + Layout::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const uint32_t record = start + plan.records + (query + lane % 4 * 2) * int(sizeof(QueryRecord));
+    const uint32_t record = start + this->records_place() + (query + lane % 4 * 2) * int(sizeof(QueryRecord));
     const auto of_query = [&](int eight, int i, int field) {
       return gpu::load_shared<float>(record + (8 * eight + i) * int(sizeof(QueryRecord)) + field);
     };
@@ -148,7 +171,7 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
       }
     multiply_tile(ds, keys + (plan.values - kKeysPlace), eights + kArea);
     uint32_t p_packed[2][kUsed][4], ds_packed[2][kUsed][4];
-    const int to = plan.scores + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
+    const int to = this->scores(query / kQueries) + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float minus_delta[2];
@@ -220,14 +243,15 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
         sum_half<1>(query, half);
     }
   }
-  // Goes out by way of the rows of the queries in shared memory, which nobody needs any more: 16 bytes at a time.
+  // Goes out by way of shared memory, 16 bytes at a time.
   template <int kSixteens>
   __device__ __forceinline__ void sum_half(int query, int half) const {
     constexpr int kParts = 2 * Base::kPieceJobs;
     float sum[kSixteens][kParts][4];
     Base::sum_half(sum, group.keys(), query, 0, half);
     const int lane = thread_of_block() % 32;
-    unsigned char* const rows = queries(stage_of(query), 0);
+    unsigned char* const rows = at(plan.staging);
+    __syncwarp();
 #pragma unroll
     for (int s = 0; s < kSixteens; ++s)
 #pragma unroll
@@ -249,95 +273,108 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
 
 template <class T, int kDim>
 __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arguments) {
-  using Group = SequenceGradientGroup;
+  using Group = WalkingGroup;
   using B = SequenceBackward<T, kDim>;
-  Progress* const now = gpu::shared_memory<Progress>();
-  // A block's tasks, each a sequence and head, lie a grid apart. Here a task is a share.
-  const auto enter = [&](int task, int round) {
-    if (threadIdx.x != 0) return;
-    now->head = arguments.heads.remainder(task), now->group = arguments.heads.quotient(task);
-    now->share = task, now->round = round;
-  };
-  const auto next_task = [&] { return now->share + int(gridDim.x); };
-  const auto has_next = [&] { return now->share < arguments.tasks - int(gridDim.x); };
-  const auto next_group = [&] {
-    const int task = next_task();
-    return Group(arguments, arguments.heads.remainder(task), arguments.heads.quotient(task), now->round + 1);
-  };
+  const BackwardPlan& plan = arguments.backward;
+  const int rounds = (arguments.tasks - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
+  const int tiles = (arguments.keys + B::kQueries - 1) / B::kQueries;
   // Made anew wherever it is asked for: it would take registers in between.
-  const auto current = [&] { return Group(arguments, now->head, now->group); };
-  enter(int(blockIdx.x), 0);
-  __syncthreads();
-  {
-    const Group group = current();
-    group.find_rows();
-    __syncthreads();
-    B(arguments, group).start();
-  }
-#pragma unroll 1
-  for (;;) {
+  const auto group_of = [&](int round) { return Group(arguments, round); };
+  // A sequence whose coming nothing hides. Returns whether its numbers are moderate, if that is known.
+  const auto begin = [&](int round) {
+    const Group group = group_of(round);
+    const B backward(arguments, group);
+    backward.start();
     gpu::cp_async_wait<0>();
     __syncthreads();
-    bool moderate;
-    {
-      const Group group = current();
-      const B backward(arguments, group);
-      if (arguments.whole_rows) {
-        moderate = backward.refine_statistics();
-      } else {
-        moderate = backward.read_log_sums();
-        backward.find_deltas(0);
-      }
-      if (has_next()) next_group().find_rows();
-    }
-    if (__syncthreads_and(moderate) && arguments.folds) {
-      typename B::Sums sums;
-      sums.reset();
+    if (arguments.whole_rows) return true;
+    backward.find_deltas(0, thread_of_block(), int(blockDim.x));
+    return __syncthreads_and(backward.read_log_sums()) != 0;
+  };
+  group_of(0).find_rows();
+  if (rounds > 1) group_of(1).find_rows();
+  __syncthreads();
+  bool usual = begin(0), behind = false;  // dq of the last tile of the sequence before is to be summed
 #pragma unroll 1
-      for (int query = 0; query < arguments.keys; query += B::kQueries) {
-        const bool is_last = query + B::kQueries >= arguments.keys;
-        const int warp = thread_of_block() / 32, lane = thread_of_block() % 32;
-        if (warp == arguments.backward.warps - 1 && (!is_last || has_next())) {
-          const Group group = is_last ? next_group() : current();
-          B(arguments, group).copy_tile(is_last ? 0 : query + B::kQueries, lane, 32);
-        }
-        if (warp == max(arguments.backward.warps - 2, 0) && has_next()) {
-          const Group next = next_group();
-          B(arguments, next).copy_keys(query, B::kQueries, lane, 32);
-        }
-        gpu::cp_async_commit();
-        {
-          const Group group = current();
-          const B backward(arguments, group);
-          backward.meet(sums, backward.warp_count(0, backward.warp), query);
-        }
-        gpu::cp_async_wait<0>();
-        __syncthreads();
-        {
-          const Group group = current();
-          const B backward(arguments, group);
-          backward.sum_parts(query);
-          if (!arguments.whole_rows && !is_last) backward.find_deltas(query + B::kQueries);
-        }
-        __syncthreads();
+  for (int round = 0; round < rounds; ++round) {
+    const bool has_next = round + 1 < rounds;
+    if (arguments.whole_rows) {
+      const Group group = group_of(round);
+      usual = __syncthreads_and(B(arguments, group).refine_statistics());
+    }
+    if (!usual || !arguments.folds) {
+      if (threadIdx.x == 0) {
+        const int task = Group::task_of(round);
+        Progress now{};
+        now.head = arguments.heads.remainder(task), now.group = arguments.heads.quotient(task), now.round = round;
+        *gpu::shared_memory<Progress>() = now;
       }
-      const Group group = current();
-      const B backward(arguments, group);
-      if (backward.warp_count(0, backward.warp) > 0) backward.stage_keys(sums, 0);
-    } else {
+      if (round + 2 < rounds) group_of(round + 2).find_rows();
+      __syncthreads();
       scan_rows<B, Group>(arguments);
       run_exactly<B, Group>(arguments);
       __syncthreads();
-      if (has_next()) {
-        const Group next = next_group();
-        B(arguments, next).start();
-      }
+      if (has_next) usual = begin(round + 1);
+      continue;
     }
-    if (!has_next()) break;
-    const int task = next_task(), round = now->round + 1;
-    __syncthreads();
-    enter(task, round);
-    __syncthreads();
+    typename B::Sums sums;
+    sums.reset();
+#pragma unroll 1
+    for (int tile = 0;; ++tile) {
+      const int warp = thread_of_block() / 32, lane = thread_of_block() % 32;
+      if (tile < tiles) {
+        const int ahead = tile + min(2, tiles);
+        if (warp == plan.warps - 1 && (ahead < tiles || has_next)) {
+          const Group group = group_of(ahead < tiles ? round : round + 1);
+          B(arguments, group).copy_tile((ahead < tiles ? ahead : ahead - tiles) * B::kQueries, lane, 32);
+        }
+        const int first = min(1, tiles - 1);  // the tile before needs the keys that were there
+        if (warp == plan.key_warp && has_next && tile >= first) {
+          const Group group = group_of(round + 1);
+          const B backward(arguments, group);
+          const int from = tile == first ? 0 : tile;
+          backward.copy_keys(from * B::kQueries, (tile + 1 - from) * B::kQueries, lane, 32);
+          if (tile == first) backward.copy_log_sums(lane, 32);
+        }
+        gpu::cp_async_commit();
+        const Group group = group_of(round);
+        const B backward(arguments, group);
+        backward.meet(sums, backward.warp_count(0, backward.warp), tile * B::kQueries);
+      }
+      if (tile > 0 || behind) {
+        const Group group = group_of(tile > 0 ? round : round - 1);
+        B(arguments, group).sum_parts((tile > 0 ? tile - 1 : tiles - 1) * B::kQueries);
+      }
+      const bool is_last = tile == tiles - 1;
+      if (!arguments.whole_rows && (is_last ? has_next : tile < tiles) && (!plan.helps || warp == plan.warps - 1)) {
+        const Group group = group_of(is_last ? round + 1 : round);
+        B(arguments, group)
+            .find_deltas(is_last ? 0 : (tile + 1) * B::kQueries, plan.helps ? lane : thread_of_block(),
+                         plan.helps ? 32 : int(blockDim.x));
+      }
+      if (!is_last) {
+        gpu::cp_async_wait<0>();
+        __syncthreads();
+        if (tile < tiles) continue;
+        behind = false;
+        break;
+      }
+      bool moderate = true;
+      if (has_next && !arguments.whole_rows) {
+        const Group group = group_of(round + 1);
+        moderate = B(arguments, group).read_log_sums();
+      }
+      if (round + 2 < rounds) group_of(round + 2).find_rows();
+      {
+        const Group group = group_of(round);
+        const B backward(arguments, group);
+        if (backward.warp_count(0, backward.warp) > 0) backward.stage_keys(sums, 0);
+      }
+      gpu::cp_async_wait<0>();
+      usual = __syncthreads_and(moderate);
+      behind = usual && has_next && !arguments.whole_rows;
+      if (behind) break;
+    }
   }
 }
 
