@@ -286,23 +286,31 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
     const int key = block * block_keys() + warp * kKeys, count = warp_count(block, warp);
     unsigned char* const rows = at(values_place() + warp * kKeys * Layout::kBytes);
+    const uint32_t to = gpu::shared_address(rows) + Layout::place(lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const float scale = which ? 1.0f : group.scale();
+      auto& sum = which ? sums.dv : sums.dk;
+      if (which == 0)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < kDim / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[t][i][j] *= group.scale();
+      if (group.is_shared(key) && lane < 4) {
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i)
+          group.write_shared(which ? kDv : kDk, i * 8 + lane * 2, sum[0][i][0], sum[0][i][1]);
+      }
       __syncwarp();
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int i = 0; i < kDim / 8; ++i) {
-            const float* from = &(which ? sums.dv : sums.dk)[t][i][2 * half];
-            const float x = from[0] * scale, y = from[1] * scale;
-            if (t == 0 && half == 0 && lane < 4 && group.is_shared(key))
-              group.write_shared(which ? kDv : kDk, i * 8 + lane * 2, x, y);
-            const uint32_t place = Layout::place(16 * t + lane / 4 + 8 * half, i) + lane % 4 * 4;
-            *reinterpret_cast<uint32_t*>(rows + place) = gpu::pack<T>(x, y);
-          }
+          for (int i = 0; i < kDim / 8; ++i)
+            gpu::store_shared((to ^ 16 * i) + (16 * t + 8 * half) * Layout::kBytes,
+                              gpu::pack<T>(sum[t][i][2 * half], sum[t][i][2 * half + 1]));
       __syncwarp();
       group.template write_rows<kDim, Layout::kPieces>(which ? kDv : kDk, key, count, 0, rows, lane);
     }

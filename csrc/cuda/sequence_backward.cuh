@@ -62,30 +62,50 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     return at(plan.contexts + (query / kQueries + group.turn()) % 2 * kQueries * Layout::kBytes);
   }
 
-  // ---- Copies ----
+  // ---- Copies, each by one warp ----
 
-  // By so many threads, of which this is one.
-  __device__ __forceinline__ void copy_tile(int query, int thread, int threads) const {
-    const int count = group.keys() - query, stage = stage_of(query);
-    copy_rows<kDim>(group, kQ, kDout, query, count, kQueries, queries(stage, 0), queries(stage, 1), thread, threads);
-    if (!arguments.whole_rows) copy_rows<kDim>(group, kOut, query, count, kQueries, contexts(query), thread, threads);
+  // 32 rows of a tensor, zeros behind the last token.
+  __device__ __forceinline__ void copy_rows(Slot slot, int first, unsigned char* to) const {
+    const int lane = thread_of_block() % 32;
+    if (!group.is_plain(slot)) {
+      cuda::copy_rows<kDim>(group, slot, first, group.keys() - first, kQueries, to, lane, 32);
+      return;
+    }
+    constexpr int kStep = 32 / Layout::kPieces;  // rows at a time: 8, or 4, which are every other time in other places
+    const auto piece = group.piece(slot, lane % Layout::kPieces);
+    const int token = first + lane / Layout::kPieces;
+    const uint32_t place = gpu::shared_address(to) + Layout::place(lane / Layout::kPieces, lane % Layout::kPieces);
+    const char* from = piece.rows.first + uint64_t(uint32_t(token)) * piece.rows.stride;
+#pragma unroll
+    for (int row = 0; row < kQueries; row += kStep) {
+      const bool apart = row == 0 && token < piece.rows.apart;
+      gpu::cp_async_16((place ^ row % 8 * 16) + row * Layout::kBytes, apart ? piece.rows.cls : from,
+                       piece.valid && token + row < group.keys());
+      from += uint64_t(kStep) * piece.rows.stride;
+    }
   }
-  // Some keys and values, zeros behind the last one.
-  __device__ __forceinline__ void copy_keys(int first, int rows, int thread, int threads) const {
-    unsigned char *k = at(this->keys_place() + first * Layout::kBytes),
-                  *v = at(this->values_place() + first * Layout::kBytes);
-    copy_rows<kDim>(group, kK, kV, first, group.keys() - first, rows, k, v, thread, threads);
+  // A tile of queries, and what else has its rows.
+  __device__ __forceinline__ void copy_tile(int query) const {
+    const int stage = stage_of(query);
+    copy_rows(kQ, query, queries(stage, 0)), copy_rows(kDout, query, queries(stage, 1));
+    if (!arguments.whole_rows) copy_rows(kOut, query, contexts(query));
   }
-  __device__ __forceinline__ void copy_log_sums(int thread, int threads) const {
-    for (int n = thread; n < group.keys(); n += threads)
+  // As many keys and values.
+  __device__ __forceinline__ void copy_keys(int first) const {
+    copy_rows(kK, first, at(this->keys_place() + first * Layout::kBytes));
+    copy_rows(kV, first, at(this->values_place() + first * Layout::kBytes));
+  }
+  __device__ __forceinline__ void copy_log_sums() const {
+    for (int n = thread_of_block() % 32; n < group.keys(); n += 32)
       gpu::cp_async_4(gpu::shared_address(group.log_sums_place() + n), group.lse(n), true);
   }
-  // All that a sequence begins with.
+  // All that a sequence begins with, by all warps.
   __device__ __forceinline__ void start() const {
-    const int thread = thread_of_block(), threads = int(blockDim.x);
-    copy_keys(0, plan.rows, thread, threads);
-    copy_log_sums(thread, threads);
-    for (int query = 0; query < min(group.keys(), 2 * kQueries); query += kQueries) copy_tile(query, thread, threads);
+    for (int first = 32 * warp; first < plan.rows; first += 32 * plan.warps) copy_keys(first);
+    if (warp == plan.warps - 1) {
+      copy_log_sums();
+      for (int query = 0; query < min(group.keys(), 2 * kQueries); query += kQueries) copy_tile(query);
+    }
     gpu::cp_async_commit();
   }
 
@@ -101,10 +121,10 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     }
     return moderate;
   }
-  // Delta of a tile of queries, four threads a row, by so many threads, of which this is one.
-  __device__ __forceinline__ void find_deltas(int query, int thread, int threads) const {
+  // Delta of a tile of queries, four threads a row.
+  __device__ __forceinline__ void find_deltas(int query) const {
     const unsigned char *gradients = queries(stage_of(query), 1), *out = contexts(query);
-    for (int row = thread / 4; row < kQueries; row += threads / 4) {
+    for (int row = thread_of_block() / 4; row < kQueries; row += blockDim.x / 4) {
       float sum = 0.0f;
 #pragma unroll
       for (int piece = 0; piece < Layout::kPieces; piece += 4) {
@@ -250,21 +270,28 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     float sum[kSixteens][kParts][4];
     Base::sum_half(sum, group.keys(), query, 0, half);
     const int lane = thread_of_block() % 32;
-    unsigned char* const rows = at(plan.staging);
+#pragma unroll
+    for (int s = 0; s < kSixteens; ++s)
+#pragma unroll
+      for (int j = 0; j < kParts; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[s][j][i] *= group.scale();
+    if (group.is_shared(query) && lane < 4) {
+#pragma unroll
+      for (int j = 0; j < kParts; ++j)
+        group.write_shared(kDq, (half * kParts + j) * 8 + lane * 2, sum[0][j][0], sum[0][j][1]);
+    }
     __syncwarp();
+    unsigned char* const rows = at(plan.staging);
+    const uint32_t to = gpu::shared_address(rows) + Layout::place(lane / 4, half * kParts) + lane % 4 * 4;
 #pragma unroll
     for (int s = 0; s < kSixteens; ++s)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          const float x = sum[s][j][2 * i] * group.scale(), y = sum[s][j][2 * i + 1] * group.scale();
-          if (s == 0 && i == 0 && lane < 4 && group.is_shared(query))
-            group.write_shared(kDq, (half * kParts + j) * 8 + lane * 2, x, y);
-          const int row = 16 * s + lane / 4 + 8 * i;
-          *reinterpret_cast<uint32_t*>(rows + Layout::place(row, half * kParts + j) + lane % 4 * 4) =
-              gpu::pack<T>(x, y);
-        }
+        for (int j = 0; j < kParts; ++j)
+          gpu::store_shared((to ^ 16 * j) + (16 * s + 8 * i) * Layout::kBytes,
+                            gpu::pack<T>(sum[s][j][2 * i], sum[s][j][2 * i + 1]));
     __syncwarp();
     group.template write_rows<kDim, kParts>(kDq, query, min(16 * kSixteens, group.keys() - query), half * kParts, rows,
                                             lane);
@@ -288,7 +315,7 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
     gpu::cp_async_wait<0>();
     __syncthreads();
     if (arguments.whole_rows) return true;
-    backward.find_deltas(0, thread_of_block(), int(blockDim.x));
+    backward.find_deltas(0);
     return __syncthreads_and(backward.read_log_sums()) != 0;
   };
   group_of(0).find_rows();
@@ -321,20 +348,20 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
     sums.reset();
 #pragma unroll 1
     for (int tile = 0;; ++tile) {
-      const int warp = thread_of_block() / 32, lane = thread_of_block() % 32;
+      const int warp = thread_of_block() / 32;
       if (tile < tiles) {
         const int ahead = tile + min(2, tiles);
         if (warp == plan.warps - 1 && (ahead < tiles || has_next)) {
           const Group group = group_of(ahead < tiles ? round : round + 1);
-          B(arguments, group).copy_tile((ahead < tiles ? ahead : ahead - tiles) * B::kQueries, lane, 32);
+          B(arguments, group).copy_tile((ahead < tiles ? ahead : ahead - tiles) * B::kQueries);
         }
         const int first = min(1, tiles - 1);  // the tile before needs the keys that were there
         if (warp == plan.key_warp && has_next && tile >= first) {
           const Group group = group_of(round + 1);
           const B backward(arguments, group);
-          const int from = tile == first ? 0 : tile;
-          backward.copy_keys(from * B::kQueries, (tile + 1 - from) * B::kQueries, lane, 32);
-          if (tile == first) backward.copy_log_sums(lane, 32);
+#pragma unroll 1
+          for (int n = tile == first ? 0 : tile; n <= tile; ++n) backward.copy_keys(32 * n);
+          if (tile == first) backward.copy_log_sums();
         }
         gpu::cp_async_commit();
         const Group group = group_of(round);
@@ -346,11 +373,9 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
         B(arguments, group).sum_parts((tile > 0 ? tile - 1 : tiles - 1) * B::kQueries);
       }
       const bool is_last = tile == tiles - 1;
-      if (!arguments.whole_rows && (is_last ? has_next : tile < tiles) && (!plan.helps || warp == plan.warps - 1)) {
+      if (!arguments.whole_rows && (is_last ? has_next : tile < tiles)) {
         const Group group = group_of(is_last ? round + 1 : round);
-        B(arguments, group)
-            .find_deltas(is_last ? 0 : (tile + 1) * B::kQueries, plan.helps ? lane : thread_of_block(),
-                         plan.helps ? 32 : int(blockDim.x));
+        B(arguments, group).find_deltas(is_last ? 0 : (tile + 1) * B::kQueries);
       }
       if (!is_last) {
         gpu::cp_async_wait<0>();
