@@ -65,6 +65,7 @@ class CudaProgram:
         self.instructions = program.instructions
         self.backward = backward
         self._apart: dict[int, list[set[int]]] = {}
+        self._kind_of: dict[frozenset[int], str] = {}
 
     @cached_property
     def _body(self) -> networkx.DiGraph:
@@ -163,19 +164,17 @@ class CudaProgram:
 
     def _kinds(self, body: frozenset[int]) -> dict[int, str]:
         """Tell what some warps alone come to in a main loop, or all warps but not always."""
+        jobs = frozenset().union(*(loop for loop in self.loops if loop < body and self.kind(loop) == "jobs"))
         own, products = body - self._within(body), set[int]()
         for index in own:
-            for way in map(body.intersection, self._ways_apart(index)):
-                if self._products(way & own) and not any(self._products(way & loop) for loop in self._jobs(body)):
-                    products |= way
+            for way in self._ways_apart(index):
+                if self._products(way & own) and not self._products(way & jobs):
+                    products |= way & body
         kinds = dict.fromkeys(products, "products")
         kinds |= dict.fromkeys(self._apart_with(self._votes) & body, "last")
         kinds |= dict.fromkeys(self._apart_with(self._copies), "copies")
         kinds |= dict.fromkeys(self._apart_with(self._shuffles), "sums")
-        return kinds | dict.fromkeys(frozenset().union(*self._jobs(body)), "jobs")
-
-    def _jobs(self, body: frozenset[int]) -> list[frozenset[int]]:
-        return [loop for loop in self.loops if loop < body and self.kind(loop) == "jobs"]
+        return kinds | dict.fromkeys(jobs, "jobs")
 
     def _parts(self, way: list[tuple[int, float]], kinds: Mapping[int, str]) -> tuple[Part, ...]:
         barriers = sum(self.instructions[index].name == "BAR" for index, _ in way)
@@ -290,6 +289,11 @@ class CudaProgram:
             shared memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
             "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
+        if body not in self._kind_of:
+            self._kind_of[body] = self._find_kind(body)
+        return self._kind_of[body]
+
+    def _find_kind(self, body: frozenset[int]) -> str:
         around = self._around(body)
         with_products = [other for other in around if self._products(other)]
         names = {self.instructions[index].name for index in body}

@@ -127,13 +127,18 @@ def audit_backward(
     walk = of.groups / blocks  # sequences of a block
 
     def copies(body: frozenset[int]) -> float:
-        """In the main loop, by one warp each: queries, contexts, and the next sequence's keys."""
-        if not (program.is_in("main", body) and program.is_aligned(body)):
+        """In the main loop: once a tile, as many of the next sequence's keys; their log-sum-exps once a sequence."""
+        if not program.is_in("main", body):
             return 0  # around it, only the first sequence and what has numbers of any size
-        if program.copies(body) == 1 and program.narrow_copies(body):  # log-sum-exps, with one tile of the keys
+        if program.narrow_copies(body):
             return of.keys / LANES / tiles
-        tensors = 1 if program.copies(body) in (1, 4) else 2
-        return tensors * tile * dim * 2 // 16 / LANES / max(1, program.copies(body))
+        return any(other < body for other in program.loops)
+
+    def steps(body: frozenset[int]) -> float:
+        """Of 32 queries and half of the elements; a last tile of 16 has a loop of its own."""
+        alike = [program.flops(other) for other in program.loops if program.kind(other) == "steps"]
+        most = max(alike)
+        return 32 * dim * 16 * sixteens / most * (program.flops(body) == most)
 
     def rounds(body: frozenset[int]) -> float:
         """How often a loop runs; rows are aligned, and no channels are from other frames."""
@@ -149,7 +154,7 @@ def audit_backward(
             "keys": tiles,
             "jobs": 2 / warps,  # halves of dq
             "meet": 0 if dim == 64 else 1,  # by fewer queries than a tile
-            "steps": 32 * dim * 16 * sixteens / max(1.0, program.flops(body)),  # 32 queries, half of the elements
+            "steps": steps(body),
             "statistics": own_rows,
             "records": max(1.0, 4 * tile / threads) if program.shuffles(body) else own_rows,
             "rows": 1,

@@ -20,7 +20,7 @@ class SequenceGradientGroup : public SequenceGroup {
 };
 
 // A sequence of a block that walks: that of a round, or the one that Progress names. A block's tasks, each a sequence
-// and head, lie a grid apart.
+// and head, lie a grid apart; the share of Progress is the first.
 class WalkingGroup : public SequenceGroup {
  public:
   static constexpr int kStages = 3;
@@ -30,7 +30,9 @@ class WalkingGroup : public SequenceGroup {
   __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int head, int group)
       : WalkingGroup(arguments, head, group, gpu::shared_memory<Progress>()->round) {}
 
-  static __device__ __forceinline__ int task_of(int round) { return int(blockIdx.x) + round * int(gridDim.x); }
+  static __device__ __forceinline__ int task_of(int round) {
+    return gpu::shared_memory<Progress>()->share + round * int(gridDim.x);
+  }
   // Two sequences have keys and values, and records, at a time.
   __device__ __forceinline__ int half() const { return round_ % 2 * a_.backward.half; }
   __device__ __forceinline__ int records() const { return round_ % 2 * a_.slots * int(sizeof(QueryRecord)); }
@@ -142,27 +144,43 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     return fmaf(a.x, b.x, a.y * b.y);
   }
 
+  // A warp's values as operands, where registers have room for them.
+  struct Values {
+    uint32_t a[kDim == 64 ? kDim / 16 : 1][2][4];  // (16 elements, 16 keys)
+  };
+  __device__ __forceinline__ void load_values(Values& v) const {
+    if constexpr (kDim == 64) {
+      const int thread = thread_of_block(), lane = thread % 32;
+      const uint32_t rows = gpu::shared_address(at(this->values_place())) +
+                            min(thread / 32, plan.rows / 32 - 1) * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+#pragma unroll
+      for (int part = 0; part < kDim / 16; ++part)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) gpu::ldmatrix(v.a[part][t], (rows ^ 32 * part) + 16 * t * Layout::kBytes);
+    }
+  }
+
   // A tile of queries meets the keys of this warp, of which there are `count`.
-  __device__ __forceinline__ void meet(Sums& sums, int count, int query) const {
+  __device__ __forceinline__ void meet(Sums& sums, const Values& v, int count, int query) const {
     // With 64 elements, rows of keys that are read serve a whole tile.
     const bool whole = kDim == 64 && query + 16 < group.keys();
     const uint32_t biases[Base::kTiles][2] = {};
     if (count > 16) {
       if (count == 32)
-        whole ? meet_tile<Way::kPlain, 2>(sums, count, query)
+        whole ? meet_tile<Way::kPlain, 2>(sums, v, count, query)
               : Base::template meet_queries<Way::kPlain>(sums, 0, biases, 0, count, query);
       else
-        whole ? meet_tile<Way::kMasked, 2>(sums, count, query)
+        whole ? meet_tile<Way::kMasked, 2>(sums, v, count, query)
               : Base::template meet_queries<Way::kMasked>(sums, 0, biases, 0, count, query);
     } else if (count > 0) {
-      whole ? meet_tile<Way::kMasked, 1>(sums, count, query)
+      whole ? meet_tile<Way::kMasked, 1>(sums, v, count, query)
             : Base::template meet_queries<Way::kMasked, 1>(sums, 0, biases, 0, count, query);
     }
   }
 
   // What meet_queries does, for 32 queries at a time.
   template <Way kWay, int kUsed>
-  __device__ __forceinline__ void meet_tile(Sums& sums, int count, int query) const {
+  __device__ __forceinline__ void meet_tile(Sums& sums, const Values& v, int count, int query) const {
     constexpr int kArea = kQueries * Layout::kBytes;
     const int thread = thread_of_block(), lane = thread % 32;
     const uint32_t start = gpu::shared_address(at(0)), tile = start + plan.queries + 2 * stage_of(query) * kArea;
@@ -173,8 +191,10 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     const auto of_query = [&](int eight, int i, int field) {
       return gpu::load_shared<float>(record + (8 * eight + i) * int(sizeof(QueryRecord)) + field);
     };
-    float p[4][kUsed][4], ds[4][kUsed][4];  // (16 keys, 8 queries)
-    multiply_tile(p, keys, eights);
+    float p[4][kUsed][4];  // (16 keys, 8 queries)
+    multiply_tile(p, eights, [&](uint32_t (&a)[4], int part, int t) {
+      gpu::ldmatrix(a, (keys ^ 32 * part) + 16 * t * Layout::kBytes);
+    });
 #pragma unroll
     for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -189,25 +209,34 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
             if (kWay != Way::kPlain && 16 * t + lane / 4 + 8 * half >= count) x = 0.0f;  // no key
           }
       }
-    multiply_tile(ds, keys + (plan.values - kKeysPlace), eights + kArea);
     uint32_t p_packed[2][kUsed][4], ds_packed[2][kUsed][4];
     const int to = this->scores(query / kQueries) + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float minus_delta[2];
+    for (int step = 0; step < 2; ++step) {
+      float ds[2][kUsed][4];
+      multiply_tile(ds, eights + kArea + 16 * step * Layout::kBytes, [&](uint32_t (&a)[4], int part, int t) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) minus_delta[i] = of_query(e, i, int(offsetof(QueryRecord, minus_delta)));
+        for (int i = 0; i < 4; ++i) a[i] = v.a[part][t][i];
+      });
 #pragma unroll
-      for (int t = 0; t < kUsed; ++t)
+      for (int e = 0; e < 2; ++e) {
+        float minus_delta[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float *weights = &p[e][t][2 * half], *products = &ds[e][t][2 * half];
-          p_packed[e / 2][t][e % 2 * 2 + half] = gpu::pack<T>(weights[0], weights[1]);
-          const uint32_t pair =
-              gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
-          ds_packed[e / 2][t][e % 2 * 2 + half] = pair;
-          *reinterpret_cast<uint32_t*>(at((to ^ 16 * e) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
-        }
+        for (int i = 0; i < 2; ++i)
+          minus_delta[i] = of_query(2 * step + e, i, int(offsetof(QueryRecord, minus_delta)));
+#pragma unroll
+        for (int t = 0; t < kUsed; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float *weights = &p[2 * step + e][t][2 * half], *products = &ds[e][t][2 * half];
+            p_packed[step][t][2 * e + half] = gpu::pack<T>(weights[0], weights[1]);
+            const uint32_t pair =
+                gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
+            ds_packed[step][t][2 * e + half] = pair;
+            *reinterpret_cast<uint32_t*>(
+                at((to ^ 16 * (2 * step + e)) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
+          }
+      }
     }
     const uint32_t rows = tile + Layout::place(lane % 16, lane / 16);
 #pragma unroll
@@ -228,25 +257,26 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
       }
   }
 
-  // The rows of keys times 32 rows of a tile of queries; the addresses are of this lane's part of the first two pieces
-  // of 16 rows of each.
-  template <int kUsed>
-  static __device__ __forceinline__ void multiply_tile(float (&c)[4][kUsed][4], uint32_t keys, uint32_t eights) {
+  // Rows of keys, of which load(a, part, t) gives those of an operand, times rows of a tile of queries; the address is
+  // of this lane's part of the first two pieces of 16 rows.
+  template <int kEights, int kUsed, class Load>
+  static __device__ __forceinline__ void multiply_tile(float (&c)[kEights][kUsed][4], uint32_t eights,
+                                                       const Load& load) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
+    for (int e = 0; e < kEights; ++e)
 #pragma unroll
       for (int t = 0; t < kUsed; ++t) c[e][t][0] = c[e][t][1] = c[e][t][2] = c[e][t][3] = 0.0f;
 #pragma unroll
     for (int part = 0; part < kDim / 16; ++part) {
-      uint32_t b[2][4];
+      uint32_t b[kEights / 2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) gpu::ldmatrix(b[i], (eights ^ 32 * part) + 16 * i * Layout::kBytes);
+      for (int i = 0; i < kEights / 2; ++i) gpu::ldmatrix(b[i], (eights ^ 32 * part) + 16 * i * Layout::kBytes);
 #pragma unroll
       for (int t = 0; t < kUsed; ++t) {
         uint32_t a[4];
-        gpu::ldmatrix(a, (keys ^ 32 * part) + 16 * t * Layout::kBytes);
+        load(a, part, t);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < kEights; ++e)
           gpu::mma_16x8x16<T>(c[e][t], a, b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1], c[e][t]);
       }
     }
@@ -298,107 +328,129 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
   }
 };
 
+// What a thread keeps from tile to tile is little, as sums and values take nearly all registers: groups are made anew
+// wherever they are asked for, and Progress says whether a sequence that nothing hid goes the usual way.
 template <class T, int kDim>
 __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arguments) {
   using Group = WalkingGroup;
   using B = SequenceBackward<T, kDim>;
   const BackwardPlan& plan = arguments.backward;
-  const int rounds = (arguments.tasks - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
-  const int tiles = (arguments.keys + B::kQueries - 1) / B::kQueries;
-  // Made anew wherever it is asked for: it would take registers in between.
-  const auto group_of = [&](int round) { return Group(arguments, round); };
-  // A sequence whose coming nothing hides. Returns whether its numbers are moderate, if that is known.
+  Progress* const now = gpu::shared_memory<Progress>();
+  const auto group_of = [&](int round) { return Group(arguments, int(gpu::keep(uint32_t(round)))); };
+  const auto exists = [&](int round) { return Group::task_of(int(gpu::keep(uint32_t(round)))) < arguments.tasks; };
+  const auto find_rows = [&](int round) {
+    if (exists(round)) group_of(round).find_rows();
+  };
   const auto begin = [&](int round) {
     const Group group = group_of(round);
     const B backward(arguments, group);
     backward.start();
     gpu::cp_async_wait<0>();
     __syncthreads();
-    if (arguments.whole_rows) return true;
+    if (arguments.whole_rows) return;
     backward.find_deltas(0);
-    return __syncthreads_and(backward.read_log_sums()) != 0;
+    const bool moderate = __syncthreads_and(backward.read_log_sums());
+    if (threadIdx.x == 0) now->folds = moderate;
+    __syncthreads();
   };
-  group_of(0).find_rows();
-  if (rounds > 1) group_of(1).find_rows();
+  if (threadIdx.x == 0) now->share = int(blockIdx.x);
   __syncthreads();
-  bool usual = begin(0), behind = false;  // dq of the last tile of the sequence before is to be summed
+  find_rows(0), find_rows(1);
+  __syncthreads();
+  begin(0);
+  bool behind = false;  // dq of the last tile of the sequence before is to be summed
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    const bool has_next = round + 1 < rounds;
+  for (int round = 0; exists(round); ++round) {
+    bool usual = behind || arguments.whole_rows || now->folds;
     if (arguments.whole_rows) {
       const Group group = group_of(round);
       usual = __syncthreads_and(B(arguments, group).refine_statistics());
     }
     if (!usual || !arguments.folds) {
+      find_rows(round + 2);
+      __syncthreads();
       if (threadIdx.x == 0) {
         const int task = Group::task_of(round);
-        Progress now{};
-        now.head = arguments.heads.remainder(task), now.group = arguments.heads.quotient(task), now.round = round;
-        *gpu::shared_memory<Progress>() = now;
+        now->head = arguments.heads.remainder(task), now->group = arguments.heads.quotient(task), now->round = round;
       }
-      if (round + 2 < rounds) group_of(round + 2).find_rows();
       __syncthreads();
       scan_rows<B, Group>(arguments);
       run_exactly<B, Group>(arguments);
       __syncthreads();
-      if (has_next) usual = begin(round + 1);
+      if (exists(round + 1)) begin(round + 1);
+      behind = false;
       continue;
     }
     typename B::Sums sums;
+    typename B::Values values;
     sums.reset();
+    {
+      const Group group = group_of(round);
+      B(arguments, group).load_values(values);
+    }
 #pragma unroll 1
-    for (int tile = 0;; ++tile) {
-      const int warp = thread_of_block() / 32;
-      if (tile < tiles) {
-        const int ahead = tile + min(2, tiles);
-        if (warp == plan.warps - 1 && (ahead < tiles || has_next)) {
-          const Group group = group_of(ahead < tiles ? round : round + 1);
-          B(arguments, group).copy_tile((ahead < tiles ? ahead : ahead - tiles) * B::kQueries);
+    for (int query = 0;; query += B::kQueries) {
+      const int left = arguments.keys - query, warp = thread_of_block() / 32;
+      if (left > 0) {
+        if (warp == plan.warps - 1) {
+          // The tile behind the next one; of a single tile, the next one.
+          const int ahead = query + (arguments.keys > B::kQueries ? 2 * B::kQueries : B::kQueries);
+          if (ahead < arguments.keys) {
+            const Group group = group_of(round);
+            B(arguments, group).copy_tile(ahead);
+          } else if (exists(round + 1)) {
+            const Group group = group_of(round + 1);
+            B(arguments, group).copy_tile(ahead - arguments.slots);
+          }
         }
-        const int first = min(1, tiles - 1);  // the tile before needs the keys that were there
-        if (warp == plan.key_warp && has_next && tile >= first) {
+        // The first tile still needs the keys that were there, if there is another one.
+        const int first = min(B::kQueries, arguments.slots - B::kQueries);
+        if (warp == plan.key_warp && query >= first && exists(round + 1)) {
           const Group group = group_of(round + 1);
           const B backward(arguments, group);
 #pragma unroll 1
-          for (int n = tile == first ? 0 : tile; n <= tile; ++n) backward.copy_keys(32 * n);
-          if (tile == first) backward.copy_log_sums();
+          for (int n = query == first ? 0 : query; n <= query; n += 32) backward.copy_keys(n);
+          if (query == first) backward.copy_log_sums();
         }
         gpu::cp_async_commit();
         const Group group = group_of(round);
         const B backward(arguments, group);
-        backward.meet(sums, backward.warp_count(0, backward.warp), tile * B::kQueries);
+        backward.meet(sums, values, backward.warp_count(0, backward.warp), query);
       }
-      if (tile > 0 || behind) {
-        const Group group = group_of(tile > 0 ? round : round - 1);
-        B(arguments, group).sum_parts((tile > 0 ? tile - 1 : tiles - 1) * B::kQueries);
+      if (query > 0 || behind) {
+        const Group group = group_of(query > 0 ? round : round - 1);
+        B(arguments, group).sum_parts((query > 0 ? query : arguments.slots) - B::kQueries);
       }
-      const bool is_last = tile == tiles - 1;
-      if (!arguments.whole_rows && (is_last ? has_next : tile < tiles)) {
-        const Group group = group_of(is_last ? round + 1 : round);
-        B(arguments, group).find_deltas(is_last ? 0 : (tile + 1) * B::kQueries);
+      if (!arguments.whole_rows && left > 0) {
+        const bool more = left > B::kQueries;
+        if (more || exists(round + 1)) {
+          const Group group = group_of(more ? round : round + 1);
+          B(arguments, group).find_deltas(more ? query + B::kQueries : 0);
+        }
       }
-      if (!is_last) {
+      if (left <= 0 || left > B::kQueries) {
         gpu::cp_async_wait<0>();
         __syncthreads();
-        if (tile < tiles) continue;
+        if (left > 0) continue;
         behind = false;
         break;
       }
       bool moderate = true;
-      if (has_next && !arguments.whole_rows) {
+      if (!arguments.whole_rows && exists(round + 1)) {
         const Group group = group_of(round + 1);
         moderate = B(arguments, group).read_log_sums();
       }
-      if (round + 2 < rounds) group_of(round + 2).find_rows();
+      find_rows(round + 2);
       {
         const Group group = group_of(round);
         const B backward(arguments, group);
         if (backward.warp_count(0, backward.warp) > 0) backward.stage_keys(sums, 0);
       }
       gpu::cp_async_wait<0>();
-      usual = __syncthreads_and(moderate);
-      behind = usual && has_next && !arguments.whole_rows;
+      moderate = __syncthreads_and(moderate);
+      behind = moderate && !arguments.whole_rows && exists(round + 1);
       if (behind) break;
+      if (threadIdx.x == 0) now->folds = moderate;
     }
   }
 }
