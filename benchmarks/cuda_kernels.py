@@ -22,6 +22,22 @@ Rounds = Callable[[frozenset[int]], float]
 
 
 @dataclass(frozen=True)
+class Part:
+    """What stands in a main loop between two barriers and is for the same warps, on average over all warps.
+
+    ``kind`` says for which: "products" with a warp's keys, "jobs" (products that are shared out otherwise), "copies",
+    "sums" of rows over neighbouring lanes, "last" for what is behind a vote, "all" for the rest.
+    """
+
+    phase: int  # what is behind the last barrier is before the first one
+    kind: str
+    instructions: float
+    flops: float
+    exponentials: float
+    shared_bytes: float
+
+
+@dataclass(frozen=True)
 class MainLoop:
     """The main loop of a kernel: instructions of one lane in one round, on its longest way."""
 
@@ -33,6 +49,7 @@ class MainLoop:
     tiles: int  # reads of matrices that are not transposed: in a forward pass, one for 8 keys of 32 elements
     bytes: float  # of global memory, of a lane
     shared_bytes: float
+    parts: tuple[Part, ...]
 
 
 class CudaProgram:
@@ -48,6 +65,7 @@ class CudaProgram:
         self.instructions = program.instructions
         self.backward = backward
         self._apart: dict[int, list[set[int]]] = {}
+        self._kind_of: dict[frozenset[int], str] = {}
 
     @cached_property
     def _body(self) -> networkx.DiGraph:
@@ -111,14 +129,14 @@ class CudaProgram:
         return self.backward and not any(map(self._products, within))
 
     def main_loop(
-        self, rounds: Rounds, *, masked: bool = False, shares: tuple[float, float] = (1.0, 1.0)
+        self, rounds: Rounds, *, masked: bool = False, shares: Mapping[str, float] | None = None
     ) -> MainLoop | None:
         """Give the loop over scores; None for a kernel without.
 
         Args:
             rounds: how often loops within it run.
             masked: the one for windows at a border, which looks at regions too.
-            shares: how often a warp comes to copies, and to products, where a branch leads to these.
+            shares: how often a warp comes to what a branch leads to, by kind (see :class:`Part`).
         """
         if not self.main_loops:
             return None
@@ -128,19 +146,52 @@ class CudaProgram:
         usual = body & self._without_unaligned()
         if self._of_windows:
             usual &= self._between(self._forward)
-        times = dict.fromkeys(self._apart_with(self._products) - self._within(body) if shares[1] < 1 else (), shares[1])
-        times |= dict.fromkeys(self._apart_with(self._copies) if shares[0] < 1 else (), shares[0])
+        kinds = self._kinds(body) if shares else {}
+        times = {index: (shares or {}).get(kind, 1.0) for index, kind in kinds.items()}
         way = self._longest(usual - self.rare - self._other_way(body, masked), body, rounds, times)
         hot = sum(times for _, times in way)
         return MainLoop(
             body,
             hot,
             hot + len(own & self.rare),
-            sum(times * exponentials([instruction]) for instruction, times in way),
-            sum(times * instruction.matrix_flops for instruction, times in way),
+            sum(times * exponentials([self.instructions[index]]) for index, times in way),
+            sum(times * self.instructions[index].matrix_flops for index, times in way),
             sum(i.name == "LDSM" and "MT88" not in i.opcode for i in (self.instructions[index] for index in own)),
-            sum(times * (instruction.width or 0) for instruction, times in way),
-            sum(times * instruction.shared_bytes for instruction, times in way),
+            sum(times * (self.instructions[index].width or 0) for index, times in way),
+            sum(times * self.instructions[index].shared_bytes for index, times in way),
+            self._parts(way, kinds),
+        )
+
+    def _kinds(self, body: frozenset[int]) -> dict[int, str]:
+        """Tell what some warps alone come to in a main loop, or all warps but not always."""
+        jobs = frozenset().union(*(loop for loop in self.loops if loop < body and self.kind(loop) == "jobs"))
+        own, products = body - self._within(body), set[int]()
+        for index in own:
+            for way in self._ways_apart(index):
+                if self._products(way & own) and not self._products(way & jobs):
+                    products |= way & body
+        kinds = dict.fromkeys(products, "products")
+        kinds |= dict.fromkeys(self._apart_with(self._votes) & body, "last")
+        kinds |= dict.fromkeys(self._apart_with(self._copies), "copies")
+        kinds |= dict.fromkeys(self._apart_with(self._shuffles), "sums")
+        return kinds | dict.fromkeys(jobs, "jobs")
+
+    def _parts(self, way: list[tuple[int, float]], kinds: Mapping[int, str]) -> tuple[Part, ...]:
+        barriers = sum(self.instructions[index].name == "BAR" for index, _ in way)
+        passed, of = 0, dict[tuple[int, str], list[tuple[Instruction, float]]]()
+        for index, times in way:
+            instruction = self.instructions[index]
+            passed += instruction.name == "BAR"
+            of.setdefault((passed % max(1, barriers), kinds.get(index, "all")), []).append((instruction, times))
+        return tuple(
+            Part(
+                *where,
+                sum(times for _, times in part),
+                sum(times * instruction.matrix_flops for instruction, times in part),
+                sum(times * exponentials([instruction]) for instruction, times in part),
+                sum(times * instruction.shared_bytes for instruction, times in part),
+            )
+            for where, part in of.items()
         )
 
     def _other_way(self, body: frozenset[int], masked: bool) -> frozenset[int]:
@@ -238,6 +289,11 @@ class CudaProgram:
             shared memory; "table" of the bias; "statistics" if such a loop is within "group"; "sums" that are written;
             "records" that others are made of; "rows" of tokens; "inner" for a loop within one of these.
         """
+        if body not in self._kind_of:
+            self._kind_of[body] = self._find_kind(body)
+        return self._kind_of[body]
+
+    def _find_kind(self, body: frozenset[int]) -> str:
         around = self._around(body)
         with_products = [other for other in around if self._products(other)]
         names = {self.instructions[index].name for index in body}
@@ -289,6 +345,16 @@ class CudaProgram:
         copies = [load for load in loads if load.name == "LDGSTS" and load.width == 16]
         return len(copies or loads)
 
+    def narrow_copies(self, body: frozenset[int]) -> bool:
+        """Tell whether a loop copies fewer than 16 bytes at a time alone."""
+        return self._copies(body) > 0 and all(
+            self.instructions[index].width != 16 for index in body if self.instructions[index].name == "LDGSTS"
+        )
+
+    def shuffles(self, body: frozenset[int]) -> bool:
+        """Tell whether lanes hand numbers to others in a loop."""
+        return self._shuffles(body) > 0
+
     def way(self, rounds: Rounds, border: float = 1.0) -> list[tuple[Instruction, float]]:
         """Give the instructions of the longest way outside of the products, each with how often it is executed.
 
@@ -301,7 +367,7 @@ class CudaProgram:
         for nodes, share in ((set(graph), border), (set(graph) - self._of_borders, 1 - border)):
             if share > 0:
                 way = self._longest(nodes, frozenset(self.program.flow), rounds, dict.fromkeys(between, 0.0))
-                found += [(instruction, share * times) for instruction, times in way]
+                found += [(self.instructions[index], share * times) for index, times in way]
         return found
 
     def _apart_with(self, count: Callable[[Iterable[int]], int]) -> frozenset[int]:
@@ -316,6 +382,13 @@ class CudaProgram:
 
     def _copies(self, body: Iterable[int]) -> int:
         return sum(self.instructions[index].name == "LDGSTS" for index in body if index != self._end)
+
+    def _shuffles(self, body: Iterable[int]) -> int:
+        return sum(self.instructions[index].name == "SHFL" for index in body if index != self._end)
+
+    def _votes(self, body: Iterable[int]) -> int:
+        """Count barriers that tell what all threads say."""
+        return sum(self.instructions[index].opcode.startswith("BAR.RED") for index in body if index != self._end)
 
     @cached_property
     def _of_borders(self) -> frozenset[int]:
@@ -351,7 +424,7 @@ class CudaProgram:
         body: frozenset[int],
         rounds: Rounds,
         shares: Mapping[int, float],
-    ) -> list[tuple[Instruction, float]]:
+    ) -> list[tuple[int, float]]:
         """Give the longest way through a loop or all of the kernel, where loops within run so many rounds."""
         graph = self._forward.subgraph(nodes).copy()
         times = {index: shares.get(index, 1.0) for index in graph}
@@ -363,7 +436,7 @@ class CudaProgram:
         for tail, head in graph.edges:
             graph.edges[tail, head]["times"] = times[head]
         longest = networkx.dag_longest_path(graph, weight="times")
-        return [(self.instructions[index], times[index]) for index in longest if index != self._end]
+        return [(index, times[index]) for index in longest if index != self._end]
 
 
 def _reached(neighbours: Callable[[int], Iterable[int]], starts: Iterable[int]) -> set[int]:

@@ -43,7 +43,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
   using Base = BackwardRows<T, kDim, Group, kKeys, kQueries>;
   using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
   using Base::at, Base::block_keys, Base::copy_queries, Base::count, Base::key, Base::keys_place, Base::pad,
-      Base::records, Base::scores, Base::slots, Base::stage_of, Base::table, Base::values_place, Base::warp_count;
+      Base::records, Base::records_place, Base::scores, Base::slots, Base::stage_of, Base::table, Base::values_place, Base::warp_count;
   using Base::kJobs, Base::kPieceJobs, Base::kSteps, Base::kTiles;
   using typename Base::Arguments;
   using typename Base::Layout;
@@ -90,7 +90,7 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     const uint32_t keys =
         start + keys_place() + thread / 32 * kKeys * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const int column = lane % 4 * 2;
-    const uint32_t record = start + plan.records + (first + column) * int(sizeof(QueryRecord));
+    const uint32_t record = start + records_place() + (first + column) * int(sizeof(QueryRecord));
     const int to = scores(first / kQueries) + Scores::place(thread / 32 * kKeys + lane / 4, 0) + lane % 4 * 4;
     [[maybe_unused]] constexpr int kUnrolled =
         kWay != Way::kExact && kDim == 32 ? kSteps : 1;  // as far as registers go
@@ -280,34 +280,40 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
     }
   }
 
-  // dK and dV of keys by way of their own rows in shared memory, which nobody needs any more: 16 bytes at a time. A
-  // token that other groups have too gets float32.
+  // dK and dV of keys, one after the other, by way of their rows of V in shared memory, which nobody needs any more: 16
+  // bytes at a time. A token that other groups have too gets float32.
   __device__ __forceinline__ void stage_keys(Sums& sums, int block) const {
     const int thread = thread_of_block(), lane = thread % 32, warp = thread / 32;
     const int key = block * block_keys() + warp * kKeys, count = warp_count(block, warp);
-    const auto own = [&](int which, int row, int piece) {
-      return (which ? values_place() : keys_place()) + warp * kKeys * Layout::kBytes + Layout::place(row, piece);
-    };
+    unsigned char* const rows = at(values_place() + warp * kKeys * Layout::kBytes);
+    const uint32_t to = gpu::shared_address(rows) + Layout::place(lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
-    for (int which = 0; which < 2; ++which)
+    for (int which = 0; which < 2; ++which) {
+      auto& sum = which ? sums.dv : sums.dk;
+      if (which == 0)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < kDim / 8; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[t][i][j] *= group.scale();
+      if (group.is_shared(key) && lane < 4) {
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i)
+          group.write_shared(which ? kDv : kDk, i * 8 + lane * 2, sum[0][i][0], sum[0][i][1]);
+      }
+      __syncwarp();
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int i = 0; i < kDim / 8; ++i) {
-            const float scale = which ? 1.0f : group.scale();
-            const float* from = &(which ? sums.dv : sums.dk)[t][i][2 * half];
-            const float x = from[0] * scale, y = from[1] * scale;
-            if (t == 0 && half == 0 && lane < 4 && group.is_shared(key))
-              group.write_shared(which ? kDv : kDk, i * 8 + lane * 2, x, y);
-            const int place = own(which, 16 * t + lane / 4 + 8 * half, i) + lane % 4 * 4;
-            *reinterpret_cast<uint32_t*>(at(place)) = gpu::pack<T>(x, y);
-          }
-    __syncwarp();
-#pragma unroll 1
-    for (int which = 0; which < 2; ++which)
-      group.template write_rows<kDim, Layout::kPieces>(which ? kDv : kDk, key, count, 0, at(own(which, 0, 0)), lane);
+          for (int i = 0; i < kDim / 8; ++i)
+            gpu::store_shared((to ^ 16 * i) + (16 * t + 8 * half) * Layout::kBytes,
+                              gpu::pack<T>(sum[t][i][2 * half], sum[t][i][2 * half + 1]));
+      __syncwarp();
+      group.template write_rows<kDim, Layout::kPieces>(which ? kDv : kDk, key, count, 0, rows, lane);
+    }
   }
 
   // Writes dK and dV of keys; those of padding are added to the sums of the warp.

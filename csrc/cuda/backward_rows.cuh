@@ -82,15 +82,20 @@ struct BackwardRows {
     return at(plan.queries + (2 * stage + which) * kQueries * Layout::kBytes);
   }
   __device__ __forceinline__ int scores(int tile) const {
-    return plan.scores + (plan.score_tiles == 2 && tile % 2 ? plan.rows * Scores::kBytes : 0);
+    return plan.scores + (plan.score_tiles == 2 && (tile + group.turn()) % 2 ? plan.rows * Scores::kBytes : 0);
   }
   // Where keys and values lie: there may be two halves, of which a group has one.
   __device__ __forceinline__ int keys_place() const { return kKeysPlace + group.half(); }
   __device__ __forceinline__ int values_place() const { return plan.values + group.half(); }
-  // Which of two stages has a tile of queries.
-  __device__ __forceinline__ int stage_of(int query) const { return (query / kQueries + group.first_stage()) % 2; }
+  __device__ __forceinline__ int records_place() const { return plan.records + group.records(); }
+  // Which of the stages has a tile of queries.
+  __device__ __forceinline__ int stage_of(int query) const {
+    return (query / kQueries + group.turn()) % Group::kStages;
+  }
   __device__ __forceinline__ int slots() const { return arguments.slots; }
-  __device__ __forceinline__ QueryRecord* records() const { return reinterpret_cast<QueryRecord*>(at(plan.records)); }
+  __device__ __forceinline__ QueryRecord* records() const {
+    return reinterpret_cast<QueryRecord*>(at(records_place()));
+  }
   __device__ __forceinline__ float* table(int warp) const {
     float* tables = plan.table_is_shared ? reinterpret_cast<float*>(at(plan.table_sums)) : arguments.block_tables();
     return tables + warp * plan.table_floats;

@@ -183,9 +183,9 @@ struct BackwardPlan {
   int values, queries, scores, records, buffers, table_sums, pad_sums, tokens;
   int64_t shared_bytes;  // of a block; more than the limit if there is no way
   // Sequences: whether a block walks over several of them, and what only that needs (sequence_backward.cuh).
-  bool walks;
-  int half, contexts, log_sums;  // bytes of all keys and values of one; places
-  int job_warps[2];              // who makes which half of dq
+  bool walks, helps;                      // the last warp has no keys
+  int half, contexts, log_sums, staging;  // bytes of all keys and values of one; places
+  int key_warp, job_warps[2];             // who copies the next keys; who makes which half of dq
 };
 
 constexpr int kBasesPlace = 32, kKeysPlace = 128;  // in shared memory; Progress comes first
@@ -387,33 +387,38 @@ constexpr ForwardPlan plan_sequence_forward(int64_t keys, int64_t head_dim, int6
 }
 
 // Shares the parts of dq among warps so that the partitions of a multiprocessor, which have their warps in turn, have
-// about the same to do. In halves of a product with 16 keys, a warp does eight with each 16 of its own.
+// about the same to do, and then these. In halves of a product with 16 keys, a warp does eight with each 16 of its own.
 constexpr void share_jobs(BackwardPlan& plan, int64_t keys) {
-  int64_t load[4] = {};
+  int64_t own[kMaxBackwardWarps] = {}, load[4] = {};
   for (int warp = 0; warp < plan.warps; ++warp) {
-    const int64_t own = keys - warp * plan.warp_keys;
-    load[warp % 4] += 8 * ceil_div(own < plan.warp_keys ? own : plan.warp_keys, 16);
+    const int64_t left = keys - warp * plan.warp_keys;
+    own[warp] = left > 0 ? 8 * ceil_div(left < plan.warp_keys ? left : plan.warp_keys, 16) : 0;
+    load[warp % 4] += own[warp];
   }
-  for (int& warp : plan.job_warps) {
-    warp = 0;
-    for (int other = 1; other < plan.warps && other < 4; ++other)
-      if (load[other] < load[warp]) warp = other;
-    load[warp] += ceil_div(keys, 16);
+  for (int& job : plan.job_warps) {
+    job = 0;
+    for (int warp = 1; warp < plan.warps; ++warp)
+      if (load[warp % 4] < load[job % 4] || (load[warp % 4] == load[job % 4] && own[warp] < own[job])) job = warp;
+    load[job % 4] += ceil_div(keys, 16), own[job] += ceil_div(keys, 16);
   }
 }
 
-// Keys and values of two sequences, one behind the other.
+// Keys and values of two sequences, one behind the other; three tiles of queries, two of the context. A warp without
+// keys helps the others, unless fewer blocks have room then.
 constexpr BackwardPlan plan_sequence_walk(int64_t keys, int64_t head_dim) {
   BackwardPlan plan{};
-  plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32, plan.blocks = plan.score_tiles = 1;
-  plan.warps = static_cast<int>(ceil_div(keys, 32)), plan.threads = 32 * plan.warps;
-  plan.rows = plan.block_keys = 32 * plan.warps, plan.walks = true;
+  plan.dim = head_dim <= 32 ? 32 : 64, plan.warp_keys = plan.query_tile = 32, plan.blocks = 1, plan.score_tiles = 2;
+  const int owners = static_cast<int>(ceil_div(keys, 32)), most = most_warps(plan.dim);
+  plan.helps = most / (owners + 1) == most / owners;
+  plan.warps = owners + plan.helps, plan.threads = 32 * plan.warps;
+  plan.rows = plan.block_keys = 32 * owners, plan.walks = true;
+  plan.key_warp = plan.helps || owners == 1 ? plan.warps - 1 : plan.warps - 2;
   const int row = 2 * plan.dim, keys_bytes = plan.rows * row, tile = plan.query_tile * row;
   plan.half = 2 * keys_bytes, plan.values = kKeysPlace + keys_bytes;
-  plan.queries = kKeysPlace + 2 * plan.half, plan.contexts = plan.queries + 4 * tile;
-  plan.scores = plan.contexts + (keys > kWholeRowTokens ? 2 * tile : 0), plan.records = plan.scores + plan.rows * 64;
-  plan.log_sums = plan.records + 16 * plan.rows, plan.tokens = plan.log_sums + 2 * 4 * plan.rows;
-  plan.shared_bytes = plan.tokens + 2 * kSequenceBytes;
+  plan.queries = kKeysPlace + 2 * plan.half, plan.contexts = plan.queries + 6 * tile;
+  plan.scores = plan.contexts + (keys > kWholeRowTokens ? 2 * tile : 0), plan.records = plan.scores + plan.rows * 128;
+  plan.log_sums = plan.records + 2 * 16 * plan.rows, plan.staging = plan.log_sums + 2 * 4 * plan.rows;
+  plan.tokens = plan.staging + tile, plan.shared_bytes = plan.tokens + 3 * kSequenceBytes;
   share_jobs(plan, keys);
   return plan;
 }
@@ -421,8 +426,9 @@ constexpr BackwardPlan plan_sequence_walk(int64_t keys, int64_t head_dim) {
 constexpr BackwardPlan plan_sequence_backward(int64_t keys, int64_t head_dim, int64_t limit) {
   BackwardShape s{};
   s.window[0] = s.window[1] = 1, s.window[2] = keys, s.head_dim = head_dim, s.is_sequence = true;
-  BackwardPlan plan = plan_sequence_walk(keys, head_dim);
-  if (plan.warps <= most_warps(plan.dim) && plan.shared_bytes <= limit) return plan;
+  BackwardPlan plan{};
+  if (keys <= 32 * most_warps(head_dim <= 32 ? 32 : 64)) plan = plan_sequence_walk(keys, head_dim);
+  if (plan.walks && plan.shared_bytes <= limit) return plan;
   plan = {};
   plan.dim = 64, plan.warp_keys = plan.query_tile = 32;  // rare with fewer elements
   plan.score_tiles = 1;

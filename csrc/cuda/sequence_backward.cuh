@@ -1,68 +1,113 @@
-// The backward pass of sequences whose keys come at once: a block of threads walks over sequences of any head. While it
-// is at one, the keys and values of the next come into the other half of their shared memory, rows by rows with the
-// queries, so that it waits for them once.
-//
-// Delta is found tile by tile, from rows of the context that come with the queries.
+// The backward pass of sequences whose keys come at once: a block of threads walks over sequences of any head, tile by
+// tile of queries, without a break between sequences. While one tile meets the keys, dq of the tile before is summed,
+// delta of the tile behind is found, and the tile behind that one is on its way, and with it keys and values of the next
+// sequence. So there is one barrier a tile, and all warps have something to do in between.
 #pragma once
 #include "backward.cuh"
 #include "sequences.cuh"
 
 namespace vidattn::cuda {
 
-// A sequence of the backward pass: the one that Progress names, or another one in its round of the block.
+// The one sequence of a block.
 class SequenceGradientGroup : public SequenceGroup {
  public:
+  static constexpr int kStages = 2;
   __device__ __forceinline__ SequenceGradientGroup(const SequenceArguments& arguments, int head, int group)
-      : SequenceGradientGroup(arguments, head, group, gpu::shared_memory<Progress>()->round) {}
-  __device__ __forceinline__ SequenceGradientGroup(const SequenceArguments& arguments, int head, int group, int round)
-      : SequenceGroup(arguments, head, group, arguments.bases + round % 2 * int(kSequenceBytes)), round_(round) {}
+      : SequenceGroup(arguments, head, group, arguments.bases) {}
+  static constexpr __device__ int half() { return 0; }
+  static constexpr __device__ int records() { return 0; }
+  static constexpr __device__ int turn() { return 0; }
+};
 
-  // How far from the place of keys and values those of this round lie.
+// A sequence of a block that walks: that of a round, or the one that Progress names. A block's tasks, each a sequence
+// and head, lie a grid apart; the share of Progress is the first.
+class WalkingGroup : public SequenceGroup {
+ public:
+  static constexpr int kStages = 3;
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int round)
+      : WalkingGroup(arguments, arguments.heads.remainder(task_of(round)), arguments.heads.quotient(task_of(round)),
+                     round) {}
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int head, int group)
+      : WalkingGroup(arguments, head, group, gpu::shared_memory<Progress>()->round) {}
+
+  static __device__ __forceinline__ int task_of(int round) {
+    return gpu::shared_memory<Progress>()->share + round * int(gridDim.x);
+  }
+  // Two sequences have keys and values, and records, at a time.
   __device__ __forceinline__ int half() const { return round_ % 2 * a_.backward.half; }
+  __device__ __forceinline__ int records() const { return round_ % 2 * a_.slots * int(sizeof(QueryRecord)); }
+  __device__ __forceinline__ float* log_sums_place() const {
+    return reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + a_.backward.log_sums) +
+           round_ % 2 * a_.slots;
+  }
   // Tiles of queries take turns, without a break between rounds.
-  __device__ __forceinline__ int first_stage() const { return round_ * ((keys() + 31) / 32) % 2; }
+  __device__ __forceinline__ int turn() const { return round_ * ((keys() + 31) / 32); }
 
  private:
+  __device__ __forceinline__ WalkingGroup(const SequenceArguments& arguments, int head, int group, int round)
+      : SequenceGroup(arguments, head, group, arguments.bases + round % 3 * int(kSequenceBytes)), round_(round) {}
+
   int round_;
 };
 
 template <class T, int kDim>
-struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
-  using Base = Backward<T, kDim, SequenceGradientGroup, 32, 32>;
+struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
+  using Base = Backward<T, kDim, WalkingGroup, 32, 32>;
   using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
-  using Base::at, Base::key, Base::queries, Base::records, Base::slots, Base::stage_of, Base::warp_count;
+  using Base::at, Base::queries, Base::records, Base::slots, Base::stage_of, Base::warp_count;
   using typename Base::Layout, typename Base::Sums;
   static constexpr int kQueries = 32;
 
   using Base::Base;
 
   __device__ __forceinline__ unsigned char* contexts(int query) const {
-    return at(plan.contexts + stage_of(query) * kQueries * Layout::kBytes);
-  }
-  __device__ __forceinline__ float* log_sums() const {
-    return reinterpret_cast<float*>(at(plan.log_sums)) + (group.half() ? slots() : 0);
+    return at(plan.contexts + (query / kQueries + group.turn()) % 2 * kQueries * Layout::kBytes);
   }
 
-  // ---- Copies ----
+  // ---- Copies, each by one warp ----
 
-  // By so many threads, of which this is one.
-  __device__ __forceinline__ void copy_tile(int query, int thread, int threads) const {
-    const int count = group.keys() - query, stage = stage_of(query);
-    copy_rows<kDim>(group, kQ, kDout, query, count, kQueries, queries(stage, 0), queries(stage, 1), thread, threads);
-    if (!arguments.whole_rows) copy_rows<kDim>(group, kOut, query, count, kQueries, contexts(query), thread, threads);
+  // 32 rows of a tensor, zeros behind the last token.
+  __device__ __forceinline__ void copy_rows(Slot slot, int first, unsigned char* to) const {
+    const int lane = thread_of_block() % 32;
+    if (!group.is_plain(slot)) {
+      cuda::copy_rows<kDim>(group, slot, first, group.keys() - first, kQueries, to, lane, 32);
+      return;
+    }
+    constexpr int kStep = 32 / Layout::kPieces;  // rows at a time: 8, or 4, which are every other time in other places
+    const auto piece = group.piece(slot, lane % Layout::kPieces);
+    const int token = first + lane / Layout::kPieces;
+    const uint32_t place = gpu::shared_address(to) + Layout::place(lane / Layout::kPieces, lane % Layout::kPieces);
+    const char* from = piece.rows.first + uint64_t(uint32_t(token)) * piece.rows.stride;
+#pragma unroll
+    for (int row = 0; row < kQueries; row += kStep) {
+      const bool apart = row == 0 && token < piece.rows.apart;
+      gpu::cp_async_16((place ^ row % 8 * 16) + row * Layout::kBytes, apart ? piece.rows.cls : from,
+                       piece.valid && token + row < group.keys());
+      from += uint64_t(kStep) * piece.rows.stride;
+    }
   }
-  // Some keys and values, zeros behind the last one, and the log-sum-exp of as many queries.
-  __device__ __forceinline__ void copy_keys(int first, int rows, int thread, int threads) const {
-    unsigned char *k = at(this->keys_place() + first * Layout::kBytes),
-                  *v = at(this->values_place() + first * Layout::kBytes);
-    copy_rows<kDim>(group, kK, kV, first, group.keys() - first, rows, k, v, thread, threads);
-    for (int n = first + thread; n < min(first + rows, group.keys()); n += threads)
-      gpu::cp_async_4(gpu::shared_address(log_sums() + n), group.lse(n), true);
+  // A tile of queries, and what else has its rows.
+  __device__ __forceinline__ void copy_tile(int query) const {
+    const int stage = stage_of(query);
+    copy_rows(kQ, query, queries(stage, 0)), copy_rows(kDout, query, queries(stage, 1));
+    if (!arguments.whole_rows) copy_rows(kOut, query, contexts(query));
   }
-  // All that a sequence begins with.
+  // As many keys and values.
+  __device__ __forceinline__ void copy_keys(int first) const {
+    copy_rows(kK, first, at(this->keys_place() + first * Layout::kBytes));
+    copy_rows(kV, first, at(this->values_place() + first * Layout::kBytes));
+  }
+  __device__ __forceinline__ void copy_log_sums() const {
+    for (int n = thread_of_block() % 32; n < group.keys(); n += 32)
+      gpu::cp_async_4(gpu::shared_address(group.log_sums_place() + n), group.lse(n), true);
+  }
+  // All that a sequence begins with, by all warps.
   __device__ __forceinline__ void start() const {
-    copy_keys(0, plan.rows, thread_of_block(), int(blockDim.x));
-    copy_tile(0, thread_of_block(), int(blockDim.x));
+    for (int first = 32 * warp; first < plan.rows; first += 32 * plan.warps) copy_keys(first);
+    if (warp == plan.warps - 1) {
+      copy_log_sums();
+      for (int query = 0; query < min(group.keys(), 2 * kQueries); query += kQueries) copy_tile(query);
+    }
     gpu::cp_async_commit();
   }
 
@@ -72,7 +117,7 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
   __device__ __forceinline__ bool read_log_sums() const {
     bool moderate = true;
     for (int n = thread_of_block(); n < slots(); n += blockDim.x) {
-      const float log_sum = n < group.keys() ? log_sums()[n] * kLog2e : plus_infinity();
+      const float log_sum = n < group.keys() ? group.log_sums_place()[n] * kLog2e : plus_infinity();
       moderate &= n >= group.keys() || fabsf(log_sum) <= kLargestLogSum;
       records()[n].log_sum = log_sum;
     }
@@ -99,39 +144,57 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
     return fmaf(a.x, b.x, a.y * b.y);
   }
 
+  // A warp's values as operands, where registers have room for them.
+  struct Values {
+    uint32_t a[kDim == 64 ? kDim / 16 : 1][2][4];  // (16 elements, 16 keys)
+  };
+  __device__ __forceinline__ void load_values(Values& v) const {
+    if constexpr (kDim == 64) {
+      const int thread = thread_of_block(), lane = thread % 32;
+      const uint32_t rows = gpu::shared_address(at(this->values_place())) +
+                            min(thread / 32, plan.rows / 32 - 1) * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+#pragma unroll
+      for (int part = 0; part < kDim / 16; ++part)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) gpu::ldmatrix(v.a[part][t], (rows ^ 32 * part) + 16 * t * Layout::kBytes);
+    }
+  }
+
   // A tile of queries meets the keys of this warp, of which there are `count`.
-  __device__ __forceinline__ void meet(Sums& sums, int count, int query) const {
+  __device__ __forceinline__ void meet(Sums& sums, const Values& v, int count, int query) const {
     // With 64 elements, rows of keys that are read serve a whole tile.
     const bool whole = kDim == 64 && query + 16 < group.keys();
     const uint32_t biases[Base::kTiles][2] = {};
     if (count > 16) {
       if (count == 32)
-        whole ? meet_tile<Way::kPlain, 2>(sums, count, query)
+        whole ? meet_tile<Way::kPlain, 2>(sums, v, count, query)
               : Base::template meet_queries<Way::kPlain>(sums, 0, biases, 0, count, query);
       else
-        whole ? meet_tile<Way::kMasked, 2>(sums, count, query)
+        whole ? meet_tile<Way::kMasked, 2>(sums, v, count, query)
               : Base::template meet_queries<Way::kMasked>(sums, 0, biases, 0, count, query);
     } else if (count > 0) {
-      whole ? meet_tile<Way::kMasked, 1>(sums, count, query)
+      whole ? meet_tile<Way::kMasked, 1>(sums, v, count, query)
             : Base::template meet_queries<Way::kMasked, 1>(sums, 0, biases, 0, count, query);
     }
   }
 
   // What meet_queries does, for 32 queries at a time.
   template <Way kWay, int kUsed>
-  __device__ __forceinline__ void meet_tile(Sums& sums, int count, int query) const {
+  __device__ __forceinline__ void meet_tile(Sums& sums, const Values& v, int count, int query) const {
     constexpr int kArea = kQueries * Layout::kBytes;
     const int thread = thread_of_block(), lane = thread % 32;
     const uint32_t start = gpu::shared_address(at(0)), tile = start + plan.queries + 2 * stage_of(query) * kArea;
     const uint32_t keys =
         start + this->keys_place() + thread / 32 * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
     const uint32_t eights = tile + Layout::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const uint32_t record = start + plan.records + (query + lane % 4 * 2) * int(sizeof(QueryRecord));
+    const uint32_t record = start + this->records_place() + (query + lane % 4 * 2) * int(sizeof(QueryRecord));
     const auto of_query = [&](int eight, int i, int field) {
       return gpu::load_shared<float>(record + (8 * eight + i) * int(sizeof(QueryRecord)) + field);
     };
-    float p[4][kUsed][4], ds[4][kUsed][4];  // (16 keys, 8 queries)
-    multiply_tile(p, keys, eights);
+    float p[4][kUsed][4];  // (16 keys, 8 queries)
+    multiply_tile(p, eights, [&](uint32_t (&a)[4], int part, int t) {
+      gpu::ldmatrix(a, (keys ^ 32 * part) + 16 * t * Layout::kBytes);
+    });
 #pragma unroll
     for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -146,25 +209,34 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
             if (kWay != Way::kPlain && 16 * t + lane / 4 + 8 * half >= count) x = 0.0f;  // no key
           }
       }
-    multiply_tile(ds, keys + (plan.values - kKeysPlace), eights + kArea);
     uint32_t p_packed[2][kUsed][4], ds_packed[2][kUsed][4];
-    const int to = plan.scores + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
+    const int to = this->scores(query / kQueries) + Base::Scores::place(thread / 32 * 32 + lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float minus_delta[2];
+    for (int step = 0; step < 2; ++step) {
+      float ds[2][kUsed][4];
+      multiply_tile(ds, eights + kArea + 16 * step * Layout::kBytes, [&](uint32_t (&a)[4], int part, int t) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) minus_delta[i] = of_query(e, i, int(offsetof(QueryRecord, minus_delta)));
+        for (int i = 0; i < 4; ++i) a[i] = v.a[part][t][i];
+      });
 #pragma unroll
-      for (int t = 0; t < kUsed; ++t)
+      for (int e = 0; e < 2; ++e) {
+        float minus_delta[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float *weights = &p[e][t][2 * half], *products = &ds[e][t][2 * half];
-          p_packed[e / 2][t][e % 2 * 2 + half] = gpu::pack<T>(weights[0], weights[1]);
-          const uint32_t pair =
-              gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
-          ds_packed[e / 2][t][e % 2 * 2 + half] = pair;
-          *reinterpret_cast<uint32_t*>(at((to ^ 16 * e) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
-        }
+        for (int i = 0; i < 2; ++i)
+          minus_delta[i] = of_query(2 * step + e, i, int(offsetof(QueryRecord, minus_delta)));
+#pragma unroll
+        for (int t = 0; t < kUsed; ++t)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float *weights = &p[2 * step + e][t][2 * half], *products = &ds[e][t][2 * half];
+            p_packed[step][t][2 * e + half] = gpu::pack<T>(weights[0], weights[1]);
+            const uint32_t pair =
+                gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
+            ds_packed[step][t][2 * e + half] = pair;
+            *reinterpret_cast<uint32_t*>(
+                at((to ^ 16 * (2 * step + e)) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
+          }
+      }
     }
     const uint32_t rows = tile + Layout::place(lane % 16, lane / 16);
 #pragma unroll
@@ -185,25 +257,26 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
       }
   }
 
-  // The rows of keys times 32 rows of a tile of queries; the addresses are of this lane's part of the first two pieces
-  // of 16 rows of each.
-  template <int kUsed>
-  static __device__ __forceinline__ void multiply_tile(float (&c)[4][kUsed][4], uint32_t keys, uint32_t eights) {
+  // Rows of keys, of which load(a, part, t) gives those of an operand, times rows of a tile of queries; the address is
+  // of this lane's part of the first two pieces of 16 rows.
+  template <int kEights, int kUsed, class Load>
+  static __device__ __forceinline__ void multiply_tile(float (&c)[kEights][kUsed][4], uint32_t eights,
+                                                       const Load& load) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
+    for (int e = 0; e < kEights; ++e)
 #pragma unroll
       for (int t = 0; t < kUsed; ++t) c[e][t][0] = c[e][t][1] = c[e][t][2] = c[e][t][3] = 0.0f;
 #pragma unroll
     for (int part = 0; part < kDim / 16; ++part) {
-      uint32_t b[2][4];
+      uint32_t b[kEights / 2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) gpu::ldmatrix(b[i], (eights ^ 32 * part) + 16 * i * Layout::kBytes);
+      for (int i = 0; i < kEights / 2; ++i) gpu::ldmatrix(b[i], (eights ^ 32 * part) + 16 * i * Layout::kBytes);
 #pragma unroll
       for (int t = 0; t < kUsed; ++t) {
         uint32_t a[4];
-        gpu::ldmatrix(a, (keys ^ 32 * part) + 16 * t * Layout::kBytes);
+        load(a, part, t);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < kEights; ++e)
           gpu::mma_16x8x16<T>(c[e][t], a, b[e / 2][e % 2 * 2], b[e / 2][e % 2 * 2 + 1], c[e][t]);
       }
     }
@@ -220,124 +293,165 @@ struct SequenceBackward : Backward<T, kDim, SequenceGradientGroup, 32, 32> {
         sum_half<1>(query, half);
     }
   }
-  // Goes out by way of the rows of the queries in shared memory, which nobody needs any more: 16 bytes at a time.
+  // Goes out by way of shared memory, 16 bytes at a time.
   template <int kSixteens>
   __device__ __forceinline__ void sum_half(int query, int half) const {
     constexpr int kParts = 2 * Base::kPieceJobs;
     float sum[kSixteens][kParts][4];
     Base::sum_half(sum, group.keys(), query, 0, half);
     const int lane = thread_of_block() % 32;
-    unsigned char* const rows = queries(stage_of(query), 0);
+#pragma unroll
+    for (int s = 0; s < kSixteens; ++s)
+#pragma unroll
+      for (int j = 0; j < kParts; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[s][j][i] *= group.scale();
+    if (group.is_shared(query) && lane < 4) {
+#pragma unroll
+      for (int j = 0; j < kParts; ++j)
+        group.write_shared(kDq, (half * kParts + j) * 8 + lane * 2, sum[0][j][0], sum[0][j][1]);
+    }
+    __syncwarp();
+    unsigned char* const rows = at(plan.staging);
+    const uint32_t to = gpu::shared_address(rows) + Layout::place(lane / 4, half * kParts) + lane % 4 * 4;
 #pragma unroll
     for (int s = 0; s < kSixteens; ++s)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int j = 0; j < kParts; ++j) {
-          const float x = sum[s][j][2 * i] * group.scale(), y = sum[s][j][2 * i + 1] * group.scale();
-          if (s == 0 && i == 0 && lane < 4 && group.is_shared(query))
-            group.write_shared(kDq, (half * kParts + j) * 8 + lane * 2, x, y);
-          const int row = 16 * s + lane / 4 + 8 * i;
-          *reinterpret_cast<uint32_t*>(rows + Layout::place(row, half * kParts + j) + lane % 4 * 4) =
-              gpu::pack<T>(x, y);
-        }
+        for (int j = 0; j < kParts; ++j)
+          gpu::store_shared((to ^ 16 * j) + (16 * s + 8 * i) * Layout::kBytes,
+                            gpu::pack<T>(sum[s][j][2 * i], sum[s][j][2 * i + 1]));
     __syncwarp();
     group.template write_rows<kDim, kParts>(kDq, query, min(16 * kSixteens, group.keys() - query), half * kParts, rows,
                                             lane);
   }
 };
 
+// What a thread keeps from tile to tile is little, as sums and values take nearly all registers: groups are made anew
+// wherever they are asked for, and Progress says whether a sequence that nothing hid goes the usual way.
 template <class T, int kDim>
 __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arguments) {
-  using Group = SequenceGradientGroup;
+  using Group = WalkingGroup;
   using B = SequenceBackward<T, kDim>;
+  const BackwardPlan& plan = arguments.backward;
   Progress* const now = gpu::shared_memory<Progress>();
-  // A block's tasks, each a sequence and head, lie a grid apart. Here a task is a share.
-  const auto enter = [&](int task, int round) {
-    if (threadIdx.x != 0) return;
-    now->head = arguments.heads.remainder(task), now->group = arguments.heads.quotient(task);
-    now->share = task, now->round = round;
+  const auto group_of = [&](int round) { return Group(arguments, int(gpu::keep(uint32_t(round)))); };
+  const auto exists = [&](int round) { return Group::task_of(int(gpu::keep(uint32_t(round)))) < arguments.tasks; };
+  const auto find_rows = [&](int round) {
+    if (exists(round)) group_of(round).find_rows();
   };
-  const auto next_task = [&] { return now->share + int(gridDim.x); };
-  const auto has_next = [&] { return now->share < arguments.tasks - int(gridDim.x); };
-  const auto next_group = [&] {
-    const int task = next_task();
-    return Group(arguments, arguments.heads.remainder(task), arguments.heads.quotient(task), now->round + 1);
-  };
-  // Made anew wherever it is asked for: it would take registers in between.
-  const auto current = [&] { return Group(arguments, now->head, now->group); };
-  enter(int(blockIdx.x), 0);
-  __syncthreads();
-  {
-    const Group group = current();
-    group.find_rows();
-    __syncthreads();
-    B(arguments, group).start();
-  }
-#pragma unroll 1
-  for (;;) {
+  const auto begin = [&](int round) {
+    const Group group = group_of(round);
+    const B backward(arguments, group);
+    backward.start();
     gpu::cp_async_wait<0>();
     __syncthreads();
-    bool moderate;
-    {
-      const Group group = current();
-      const B backward(arguments, group);
-      if (arguments.whole_rows) {
-        moderate = backward.refine_statistics();
-      } else {
-        moderate = backward.read_log_sums();
-        backward.find_deltas(0);
-      }
-      if (has_next()) next_group().find_rows();
-    }
-    if (__syncthreads_and(moderate) && arguments.folds) {
-      typename B::Sums sums;
-      sums.reset();
+    if (arguments.whole_rows) return;
+    backward.find_deltas(0);
+    const bool moderate = __syncthreads_and(backward.read_log_sums());
+    if (threadIdx.x == 0) now->folds = moderate;
+    __syncthreads();
+  };
+  if (threadIdx.x == 0) now->share = int(blockIdx.x);
+  __syncthreads();
+  find_rows(0), find_rows(1);
+  __syncthreads();
+  begin(0);
+  bool behind = false;  // dq of the last tile of the sequence before is to be summed
 #pragma unroll 1
-      for (int query = 0; query < arguments.keys; query += B::kQueries) {
-        const bool is_last = query + B::kQueries >= arguments.keys;
-        const int warp = thread_of_block() / 32, lane = thread_of_block() % 32;
-        if (warp == arguments.backward.warps - 1 && (!is_last || has_next())) {
-          const Group group = is_last ? next_group() : current();
-          B(arguments, group).copy_tile(is_last ? 0 : query + B::kQueries, lane, 32);
-        }
-        if (warp == max(arguments.backward.warps - 2, 0) && has_next()) {
-          const Group next = next_group();
-          B(arguments, next).copy_keys(query, B::kQueries, lane, 32);
-        }
-        gpu::cp_async_commit();
-        {
-          const Group group = current();
-          const B backward(arguments, group);
-          backward.meet(sums, backward.warp_count(0, backward.warp), query);
-        }
-        gpu::cp_async_wait<0>();
-        __syncthreads();
-        {
-          const Group group = current();
-          const B backward(arguments, group);
-          backward.sum_parts(query);
-          if (!arguments.whole_rows && !is_last) backward.find_deltas(query + B::kQueries);
-        }
-        __syncthreads();
+  for (int round = 0; exists(round); ++round) {
+    bool usual = behind || arguments.whole_rows || now->folds;
+    if (arguments.whole_rows) {
+      const Group group = group_of(round);
+      usual = __syncthreads_and(B(arguments, group).refine_statistics());
+    }
+    if (!usual || !arguments.folds) {
+      find_rows(round + 2);
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int task = Group::task_of(round);
+        now->head = arguments.heads.remainder(task), now->group = arguments.heads.quotient(task), now->round = round;
       }
-      const Group group = current();
-      const B backward(arguments, group);
-      if (backward.warp_count(0, backward.warp) > 0) backward.stage_keys(sums, 0);
-    } else {
+      __syncthreads();
       scan_rows<B, Group>(arguments);
       run_exactly<B, Group>(arguments);
       __syncthreads();
-      if (has_next()) {
-        const Group next = next_group();
-        B(arguments, next).start();
-      }
+      if (exists(round + 1)) begin(round + 1);
+      behind = false;
+      continue;
     }
-    if (!has_next()) break;
-    const int task = next_task(), round = now->round + 1;
-    __syncthreads();
-    enter(task, round);
-    __syncthreads();
+    typename B::Sums sums;
+    typename B::Values values;
+    sums.reset();
+    {
+      const Group group = group_of(round);
+      B(arguments, group).load_values(values);
+    }
+#pragma unroll 1
+    for (int query = 0;; query += B::kQueries) {
+      const int left = arguments.keys - query, warp = thread_of_block() / 32;
+      if (left > 0) {
+        if (warp == plan.warps - 1) {
+          // The tile behind the next one; of a single tile, the next one.
+          const int ahead = query + (arguments.keys > B::kQueries ? 2 * B::kQueries : B::kQueries);
+          if (ahead < arguments.keys) {
+            const Group group = group_of(round);
+            B(arguments, group).copy_tile(ahead);
+          } else if (exists(round + 1)) {
+            const Group group = group_of(round + 1);
+            B(arguments, group).copy_tile(ahead - arguments.slots);
+          }
+        }
+        // The first tile still needs the keys that were there, if there is another one.
+        const int first = min(B::kQueries, arguments.slots - B::kQueries);
+        if (warp == plan.key_warp && query >= first && exists(round + 1)) {
+          const Group group = group_of(round + 1);
+          const B backward(arguments, group);
+#pragma unroll 1
+          for (int n = query == first ? 0 : query; n <= query; n += 32) backward.copy_keys(n);
+          if (query == first) backward.copy_log_sums();
+        }
+        gpu::cp_async_commit();
+        const Group group = group_of(round);
+        const B backward(arguments, group);
+        backward.meet(sums, values, backward.warp_count(0, backward.warp), query);
+      }
+      if (query > 0 || behind) {
+        const Group group = group_of(query > 0 ? round : round - 1);
+        B(arguments, group).sum_parts((query > 0 ? query : arguments.slots) - B::kQueries);
+      }
+      if (!arguments.whole_rows && left > 0) {
+        const bool more = left > B::kQueries;
+        if (more || exists(round + 1)) {
+          const Group group = group_of(more ? round : round + 1);
+          B(arguments, group).find_deltas(more ? query + B::kQueries : 0);
+        }
+      }
+      if (left <= 0 || left > B::kQueries) {
+        gpu::cp_async_wait<0>();
+        __syncthreads();
+        if (left > 0) continue;
+        behind = false;
+        break;
+      }
+      bool moderate = true;
+      if (!arguments.whole_rows && exists(round + 1)) {
+        const Group group = group_of(round + 1);
+        moderate = B(arguments, group).read_log_sums();
+      }
+      find_rows(round + 2);
+      {
+        const Group group = group_of(round);
+        const B backward(arguments, group);
+        if (backward.warp_count(0, backward.warp) > 0) backward.stage_keys(sums, 0);
+      }
+      gpu::cp_async_wait<0>();
+      moderate = __syncthreads_and(moderate);
+      behind = moderate && !arguments.whole_rows && exists(round + 1);
+      if (behind) break;
+      if (threadIdx.x == 0) now->folds = moderate;
+    }
   }
 }
 

@@ -88,9 +88,11 @@ class WindowGradientGroup : public WindowTokens<kDepthFastest, false> {
     return is_real(n) ? const_cast<char*>(row(slot, n)) : nullptr;
   }
   __device__ __forceinline__ float scale() const { return arguments_.scale; }
-  // Keys have one place, and tiles of queries begin with the first stage.
+  // Keys and records have one place; tiles of queries take turns at two, the first tile at the first.
+  static constexpr int kStages = 2;
   static constexpr __device__ int half() { return 0; }
-  static constexpr __device__ int first_stage() { return 0; }
+  static constexpr __device__ int records() { return 0; }
+  static constexpr __device__ int turn() { return 0; }
 
   // Where the address of a key's bias starts from.
   __device__ __forceinline__ uint32_t key_bias(int n) const {
