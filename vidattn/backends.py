@@ -59,6 +59,7 @@ class AttentionCall(NamedTuple):
         bias: "none" | "table" | "dense".
         needs_bias_grad: whether a gradient of the bias may be asked for.
         channel_ranges: how many ranges of channels come from other frames.
+        grid_options: names of the options of windows that only the reference and the CPU have.
     """
 
     op: str
@@ -71,6 +72,7 @@ class AttentionCall(NamedTuple):
     bias: str = "none"
     needs_bias_grad: bool = False
     channel_ranges: int = 0
+    grid_options: tuple[str, ...] = ()
 
 
 # Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.

@@ -43,7 +43,7 @@ LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 # Grows with every change of what native ops take. An extension built from other sources would read other arguments.
-_NATIVE_VERSION = 3
+_NATIVE_VERSION = 4
 LIBRARY.define("_native_version() -> int")
 # The version of CUDA that compiled the kernels, "13.0" say; or, without any, why there are none.
 LIBRARY.define("_cuda_build() -> str")
@@ -99,6 +99,7 @@ def call_attention(
     group_tokens: int = 0,
     bias: str = "none",
     channel_ranges: int = 0,
+    grid_options: tuple[str, ...] = (),
 ) -> Any:
     """Call an op of attention with validated arguments: choose the backend and draw the seed of the dropout.
 
@@ -111,6 +112,7 @@ def call_attention(
         group_tokens: see :class:`vidattn.backends.AttentionCall`.
         bias: kind of the tensor behind v, if it is there: "table" or "dense"; "none" if it is no bias.
         channel_ranges: as ``group_tokens``.
+        grid_options: as ``group_tokens``.
 
     Returns:
         What the op returns.
@@ -118,7 +120,9 @@ def call_attention(
     if inputs[3] is None:
         bias = "none"
     needs_bias_grad = bias != "none" and _may_need_gradient(inputs[3])
-    call = describe_call(function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad, channel_ranges)
+    call = describe_call(
+        function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad, channel_ranges, grid_options
+    )
     chosen = choose_backend(call, backend)
     if _listener is not None:
         _listener(function, op, inputs, options)
@@ -430,7 +434,11 @@ def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
         reasons.append("gives no gradient of a dense bias, which this call may need")
     if call.channel_ranges > _CUDA_RANGES:
         reasons.append(f"runs up to {_CUDA_RANGES} ranges of channels, got {call.channel_ranges}")
-    return reasons
+    return reasons + _check_grid_options(call)
+
+
+def _check_grid_options(call: AttentionCall) -> list[str]:
+    return [f"has no {', '.join(call.grid_options)}"] if call.grid_options else []
 
 
 def _check_cuda_gpu(call: AttentionCall) -> list[str]:
@@ -438,7 +446,7 @@ def _check_cuda_gpu(call: AttentionCall) -> list[str]:
 
 
 def _check_triton(call: AttentionCall) -> list[str]:
-    reasons = _check_head_dim(call) + _check_triton_gpu(call)
+    reasons = _check_head_dim(call) + _check_grid_options(call) + _check_triton_gpu(call)
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"runs float32, bfloat16 and float16, got {call.dtype}")
     elif TRITON_INTERPRETED and call.dtype in MISINTERPRETED:
