@@ -19,6 +19,7 @@ from attention_cases import (
     BACKENDS_THAT_LEARN_A_DENSE_BIAS,
     BACKENDS_WITH_DROPOUT,
     BACKENDS_WITH_FLOAT64,
+    about,
     device_of,
     evaluate,
     full_precision,
@@ -26,9 +27,10 @@ from attention_cases import (
     single_precision,
     to,
 )
+from tolerance import OUTPUT_FACTOR, assert_close
 from torch import Tensor
 from torch.nn import functional as F
-from window3d_cases import Case, check, check_window, options_on, window_inputs
+from window3d_cases import Case, check, check_window, expected_and_exact, options_on, window_inputs
 
 import vidattn
 from vidattn import reference
@@ -199,12 +201,11 @@ def test_a_table_for_each_type(backend: str, dtype: torch.dtype, types: int) -> 
 
 
 @backends_and_dtypes
-@pytest.mark.parametrize("window", [(2, 7, 7), (4, 6, 6), (8, 7, 7)], ids=str)
+@pytest.mark.parametrize("window", [(2, 7, 7), (4, 6, 6), (8, 7, 7)][: 2 if TRITON_INTERPRETED else 3], ids=str)
 def test_types_of_real_windows(backend: str, dtype: torch.dtype, window: tuple[int, int, int]) -> None:
     depth, height, width = window
-    grid = (depth, height + 2, width + 3)
-    if not TRITON_INTERPRETED or window != (8, 7, 7):
-        check(Case(grid, window, (0, 3, 3), batch=3, types=2, head_dim=16), dtype, backend)
+    case = Case((depth, height + 2, width + 3), window, (0, 3, 3), batch=1, types=2, head_dim=16)
+    check(replace(case, heads=1) if TRITON_INTERPRETED else case, dtype, backend)
 
 
 @backends
@@ -227,15 +228,21 @@ def test_windows_that_are_not_clipped(backend: str, dtype: torch.dtype, grid: tu
 @backends
 @pytest.mark.parametrize("mask_value", [-100.0, -math.inf, 3.0])
 def test_masks_beside_rows(backend: str, mask_value: float) -> None:
-    """Windows long enough that whole tiles are hidden, with biases that make up for the mask and ones that do not."""
-    tokens = 40 if TRITON_INTERPRETED else 144
-    for spread in (1.0, 60.0):
-        case = Case(
-            (1, 1, 2 * tokens - 5), (1, 1, tokens), (0, 0, tokens // 2), batch=1, table_rows=2 * tokens,
-            mask_value=mask_value, table_spread=spread,
-        )  # fmt: skip
-        check(case, single_precision(backend), backend)
-        check(replace(case, types=2), single_precision(backend), backend)
+    """Windows long enough that whole tiles are hidden, and biases that could make up for that."""
+    dtype, device = single_precision(backend), device_of(backend)
+    case = Case(
+        (1, 1, 283), (1, 1, 144), (0, 0, 72), batch=1, heads=1 if TRITON_INTERPRETED else 2, table_rows=288,
+        mask_value=mask_value,
+    )  # fmt: skip
+    for types in (0, 2):
+        check(replace(case, types=types), dtype, backend)
+        # Rows that one key has nearly all of: the gradients of those have little that is exact.
+        saturated = replace(case, types=types, table_spread=60.0)
+        inputs, options = saturated.inputs(dtype), saturated.options()
+        expected, exact = expected_and_exact(inputs, options)
+        given = {name: x for name, x in to(inputs, device).items() if name != "grad_out"}
+        out = vidattn.window3d_attention(**given, **options_on(device, options), backend=backend)  # type: ignore[arg-type]
+        assert_close("out", out.cpu(), expected["out"], exact["out"], dtype, OUTPUT_FACTOR)  # type: ignore[arg-type]
 
 
 @flexible
@@ -299,7 +306,7 @@ def test_usual_rows_agree_with_the_usual_index(backend: str) -> None:
     ]
     for found in results[1:]:
         for name, x in found.items():
-            torch.testing.assert_close(x, results[0][name])
+            torch.testing.assert_close(x, results[0][name], **about(dtype))
     assert torch.equal(results[1]["out"], results[2]["out"])  # type: ignore[arg-type]
 
 
