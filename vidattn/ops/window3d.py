@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -200,7 +201,6 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         raise TypeError(f"{NAME}: wrap: expected a bool or three, got {describe(options.wrap)}")
     if not isinstance(options.clip_window, bool):
         raise TypeError(f"{NAME}: clip_window: expected a bool, got {describe(options.clip_window)}")
-    arguments.check_choice(NAME, "padding_order", options.padding_order, _PADDING_ORDERS)
     options = Options(
         window,
         shift,
@@ -210,10 +210,10 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         arguments.check_scale(NAME, options.scale, head_dim),
         arguments.check_dropout(NAME, options.dropout_p),
         options.clip_window,
-        _flat_padding(options.padding),
+        () if options.padding is None else _flat_padding(options.padding),
         options.padding_order,
     )
-    if options.padding or options.padding_order == "after_shift":
+    if options.padding or options.padding_order != "before_shift":
         options = _without_idle_padding(options, q.shape[1:4])
     if bias_rows is not None or window_types is not None or regions is not None:
         _check_by_window(inputs, options)
@@ -241,23 +241,9 @@ def _check_table(inputs: Inputs, rows: int) -> None:
     arguments.check_companion(NAME, "bias_table", table, q, shape, layout)  # type: ignore[arg-type]
 
 
-def _flat_padding(given: Any) -> Sequence[int]:
-    """Return the padding before and behind each axis, or nothing for None."""
-    if given is None:
-        return ()
-    pairs = given if isinstance(given, (tuple, list)) else ()
-    if len(pairs) != 3 or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise TypeError(
-            f"{NAME}: padding: expected three pairs of ints (before, behind) or None, got {describe(given)}"
-        )
-    flat = [arguments.integer(NAME, "padding", tokens) for pair in pairs for tokens in pair]
-    if min(flat) < 0:
-        raise ValueError(f"{NAME}: padding: expected numbers of at least 0, got {describe(given)}")
-    return flat
-
-
 def _without_idle_padding(options: Options, grid: Sequence[int]) -> Options:
-    """Check that the padding fills windows, and drop what changes nothing: all backends run the call then."""
+    """Check the order, and that padding fills windows; drop what changes nothing: all backends run the call then."""
+    arguments.check_choice(NAME, "padding_order", options.padding_order, _PADDING_ORDERS)
     if 0 in grid:
         return options._replace(padding=(), padding_order="before_shift")
     windows = _windows(grid, options)
@@ -273,6 +259,19 @@ def _without_idle_padding(options: Options, grid: Sequence[int]) -> Options:
         if windows == _windows(grid, options._replace(padding=())):
             options = options._replace(padding=())
     return options
+
+
+def _flat_padding(given: Any) -> Sequence[int]:
+    """Return the padding before and behind each axis."""
+    pairs = given if isinstance(given, (tuple, list)) else ()
+    if len(pairs) != 3 or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            f"{NAME}: padding: expected three pairs of ints (before, behind) or None, got {describe(given)}"
+        )
+    flat = [arguments.integer(NAME, "padding", tokens) for pair in pairs for tokens in pair]
+    if min(flat) < 0:
+        raise ValueError(f"{NAME}: padding: expected numbers of at least 0, got {describe(given)}")
+    return flat
 
 
 def _check_by_window(inputs: Inputs, options: Options) -> None:
@@ -388,17 +387,16 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
 
 def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
     q, k, v = tensors.separate(inputs)
-    windows = _windows(q.shape[1:4], options)
-    bias, bias_window = tensors.accumulated(inputs.bias_table, q, backend), []
-    if bias is not None and _has_dense_bias(inputs):
-        bias = dense_bias(bias, _rows(inputs, options))
-    elif bias is not None:
-        bias_window = [
-            *options.window_size,
-            *geo.bias_extents(options.window_size, windows, options.bias_index),
-        ]
-        if backend == "cuda":
-            bias = bias.t().contiguous().t()  # each block reads the table of one head
+    windows, bias_window = _known_windows(
+        tuple(q.shape[1:4]), *(x if type(x) is not list else tuple(x) for x in options)
+    )
+    bias = tensors.accumulated(inputs.bias_table, q, backend)
+    if bias is None:
+        bias_window = ()
+    elif _has_dense_bias(inputs):
+        bias, bias_window = dense_bias(bias, _rows(inputs, options)), ()
+    elif backend == "cuda":
+        bias = bias.t().contiguous().t()  # each block reads the table of one head
     return WindowCall(
         q,
         k,
@@ -419,6 +417,14 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         padding=options.padding,
         shift_first=windows.shift_first,
     )
+
+
+@lru_cache(512)
+def _known_windows(grid: tuple[int, ...], *options: Any) -> tuple[geo.WindowGeometry, tuple[int, ...]]:
+    """Give the windows of a grid, and the window of a bias table and how tokens unravel in it, kept by sizes."""
+    chosen = Options(*options)
+    windows = _windows(grid, chosen)
+    return windows, (*chosen.window_size, *geo.bias_extents(chosen.window_size, windows, chosen.bias_index))
 
 
 def _rows(inputs: Inputs, options: Options) -> Tensor:
