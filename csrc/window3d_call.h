@@ -27,9 +27,13 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
   seed = from.maybe_tensor();
   const Ints window = from.take<Ints>(), shift = from.take<Ints>(), wrap = from.take<Ints>();
   a.scale = from.take<double>(), a.mask_value = from.take<double>(), a.dropout_p = from.take<double>();
+  const Tensor *window_types = from.maybe_tensor(), *regions = from.maybe_tensor();
+  const Ints padding = from.take<Ints>();
+  a.shift_first = from.take<bool>();
 
   const Tensor& q = tokens.q;
-  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3,
+  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3 &&
+                      (padding.empty() || padding.size() == 6),
                   "expected q of 6 dimensions and 3 axes");
   set_shape(a, q);
   a.batch = q.size(0);
@@ -40,8 +44,12 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
     a.shift[axis] = shift[axis];
     STD_TORCH_CHECK(window[axis] >= 1 && shift[axis] >= 0 && shift[axis] < window[axis],
                     "expected 0 <= shift < window");
-    a.count[axis] = ceil_div(a.grid[axis], window[axis]);
-    a.region_mask[axis] = shift[axis] > 0 && !wrap[axis];
+    a.before[axis] = padding.empty() ? 0 : padding[2 * axis];
+    a.count[axis] =
+        ceil_div(a.before[axis] + a.grid[axis] + (padding.empty() ? 0 : padding[2 * axis + 1]), window[axis]);
+    a.border[axis] =
+        (a.shift_first ? a.before[axis] + a.grid[axis] : a.count[axis] * window[axis]) - shift[axis];
+    a.region_mask[axis] = shift[axis] > 0 && !wrap[axis] && !regions;
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
@@ -52,7 +60,8 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
   if (bias) {
     a.bias = bias->data_ptr();
     a.bias_is_table = !bias_window.empty();
-    a.bias_size = bias->numel() / a.heads;
+    a.types = window_types ? bias->size(0) : 1;
+    a.bias_size = bias->numel() / (a.heads * a.types);
     if (a.bias_is_table) {
       STD_TORCH_CHECK(bias_window.size() == 5, "expected bias_window of 5 numbers");
       int64_t rows = 1;
@@ -66,6 +75,16 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
     } else {
       STD_TORCH_CHECK(a.bias_size == a.tokens * a.tokens, "dense bias of the wrong shape");
     }
+  }
+  if (window_types) {
+    STD_TORCH_CHECK(bias && !a.bias_is_table && window_types->numel() > 0 && a.groups % window_types->numel() == 0,
+                    "types of windows that have no bias");
+    a.window_types = static_cast<const int32_t*>(window_types->data_ptr());
+    a.type_groups = window_types->numel();
+  }
+  if (regions) {
+    STD_TORCH_CHECK(regions->numel() == a.count[0] * a.count[1] * a.count[2] * a.tokens, "regions of another grid");
+    a.regions = static_cast<const int64_t*>(regions->data_ptr());
   }
   if (mask) a.mask = mask->data_ptr(), a.mask_groups = mask->size(0);
   return a;

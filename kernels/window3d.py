@@ -212,8 +212,8 @@ def _addressable(call: WindowCall) -> WindowCall:
 def _describe(call: WindowCall, arch: str | None) -> _Problem:
     device = call.q.device
     wrap = tuple(bool(cyclic) for cyclic in call.wrap)
-    # Resolving an effective window and shift again changes nothing.
-    geometry = geo.resolve_windows(tuple(call.q.shape[1:4]), tuple(call.window), tuple(call.shift), wrap)
+    # The window and shift are effective ones.
+    geometry = geo.resolve_windows(tuple(call.q.shape[1:4]), tuple(call.window), tuple(call.shift), wrap, clip=False)
     tables = window_tables(geometry, call.q.shape[0], 0 if call.mask is None else call.mask.shape[0], device)
     positions = None
     if call.bias is not None and call.bias_window:
@@ -288,6 +288,8 @@ def _hiding(problem: _Problem, rows: int, step: int) -> tuple[Hiding, float]:
 
 def _plan_queries(kernel: Any, problem: _Problem, given: dict[str, Any], cost: _Cost, config: Config) -> Launch:
     """Plan a kernel whose programs own a tile of queries and go over the keys: forward, or dq."""
+    if problem.call.window_types is not None:  # windows of different types share no tiles
+        config = config._replace(windows=1)
     groups, kinds = problem.tables.groups(config.windows)
     hiding, steps = _hiding(problem, config.block_m, config.block_n)
     full, tail = padded_length(problem.num_tokens, config.block_n)
@@ -340,10 +342,11 @@ def _plan_bias(problem: _Problem, given: dict[str, Any], config: Config) -> Laun
     """Plan the gradient of the dense bias, in parts (shares of the windows, h, N, pitch)."""
     tables, count = problem.tables, problem.num_tokens
     tiles = problem.heads * -(-count // config.block_m) * -(-count // config.block_n)
-    shares = min(problem.num_groups, -(-_BIAS_PROGRAMS // tiles))
+    types = 1 if problem.call.window_types is None else problem.call.bias.shape[0]  # type: ignore[union-attr]
+    shares = min(problem.num_groups, -(-_BIAS_PROGRAMS // (tiles * types)))
     share = -(-problem.num_groups // shares)
     shares = -(-problem.num_groups // share)
-    parts = new_workspace(problem.call.q, (shares, problem.heads, count, pitch_of(count)))
+    parts = new_workspace(problem.call.q, (shares, types * problem.heads, count, pitch_of(count)))
     arguments = {
         **_shared_arguments(problem),
         **given,
@@ -364,14 +367,14 @@ def _plan_bias(problem: _Problem, given: dict[str, Any], config: Config) -> Laun
         flops=scores * 2 * 2 * problem.head_dim,
         bytes=4 * _tensor_bytes(problem) + 4 * parts.numel(),
     )
-    return _launch(window3d_backward_bias, tiles * shares, arguments, config, work)
+    return _launch(window3d_backward_bias, tiles * types * shares, arguments, config, work)
 
 
 def _plan_bias_sum(problem: _Problem, parts: Tensor, dbias: Tensor) -> Launch:
     """Plan the sum of the parts of the bias gradient, folded into the table if there is one."""
     count, positions = problem.num_tokens, problem.positions
     if positions is None:
-        return plan_sum(parts, dbias, problem.heads * count, count, pitch_of(count))
+        return plan_sum(parts, dbias, parts.shape[1] * count, count, pitch_of(count))
     block_r, block_m = _FOLD_BLOCK
     arguments = {
         "parts": parts,

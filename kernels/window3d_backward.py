@@ -27,6 +27,7 @@ from vidattn.kernels.window3d_tiles import (
     position,
     row_norms,
     scores_of,
+    type_of,
     visible_tiles,
 )
 
@@ -158,7 +159,8 @@ def window3d_backward_queries(
     queries = Queries(
         head=head, first=place.tile * BLOCK_M, numbers=numbers, maps=maps, rows=q_rows,
         k=k_bases, v=v_bases, k_token=k.token, v_token=v.token, pad_k=pad_k, pad_v=pad_v,
-        planes=planes, plane=plane_offsets(planes, kind, head, NUM_TOKENS), dropout=dropout, scale=scale,
+        planes=planes, plane=plane_offsets(planes, kind, type_of(planes, numbers[0]), head, NUM_TOKENS),
+        dropout=dropout, scale=scale,
     )  # fmt: skip
     given = _QueryRows(dout_rows, lses, deltas)
 
@@ -367,7 +369,8 @@ def window3d_backward_keys(
         head=head, first=first_key, window=window, k=k_rows, v=v_rows,
         q=head_of(q, window.batch, head), q_token=q.token, dout=dout + first_row * HEAD_DIM, heads=heads,
         lse=lse, delta=delta, dq=dq, grad_token=gradients.token,
-        planes=planes, plane=plane_offsets(planes, kind, head, NUM_TOKENS), dropout=dropout, scale=scale,
+        planes=planes, plane=plane_offsets(planes, kind, type_of(planes, window.number), head, NUM_TOKENS),
+        dropout=dropout, scale=scale,
     )  # fmt: skip
     sums = _KeySums(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
 
@@ -412,6 +415,63 @@ def window3d_backward_keys(
 # ---- Bias: the gradient of a tile of the dense bias, summed over a share of the windows ----
 
 
+@triton.jit
+def _window_gradient(
+    q,
+    k,
+    v,
+    pad_k,
+    pad_v,
+    added,
+    dropout,
+    dout,
+    kept,
+    window,
+    head,
+    queries,
+    keys,
+    first_key,
+    heads,
+    grid_tokens,
+    scale,
+    NUM_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Give dS of a tile of one head in one window, (BLOCK_M, BLOCK_N)."""
+    q_tokens, k_tokens = tl.load(window.tokens + queries), tl.load(window.tokens + keys)
+    if not HAS_PADDING:
+        # A row that only fills up the tile reaches nothing that is stored: any token will do in its place.
+        q_tokens, k_tokens = tl.maximum(q_tokens, 0), tl.maximum(k_tokens, 0)
+    q_base, k_base = head_of(q, window.batch, head), head_of(k, window.batch, head)
+    v_base, first_row = head_of(v, window.batch, head), window.batch * grid_tokens * heads + head
+    q_offsets, rows = row_offsets(q_tokens, q.token), row_offsets(q_tokens, heads)
+    k_offsets, v_offsets = row_offsets(k_tokens, k.token), row_offsets(k_tokens, v.token)
+    q_rows = load_rows(q_base, q_tokens, q_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING)  # (BLOCK_M, BLOCK_D)
+    k_rows = load_rows(k_base, k_tokens, k_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING, pad_k)  # (BLOCK_N, BLOCK_D)
+    v_rows = load_rows(v_base, k_tokens, v_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING, pad_v)
+    dout_rows = load_rows(dout + first_row * HEAD_DIM, q_tokens, rows * HEAD_DIM, HEAD_DIM, BLOCK_D, HAS_PADDING)
+    q_lse, row_delta = None, None  # (BLOCK_M,)
+    if kept is not None:
+        if HAS_PADDING:
+            q_lse = tl.load(kept.lse + first_row + rows, mask=q_tokens >= 0, other=float("inf"))
+            row_delta = tl.load(kept.delta + first_row + rows, mask=q_tokens >= 0, other=0.0)
+        else:
+            q_lse, row_delta = tl.load(kept.lse + first_row + rows), tl.load(kept.delta + first_row + rows)
+    scores = scores_of(q_rows, k_rows, added, scale, PRECISION)  # (BLOCK_M, BLOCK_N)
+    if kept is None and BLOCK_N != NUM_TOKENS:
+        scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
+    factors = None
+    if dropout is not None:
+        factors = dropout_factors(dropout, window.number, head, queries, first_key, BLOCK_M, BLOCK_N)
+    _, grad_scores = score_gradients(scores, q_lse, row_delta, dout_rows, v_rows, factors, PRECISION)
+    return grad_scores
+
+
 @triton.jit(do_not_specialize=["heads", "num_windows", "grid_tokens", "num_kinds", "share"])
 def window3d_backward_bias(
     q,
@@ -440,12 +500,18 @@ def window3d_backward_bias(
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum dS of a tile of one head over ``share`` windows, which are sorted by kind: the bias tile stays in place."""
+    """Sum dS of a tile of one head over ``share`` windows, which are sorted by kind: the bias tile stays in place.
+
+    Where windows have types, a program passes over the windows of the share that are not of its type.
+    """
     PITCH: tl.constexpr = (NUM_TOKENS + PITCH_UNIT - 1) // PITCH_UNIT * PITCH_UNIT
     ROW_TILES: tl.constexpr = (NUM_TOKENS + BLOCK_M - 1) // BLOCK_M
     tl.static_assert(BLOCK_N >= NUM_TOKENS or kept is not None)
     place = position(heads * ROW_TILES, NUM_TOKENS, BLOCK_N)  # the tiles of queries of a head are heads of their own
     row_tile, head, part = place.head % ROW_TILES, place.head // ROW_TILES, place.group
+    own_type = 0
+    if planes.types is not None:  # every type has all shares, with windows of its own in them
+        part, own_type = place.group // planes.types.count, place.group % planes.types.count
     first_key = place.tile * BLOCK_N
     queries, keys = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     pad_k, pad_v = None, None
@@ -458,7 +524,7 @@ def window3d_backward_bias(
     for kind in range(num_kinds):
         added = None
         if planes.bias is not None:
-            plane = plane_offsets(planes, kind, head, NUM_TOKENS)
+            plane = plane_offsets(planes, kind, own_type, head, NUM_TOKENS)
             added = added_to_scores(
                 planes, plane, row_tile * BLOCK_M, first_key, NUM_TOKENS, BLOCK_M, BLOCK_N, True
             )  # (BLOCK_M, BLOCK_N)
@@ -466,35 +532,19 @@ def window3d_backward_bias(
         last = tl.minimum(end, tl.load(kind_starts + kind + 1))
         for rank in tl.range(first, last):
             window = locate(windows, rank, num_windows, NUM_TOKENS)
-            q_tokens, k_tokens = tl.load(window.tokens + queries), tl.load(window.tokens + keys)
-            if not HAS_PADDING:
-                # A row that only fills up the tile reaches nothing that is stored: any token will do in its place.
-                q_tokens, k_tokens = tl.maximum(q_tokens, 0), tl.maximum(k_tokens, 0)
-            q_base, k_base = head_of(q, window.batch, head), head_of(k, window.batch, head)
-            v_base, first_row = head_of(v, window.batch, head), window.batch * grid_tokens * heads + head
-            q_offsets, rows = row_offsets(q_tokens, q.token), row_offsets(q_tokens, heads)
-            k_offsets, v_offsets = row_offsets(k_tokens, k.token), row_offsets(k_tokens, v.token)
-            q_rows = load_rows(q_base, q_tokens, q_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING)  # (BLOCK_M, BLOCK_D)
-            k_rows = load_rows(k_base, k_tokens, k_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING, pad_k)  # (BLOCK_N, BLOCK_D)
-            v_rows = load_rows(v_base, k_tokens, v_offsets, HEAD_DIM, BLOCK_D, HAS_PADDING, pad_v)
-            dout_rows = load_rows(
-                dout + first_row * HEAD_DIM, q_tokens, rows * HEAD_DIM, HEAD_DIM, BLOCK_D, HAS_PADDING
-            )
-            q_lse, row_delta = None, None  # (BLOCK_M,)
-            if kept is not None:
-                if HAS_PADDING:
-                    q_lse = tl.load(kept.lse + first_row + rows, mask=q_tokens >= 0, other=float("inf"))
-                    row_delta = tl.load(kept.delta + first_row + rows, mask=q_tokens >= 0, other=0.0)
-                else:
-                    q_lse, row_delta = tl.load(kept.lse + first_row + rows), tl.load(kept.delta + first_row + rows)
-            scores = scores_of(q_rows, k_rows, added, scale, PRECISION)  # (BLOCK_M, BLOCK_N)
-            if kept is None and BLOCK_N != NUM_TOKENS:
-                scores = tl.where((keys < NUM_TOKENS)[None, :], scores, float("-inf"))
-            factors = None
-            if dropout is not None:
-                factors = dropout_factors(dropout, window.number, head, queries, first_key, BLOCK_M, BLOCK_N)
-            _, grad_scores = score_gradients(scores, q_lse, row_delta, dout_rows, v_rows, factors, PRECISION)
-            total += grad_scores
-    base = parts + (part * heads + head).to(tl.int64) * (NUM_TOKENS * PITCH)
+            if planes.types is None:
+                total += _window_gradient(
+                    q, k, v, pad_k, pad_v, added, dropout, dout, kept, window, head, queries, keys, first_key,
+                    heads, grid_tokens, scale,
+                    NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, PRECISION,
+                )  # fmt: skip
+            else:
+                if type_of(planes, window.number) == own_type:
+                    total += _window_gradient(
+                        q, k, v, pad_k, pad_v, added, dropout, dout, kept, window, head, queries, keys, first_key,
+                        heads, grid_tokens, scale,
+                        NUM_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_PADDING, PRECISION,
+                    )  # fmt: skip
+    base = parts + (place.group * heads + head).to(tl.int64) * (NUM_TOKENS * PITCH)
     inside = (queries < NUM_TOKENS)[:, None] & (keys < PITCH)[None, :]
     tl.store(base + queries[:, None] * PITCH + keys[None, :], total, mask=inside)

@@ -14,6 +14,7 @@ from vidattn.kernels.window3d_tiles import (
     meet_keys,
     plane_offsets,
     position,
+    type_of,
     visible_tiles,
 )
 
@@ -103,7 +104,8 @@ def window3d_forward(
     queries = Queries(
         head=head, first=place.tile * BLOCK_M, numbers=numbers, maps=maps, rows=q_rows,
         k=k_bases, v=v_bases, k_token=k.token, v_token=v.token, pad_k=pad_k, pad_v=pad_v,
-        planes=planes, plane=plane_offsets(planes, kind, head, NUM_TOKENS), dropout=dropout, scale=scale,
+        planes=planes, plane=plane_offsets(planes, kind, type_of(planes, numbers[0]), head, NUM_TOKENS),
+        dropout=dropout, scale=scale,
     )  # fmt: skip
 
     # The number of tiles is given at run time: with a loop of known length the compiler runs out of registers.

@@ -16,7 +16,7 @@ from vidattn.calls import WindowCall
 from vidattn.kernels.launch import Launch, Work, new_workspace
 from vidattn.kernels.window3d_bias import window3d_copy_planes, window3d_dense_bias, window3d_largest_bias
 from vidattn.kernels.window3d_tables import BiasPositions, WindowTables
-from vidattn.kernels.window3d_tiles import PITCH_UNIT, Planes
+from vidattn.kernels.window3d_tiles import PITCH_UNIT, Planes, Types
 
 __all__ = ["PlannedPlanes", "pitch_of", "plan_planes"]
 
@@ -71,11 +71,28 @@ def plan_planes(call: WindowCall, tables: WindowTables, positions: BiasPositions
             return PlannedPlanes(Planes(None, 0, 0, None))
         masks, launch = _plan_dense(call, tables, num_kinds=tables.num_kinds)
         return PlannedPlanes(Planes(masks, size, 0, None), launches=(launch,))
-    copies = [_plan_copy(x) for x in (call.bias, call.mask) if x is not None]
-    launches = tuple(launch for _, launch in copies)
     if call.bias is None:
-        return PlannedPlanes(Planes(copies[0][0], size, 0, None), launches=launches)
-    return PlannedPlanes(Planes(copies[0][0], 0, size, None if call.mask is None else copies[1][0]), launches=launches)
+        masks, launch = _plan_copy(call.mask)  # type: ignore[arg-type]
+        return PlannedPlanes(Planes(masks, size, 0, None), launches=(launch,))
+    return _plan_from_dense(call, call.bias, tables)
+
+
+def _plan_from_dense(call: WindowCall, bias: Tensor, tables: WindowTables) -> PlannedPlanes:
+    """Lay out planes of a dense bias, one or one a type, beside those of masks: the caller's or of regions."""
+    planes, launch = _plan_copy(bias)
+    size, launches, masks, largest = planes.stride(-3), [launch], None, None
+    if call.mask is not None or tables.hidden is not None:
+        masks, launch = (
+            _plan_copy(call.mask) if call.mask is not None else _plan_dense(call, tables, num_kinds=tables.num_kinds)
+        )
+        launches.append(launch)
+    if tables.hidden is not None:
+        largest, launch = _plan_largest(bias)
+        launches.append(launch)
+    types = None
+    if call.window_types is not None:
+        types = Types(call.window_types, call.window_types.shape[0], bias.shape[0], planes.stride(0))
+    return PlannedPlanes(Planes(planes, 0, size, masks, types), largest, tuple(launches))
 
 
 def _plan_from_table(call: WindowCall, table: Tensor, tables: WindowTables, positions: BiasPositions) -> PlannedPlanes:

@@ -15,6 +15,7 @@ __all__ = [
     "Planes",
     "Queries",
     "Tiles",
+    "Types",
     "Window",
     "Windows",
     "added_to_scores",
@@ -28,6 +29,7 @@ __all__ = [
     "position",
     "row_norms",
     "scores_of",
+    "type_of",
     "visible_tiles",
 ]
 
@@ -63,12 +65,30 @@ class Planes(NamedTuple):
         kind: elements from a kind's planes to the next kind's, 0 where all kinds share them.
         head: elements from a head's plane to the next, 0 where all heads share it.
         mask: (kinds, N, pitch), added too; None without.
+        types: windows of several types, whose planes of bias follow each other; None where there is one.
     """
 
     bias: Any
     kind: Any
     head: Any
     mask: Any
+    types: Any = None
+
+
+class Types(NamedTuple):
+    """Which bias a window takes.
+
+    Attributes:
+        numbers: int32 (windows,), the type of window g is ``numbers[g % windows]``.
+        windows: how many these are.
+        count: number of types.
+        plane: elements from a type's planes to the next type's.
+    """
+
+    numbers: Any
+    windows: Any
+    count: Any
+    plane: Any
 
 
 class Hiding(NamedTuple):
@@ -182,11 +202,23 @@ class Plane(NamedTuple):
 
 
 @triton.jit
-def plane_offsets(planes, kind, head, NUM_TOKENS: tl.constexpr):
-    """Where the bias of this head and the mask of this kind of window start: (N, pitch) float32 each."""
+def type_of(planes, number):
+    """Type of a window, by its number; 0 where there is one type."""
+    if planes.types is None:
+        return 0
+    else:
+        return tl.load(planes.types.numbers + number % planes.types.windows)
+
+
+@triton.jit
+def plane_offsets(planes, kind, type, head, NUM_TOKENS: tl.constexpr):
+    """Where the bias of this type and head and the mask of this kind of window start: (N, pitch) float32 each."""
     pitch: tl.constexpr = (NUM_TOKENS + PITCH_UNIT - 1) // PITCH_UNIT * PITCH_UNIT
     wide = tl.full([], 0, tl.int64) + kind
-    return Plane(wide * planes.kind + head.to(tl.int64) * planes.head, wide * (NUM_TOKENS * pitch))
+    bias = wide * planes.kind + head.to(tl.int64) * planes.head
+    if planes.types is not None:
+        bias += (tl.full([], 0, tl.int64) + type) * planes.types.plane
+    return Plane(bias, wide * (NUM_TOKENS * pitch))
 
 
 @triton.jit

@@ -111,10 +111,17 @@ def assert_same(backend: str, actual: Tensor, expected: Tensor) -> None:
 Attend = Callable[..., Tensor]
 
 
+def has_dense_bias(options: dict[str, Any]) -> bool:
+    """Whether a bias table is expanded before kernels see it."""
+    return isinstance(options.get("bias_index"), Tensor) or options.get("window_types") is not None
+
+
 def evaluate(attend: Attend, inputs: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor | None]:
     """Run an attention function forward and backward on inputs that require gradients, if the backend gives them."""
     tensors = {name: x.detach().clone() for name, x in inputs.items() if name != "grad_out"}
-    constant = () if options.get("backend", "auto") in ("auto", *BACKENDS_THAT_LEARN_A_DENSE_BIAS) else ("bias",)
+    constant: tuple[str, ...] = ()
+    if options.get("backend", "auto") not in ("auto", *BACKENDS_THAT_LEARN_A_DENSE_BIAS):
+        constant = ("bias", "bias_table") if has_dense_bias(options) else ("bias",)
     leaves = {name: x.requires_grad_() for name, x in tensors.items() if name not in constant}
     out = attend(**tensors, **options)
     grads = torch.autograd.grad(out, list(leaves.values()), inputs["grad_out"].to(out.dtype), allow_unused=True)

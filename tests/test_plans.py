@@ -523,8 +523,8 @@ def test_strided_gradients_are_copied_anew_in_every_call() -> None:
     """Below autograd, contiguous() is one operation, which looks like a view."""
     device = device_of("triton")
     qkv = torch.randn(1, 2, 3, 4, 3, 2, 8, device=device)
-    inputs = (qkv, None, None, None, None, None)
-    options = ((2, 2, 2), (0, 1, 1), (False, False, False), "prefix", -100.0, 0.3, 0.0)
+    inputs = (qkv, *(None,) * 8)
+    options = ((2, 2, 2), (0, 1, 1), (False, False, False), "prefix", -100.0, 0.3, 0.0, True, (), "before_shift")
     backward = torch.ops.vidattn.window3d_attention_backward
     for _ in range(3):
         strided = torch.randn(1, 3, 2, 4, 16, device=device).transpose(1, 2)

@@ -219,8 +219,9 @@ def test_log_sum_exp(backend: str, dtype: torch.dtype) -> None:
     )
     device = device_of(backend)
     _, actual = torch.ops.vidattn.window3d_attention(
-        qkv.to(device), None, None, table.to(device), pad.to(device), None, case.window, case.shift, case.wrap,
-        "prefix", case.mask_value, case.head_dim**-0.5, 0.0, backend,
+        qkv.to(device), None, None, table.to(device), pad.to(device), None, None, None, None,
+        case.window, case.shift, case.wrap, "prefix", case.mask_value, case.head_dim**-0.5, 0.0,
+        True, (), "before_shift", backend,
     )  # fmt: skip
     assert_close("lse", actual.cpu(), expected, exact, expected.dtype, 3.0)
 

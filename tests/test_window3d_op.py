@@ -34,6 +34,8 @@ from vidattn.ops._tensors import keeps_lse
 backends = pytest.mark.parametrize("backend", BACKENDS)
 backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 SHIFTED = Case((3, 5, 7), (2, 3, 3), (1, 1, 1))
+# Rows of the table, types of windows, regions; and the options that go with them.
+PLAIN, AS_NEEDED = (None, None, None), (True, (), "before_shift")
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -66,11 +68,11 @@ def test_opcheck_window3d(backend: str, dtype: torch.dtype, requires_grad: str) 
     seed = torch.tensor([7], device=table.device)
     op = torch.ops.vidattn.window3d_attention
     for qkv in _layouts(inputs["qkv"]):
-        _opcheck(op, (qkv, None, None, table, pad, None, *options, 0.0, backend))
+        _opcheck(op, (qkv, None, None, table, pad, *PLAIN, None, *options, 0.0, *AS_NEEDED, backend))
     apart = [x.detach().clone().requires_grad_(inputs["qkv"].requires_grad) for x in inputs["qkv"].unbind(-3)]
     dropout = (seed, *options, 0.25) if HAS_DROPOUT[backend] else (None, *options, 0.0)
-    _opcheck(op, (*apart, table, None, *dropout, backend))
-    _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, None, *options, 0.0, backend))
+    _opcheck(op, (*apart, table, None, *PLAIN, *dropout, *AS_NEEDED, backend))
+    _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, *PLAIN, None, *options, 0.0, *AS_NEEDED, backend))
 
 
 @backends_and_dtypes
@@ -78,16 +80,16 @@ def test_opcheck_window3d_backward(backend: str, dtype: torch.dtype) -> None:
     case = Case((2, 3, 4), (2, 2, 3), (0, 1, 1))  # a small one: the op runs a hundred times
     inputs = to(case.inputs(dtype), device_of(backend))
     table, pad = inputs["bias_table"], inputs["pad_qkv"]
-    options = (case.window, case.shift, case.wrap, "prefix", -100.0, 0.3, 0.0)
+    options = (case.window, case.shift, case.wrap, "prefix", -100.0, 0.3, 0.0, *AS_NEEDED)
     apart = tuple(x.contiguous() for x in inputs["qkv"].unbind(-3))
     op = torch.ops.vidattn.window3d_attention_backward
-    for tensors in ((inputs["qkv"], None, None, table, pad, None), (*apart, table, pad, None)):
+    for tensors in ((inputs["qkv"], None, None, table, pad, *PLAIN, None), (*apart, table, pad, *PLAIN, None)):
         saved = torch.ops.vidattn.window3d_attention(*tensors, *options, backend)
         for grad_out in _layouts(inputs["grad_out"]):
             _opcheck(op, (grad_out, *tensors, *saved, *options, True, True, backend))
         for needs in ((False, True), (False, False)):
             _opcheck(op, (inputs["grad_out"], *tensors, *saved, *options, *needs, backend))
-    bare = (inputs["qkv"], None, None, None, None, None)
+    bare = (inputs["qkv"], *(None,) * 8)
     saved = torch.ops.vidattn.window3d_attention(*bare, *options, backend)
     _opcheck(op, (inputs["grad_out"], *bare, *saved, *options, False, False, backend))
 
@@ -103,10 +105,10 @@ def test_opcheck_window(backend: str) -> None:
     apart = tuple(x.detach().contiguous() for x in qkv.unbind(-3))
     op, backward = torch.ops.vidattn.window_attention, torch.ops.vidattn.window_attention_backward
     for packed in _layouts(qkv):
-        _opcheck(op, (packed, None, None, bias, mask, None, 0.3, 0.0, backend))
-    _opcheck(op, (*apart, None, None, seed, 0.3, dropout_p, backend))
-    _opcheck(op, (qkv.detach(), None, None, bias, None, None, 0.3, 0.0, backend))
-    tensors = (qkv.detach(), None, None, bias.detach(), mask, seed)
+        _opcheck(op, (packed, None, None, bias, mask, None, None, 0.3, 0.0, backend))
+    _opcheck(op, (*apart, None, None, None, seed, 0.3, dropout_p, backend))
+    _opcheck(op, (qkv.detach(), None, None, bias, None, None, None, 0.3, 0.0, backend))
+    tensors = (qkv.detach(), None, None, bias.detach(), mask, None, seed)
     saved = torch.ops.vidattn.window_attention(*tensors, 0.3, dropout_p, backend)
     for grad_out in _layouts(torch.randn(6, 10, 16, dtype=dtype, device=device)):
         for needs_bias in {learns, False}:

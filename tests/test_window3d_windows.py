@@ -142,7 +142,7 @@ def test_fully_masked_rows(backend: str, dtype: torch.dtype) -> None:
     check_window(inputs, backend, mask)
     device = device_of(backend)
     out, lse = torch.ops.vidattn.window_attention(
-        inputs["qkv"].to(device), None, None, inputs["bias"].to(device), mask.to(device), None, 0.25, 0.0, backend
+        inputs["qkv"].to(device), None, None, inputs["bias"].to(device), mask.to(device), None, None, 0.25, 0.0, backend
     )
     grads = evaluate(vidattn.window_attention, to(inputs, device), {"mask": mask.to(device), "backend": backend})
     empty = torch.zeros(4, 20, dtype=torch.bool)

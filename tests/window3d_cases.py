@@ -11,6 +11,7 @@ from attention_cases import (
     BACKENDS_THAT_LEARN_A_DENSE_BIAS,
     device_of,
     evaluate,
+    has_dense_bias,
     on_cpu,
     seed_of,
     seeds_from_the_host,
@@ -23,7 +24,7 @@ from torch import Tensor
 import vidattn
 from vidattn import reference
 from vidattn.backends import TRITON_INTERPRETED
-from vidattn.geometry import num_bias_rows, resolve_windows
+from vidattn.geometry import WindowGeometry, num_bias_rows, resolve_windows
 from vidattn.ops._tensors import keeps_lse
 
 # Triton's interpreter takes a thousand times as long, so it gets fewer and shorter windows.
@@ -48,6 +49,12 @@ class Case:
     dropout_p: float = 0.0
     spread: float = 1.0  # of q and k
     table_spread: float = 1.0
+    table_rows: int = 0  # of a table whose rows a tensor chooses; 0 for the usual table
+    types: int = 0  # of windows; 0 where there is one table
+    clip_window: bool = True
+    padding: tuple[tuple[int, int], ...] | None = None
+    padding_order: str = "before_shift"
+    regions: int = 0  # numbers of regions that the call draws; 0 for those of the shift
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, part)) for part in (self.grid, self.window, self.shift)]
@@ -64,7 +71,8 @@ class Case:
         qkv[..., :2, :, :] *= self.spread
         made = {"qkv": qkv.to(dtype)}
         if self.bias_index is not None:
-            table = self.table_spread * draw(num_bias_rows(self.window), self.heads)
+            rows = self.table_rows or num_bias_rows(self.window)
+            table = self.table_spread * draw(*((self.types,) if self.types else ()), rows, self.heads)
             made["bias_table"] = table.to(table_dtype or dtype)
         if self.pad:
             made["pad_qkv"] = draw(3, self.heads, self.head_dim).to(dtype)
@@ -81,11 +89,43 @@ class Case:
             "wrap": self.wrap,
             "scale": self.scale,
             "dropout_p": self.dropout_p,
+            **self.special_options(),
         }
+
+    @property
+    def geometry(self) -> WindowGeometry:
+        """The effective windows."""
+        return resolve_windows(
+            self.grid,
+            self.window,
+            self.shift,
+            self.wrap,
+            clip=self.clip_window,
+            padding=self.padding,
+            shift_first=self.padding_order == "after_shift",
+        )
+
+    def special_options(self) -> dict[str, Any]:
+        """Those of few models, with numbers drawn at random."""
+        generator = torch.Generator().manual_seed(hash(self.grid + self.window) % 1000)
+        windows, made = self.geometry, {}
+        if self.table_rows:
+            shape = (windows.num_tokens, windows.num_tokens)
+            made["bias_index"] = torch.randint(self.table_rows, shape, generator=generator)
+        if self.types:
+            types = torch.randint(self.types, (windows.num_windows,), generator=generator, dtype=torch.int32)
+            made["window_types"] = types
+        if self.regions:
+            made["regions"] = torch.randint(self.regions, windows.padded, generator=generator)
+        if not self.clip_window:
+            made["clip_window"] = False  # type: ignore[assignment]
+        if self.padding is not None or self.padding_order != "before_shift":
+            made |= {"padding": self.padding, "padding_order": self.padding_order}  # type: ignore[dict-item]
+        return made
 
     def has_whole_rows(self, backend: str) -> bool:
         """Whether a backend's backward pass sees the rows of its scores as a whole."""
-        return not keeps_lse(resolve_windows(self.grid, self.window).num_tokens, backend)
+        return not keeps_lse(self.geometry.num_tokens, backend)
 
 
 def expected_and_exact(
@@ -108,12 +148,22 @@ def check(
     """Compare a backend with the reference on a case, forward and backward."""
     inputs, options = case.inputs(dtype, table_dtype), case.options()
     expected, exact = expected_and_exact(inputs, options)
+    device = device_of(backend)
     attend = separated(vidattn.window3d_attention) if separate else vidattn.window3d_attention
     torch.manual_seed(1)
     with seeds_from_the_host():
-        actual = evaluate(attend, to(inputs, device_of(backend)), dict(options, backend=backend))
+        actual = evaluate(attend, to(inputs, device), dict(options_on(device, options), backend=backend))
+    if backend not in BACKENDS_THAT_LEARN_A_DENSE_BIAS and has_dense_bias(options):
+        expected, exact = (
+            {name: x for name, x in found.items() if name != "bias_table"} for found in (expected, exact)
+        )
     assert actual["out"] is not None and actual["out"].is_contiguous()
     assert_all_close(on_cpu(actual), expected, exact, dtype, whole_rows=case.has_whole_rows(backend))
+
+
+def options_on(device: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Move the tensors among options."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
 
 
 def window_inputs(
@@ -130,8 +180,9 @@ def window_inputs(
 def check_window(inputs: dict[str, Tensor], backend: str, mask: Tensor | None = None, **options: Any) -> None:
     """Compare a backend with the reference on already partitioned windows, forward and backward."""
 
-    def moved(*args: Any) -> dict[str, Any]:
-        return dict(options, mask=None if mask is None else mask.to(*args))
+    def moved(to: str | torch.dtype) -> dict[str, Any]:
+        placed = options if isinstance(to, torch.dtype) else options_on(to, options)
+        return dict(placed, mask=None if mask is None else mask.to(to))
 
     torch.manual_seed(1)
     expected = evaluate(vidattn.window_attention, inputs, dict(options, mask=mask, backend="reference"))

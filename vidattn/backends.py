@@ -60,6 +60,7 @@ class AttentionCall(NamedTuple):
         needs_bias_grad: whether a gradient of the bias may be asked for.
         channel_ranges: how many ranges of channels come from other frames.
         cls_query: what the query of a cls token attends to: "own", what its group has; or "all" tokens of the clip.
+        grid_options: names of the options of windows that only the reference and the CPU have.
     """
 
     op: str
@@ -73,6 +74,7 @@ class AttentionCall(NamedTuple):
     needs_bias_grad: bool = False
     channel_ranges: int = 0
     cls_query: str = "own"
+    grid_options: tuple[str, ...] = ()
 
 
 # Triton's own switch: its kernels then run on the CPU, one program after the other, to be tested there.

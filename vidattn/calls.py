@@ -20,7 +20,8 @@ class WindowCall(NamedTuple):
         q: (B, D, H, W, h, d).
         k: like ``q``.
         v: like ``q``.
-        bias: table (rows, h) if ``bias_window`` is not empty, else dense (h, N, N); None without.
+        bias: table (rows, h) if ``bias_window`` is not empty, else dense (h, N, N), or (types, h, N, N) with
+            ``window_types``; None without.
         bias_window: configured window, then the two extents that unravel a token number.
         mask: (nW, N, N), added to window g as ``mask[g % nW]``; None without.
         pad_qkv: (3, h, d), contiguous, what a padding token holds; None for zeros.
@@ -31,6 +32,11 @@ class WindowCall(NamedTuple):
         scale: factor of q k^T.
         mask_value: added to the scores of tokens of different regions.
         dropout_p: dropout probability.
+        window_types: int32 (nW,), window g takes ``bias[window_types[g % nW]]``; None where all take one.
+        regions: int64 (D', H', W') on the shifted, padded grid, contiguous, the regions that the mask separates in
+            place of those of the shift; None without. From here on only "cpu" takes anything.
+        padding: tokens before and behind each axis; empty for behind it, as needed.
+        shift_first: whether the grid is shifted before it is padded.
     """
 
     q: Tensor
@@ -47,6 +53,10 @@ class WindowCall(NamedTuple):
     scale: float
     mask_value: float
     dropout_p: float
+    window_types: Tensor | None = None
+    regions: Tensor | None = None
+    padding: Sequence[int] = ()
+    shift_first: bool = False
 
 
 class DividedCall(NamedTuple):

@@ -8,6 +8,9 @@ always (depth, height, width), depth being time for video. The rules are those o
 * the grid is padded at the end of each axis to a multiple of the effective window;
 * the padded grid is rolled by minus the shift, then cut into windows, numbered row-major;
 * in the last window of a shifted axis, tokens that wrapped around do not mix with tokens that did not.
+
+Other models' code differs, so a call may say that windows are not clipped (the grid is padded up to them, as in the 2D
+Swin of torchvision), where the padding goes, that the shift comes before the padding, or which tokens form a region.
 """
 
 from __future__ import annotations
@@ -45,10 +48,12 @@ class WindowGeometry:
     Attributes:
         grid: token grid (D, H, W), unpadded.
         window: effective (clipped) window (wd, wh, ww).
-        shift: effective shift, 0 on clipped axes.
+        shift: effective shift, 0 on axes of one window.
         padded: grid padded to multiples of the window.
         counts: windows per axis.
         wrap: axes that are cyclic: their shifted windows mix tokens across the border, so no region mask applies.
+        before: padding in front of each axis; the rest is behind it.
+        shift_first: whether the shift rolls the grid before it is padded.
     """
 
     grid: tuple[int, int, int]
@@ -57,6 +62,8 @@ class WindowGeometry:
     padded: tuple[int, int, int]
     counts: tuple[int, int, int]
     wrap: tuple[bool, bool, bool] = (False, False, False)
+    before: tuple[int, int, int] = (0, 0, 0)
+    shift_first: bool = False
 
     @property
     def num_windows(self) -> int:
@@ -74,12 +81,23 @@ class WindowGeometry:
         depth, height, width = (s > 0 and not cyclic for s, cyclic in zip(self.shift, self.wrap, strict=True))
         return depth, height, width
 
+    @property
+    def borders(self) -> tuple[int, int, int]:
+        """Where on the shifted, padded grid the tokens that wrapped around begin, on each axis."""
+        ends = map(sum, zip(self.before, self.grid, strict=True)) if self.shift_first else self.padded
+        depth, height, width = (end - shift for end, shift in zip(ends, self.shift, strict=True))
+        return depth, height, width
+
 
 def resolve_windows(
     grid: Sequence[int],
     window_size: Sequence[int],
     shift_size: Sequence[int] = (0, 0, 0),
     wrap: Sequence[bool] = (False, False, False),
+    *,
+    clip: bool = True,
+    padding: Sequence[Sequence[int]] | None = None,
+    shift_first: bool = False,
 ) -> WindowGeometry:
     """Apply the clip, shift and padding rules to a grid.
 
@@ -88,17 +106,23 @@ def resolve_windows(
         window_size: configured window (Wd, Wh, Ww).
         shift_size: configured shift, ``0 <= shift < window`` per axis.
         wrap: axes that are cyclic.
+        clip: whether a window that is larger than the grid is clipped to it; else the grid is padded up to the window.
+        padding: tokens (before, behind) each axis, with which the rules see the grid; None for what they ask for,
+            behind it.
+        shift_first: whether the shift comes before the padding.
 
     Returns:
-        The effective geometry.
+        The effective geometry. Whether windows fill a grid whose padding was given is for the caller to check.
     """
     window, shift, padded, counts = [], [], [], []
-    for size, configured, configured_shift in zip(grid, window_size, shift_size, strict=True):
-        clipped = size <= configured  # equality too: one window has no neighbour to shift into
-        extent = size if clipped else configured
+    given = padding or [(0, 0)] * 3
+    for size, (before, behind), configured, moved in zip(grid, given, window_size, shift_size, strict=True):
+        whole = before + size + behind
+        one_window = whole <= configured  # equality too: one window has no neighbour to shift into
+        extent = whole if clip and one_window else configured
         window.append(extent)
-        shift.append(0 if clipped else configured_shift)
-        counts.append(-(-size // extent))
+        shift.append(0 if one_window else moved % size if shift_first else moved)
+        counts.append(-(-whole // extent))
         padded.append(counts[-1] * extent)
     return WindowGeometry(
         tuple(grid),  # type: ignore[arg-type]
@@ -107,6 +131,8 @@ def resolve_windows(
         tuple(padded),  # type: ignore[arg-type]
         tuple(counts),  # type: ignore[arg-type]
         tuple(wrap),  # type: ignore[arg-type]
+        tuple(before for before, _ in given),  # type: ignore[arg-type]
+        shift_first and any(shift),
     )
 
 
@@ -131,29 +157,40 @@ def source_tokens(geometry: WindowGeometry, device: torch.device | str | None = 
     flat = torch.zeros(geometry.num_windows, geometry.num_tokens, dtype=torch.int64, device=device)
     real = torch.ones_like(flat, dtype=torch.bool)
     for axis in range(3):
-        rolled = windows[axis][:, None] * geometry.window[axis] + tokens[axis][None, :]
-        original = (rolled + geometry.shift[axis]) % geometry.padded[axis]
-        real &= original < geometry.grid[axis]
-        flat = flat * geometry.grid[axis] + original
+        place = windows[axis][:, None] * geometry.window[axis] + tokens[axis][None, :]
+        grid, shift, before = geometry.grid[axis], geometry.shift[axis], geometry.before[axis]
+        if not geometry.shift_first:
+            place = (place + shift) % geometry.padded[axis]
+        place = place - before
+        real &= (place >= 0) & (place < grid)
+        if geometry.shift_first:
+            place = (place + shift) % grid
+        flat = flat * grid + place
     return torch.where(real, flat, -1)
 
 
 def region_bits(
     geometry: WindowGeometry, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which axes a window is last on, and on which axes a token of such a window wrapped around, as bit sets."""
+    """Which axes a window has two regions on, and on which axes a token of such a window wrapped around, as bit sets.
+
+    Without explicit padding it is the last window of an axis that has two regions.
+    """
     windows = _token_coordinates(geometry.counts, geometry.num_windows, device)
     tokens = _token_coordinates(geometry.window, geometry.num_tokens, device)
     last = torch.zeros(geometry.num_windows, dtype=torch.int64, device=device)
     wrapped = torch.zeros(geometry.num_tokens, dtype=torch.int64, device=device)
     for axis, masked in enumerate(geometry.masked_axes):
         if masked:
-            last = last | (windows[axis] == geometry.counts[axis] - 1).long() << axis
-            wrapped = wrapped | (tokens[axis] >= geometry.window[axis] - geometry.shift[axis]).long() << axis
+            window, border = geometry.window[axis], geometry.borders[axis]
+            last = last | (windows[axis] == border // window).long() << axis
+            wrapped = wrapped | (tokens[axis] >= border % window).long() << axis
     return last, wrapped
 
 
-def region_mask(geometry: WindowGeometry, device: torch.device | str | None = None) -> torch.Tensor | None:
+def region_mask(
+    geometry: WindowGeometry, device: torch.device | str | None = None, regions: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Say which pairs of a shifted window lie in different regions.
 
     The closed form of the released code's region labels: a pair is masked when, on some shifted axis, the window is the
@@ -162,10 +199,16 @@ def region_mask(geometry: WindowGeometry, device: torch.device | str | None = No
     Args:
         geometry: effective geometry.
         device: where the result is made.
+        regions: integers (D', H', W') on the shifted, padded grid, which number the regions instead; None without.
 
     Returns:
         bool (num_windows, num_tokens, num_tokens), true where masked; None when no axis masks anything.
     """
+    if regions is not None:
+        (nd, nh, nw), (wd, wh, ww) = geometry.counts, geometry.window
+        labels = regions.reshape(nd, wd, nh, wh, nw, ww).permute(0, 2, 4, 1, 3, 5)
+        labels = labels.reshape(geometry.num_windows, geometry.num_tokens)
+        return labels[:, :, None] != labels[:, None, :]
     if not any(geometry.masked_axes):
         return None
     last, wrapped = region_bits(geometry, device)

@@ -41,6 +41,8 @@ class Window3d final : public Group<P> {
     }
     tile_regions_ = arena_.take<int>(engine_.tiles());
     unmasked_ = arena_.take<bool>(engine_.tiles());
+    if (a_.regions) mask_rows_ = arena_.take<T>(Engine::kRows * n_);
+    if (has_dense_bias()) bias_ranges_ = arena_.take<T>(a_.types);
     if (!backward) return;
     if (a_.dbias_partial && a_.bias_is_table) dexpanded_ = arena_.take<T>(expanded_size_);
     dpad_ = arena_.take<T>(2 * d_);
@@ -63,13 +65,13 @@ class Window3d final : public Group<P> {
     fill_bias_offsets();
     if (begin < end) set_next(begin / a_.chunks, first_group(begin));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / a_.chunks, chunk = task % a_.chunks, last = a_.groups * (chunk + 1) / a_.chunks;
+      const int64_t head = task / a_.chunks, chunk = task % a_.chunks, last = chunk_begin(chunk + 1);
       load_head(head);
       start_gradients(chunk);
-      for (int64_t group = first_group(task); group < last; ++group) {
+      for (int64_t place = chunk_begin(chunk); place < last; ++place) {
         move_to_next();
-        if (group + 1 < last)
-          set_next(head, group + 1);
+        if (place + 1 < last)
+          set_next(head, group_at(place + 1));
         else if (task + 1 < end)
           set_next((task + 1) / a_.chunks, first_group(task + 1));
         for (Slot slot : {kDout, kDq, kDk, kDv}) find_rows(slot);
@@ -120,7 +122,7 @@ class Window3d final : public Group<P> {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = now_->query(first + r);
       const T* bias = bias_ ? bias_ + bias_offset_[i] : nullptr;
-      queries[r] = {a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i),
+      queries[r] = {a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i, mask_rows_ + r * n_),
                     dbias_ ? dbias_ + bias_offset_[i] : nullptr};
     }
   }
@@ -188,9 +190,48 @@ class Window3d final : public Group<P> {
     has_next_ = false;
     this->queries = now_->query_count(), this->index = now_->group();
     for (Slot slot : {kQ, kK, kV}) find_rows(slot);
+    if (has_dense_bias()) find_dense_bias();
   }
 
-  int64_t first_group(int64_t task) const { return a_.groups * (task % a_.chunks) / a_.chunks; }
+  bool has_dense_bias() const { return a_.bias && !a_.bias_is_table; }
+
+  // That of the window's type; how far apart its numbers are is asked for at borders alone.
+  void find_dense_bias() {
+    const int64_t type = a_.window_types ? a_.window_types[this->index % a_.type_groups] : 0;
+    bias_ = (const T*)a_.bias + (type * a_.heads + this->head) * a_.bias_size;
+    if (!has_regions()) return;
+    T& range = bias_ranges_[type];
+    if (range < 0) range = spread(bias_, a_.bias_size);
+    bias_range_ = range;
+  }
+
+  // The largest number less the smallest.
+  static T spread(const T* from, int64_t count) {
+    constexpr int kLines = 32;  // side by side, for the compiler
+    T low[kLines], high[kLines];
+    for (int j = 0; j < kLines; ++j) low[j] = high[j] = from[0];
+    int64_t i = 0;
+    for (; i + kLines <= count; i += kLines)
+      for (int j = 0; j < kLines; ++j) {
+        low[j] = from[i + j] < low[j] ? from[i + j] : low[j];
+        high[j] = from[i + j] > high[j] ? from[i + j] : high[j];
+      }
+    for (; i < count; ++i) {
+      low[0] = from[i] < low[0] ? from[i] : low[0];
+      high[0] = from[i] > high[0] ? from[i] : high[0];
+    }
+    for (int j = 1; j < kLines; ++j) {
+      low[0] = low[j] < low[0] ? low[j] : low[0];
+      high[0] = high[j] > high[0] ? high[j] : high[0];
+    }
+    return high[0] - low[0];
+  }
+
+  int64_t chunk_begin(int64_t chunk) const {
+    return a_.chunk_begin ? a_.chunk_begin[chunk] : a_.groups * chunk / a_.chunks;
+  }
+  int64_t group_at(int64_t place) const { return a_.order ? a_.order[place] : place; }
+  int64_t first_group(int64_t task) const { return group_at(chunk_begin(task % a_.chunks)); }
 
   void fill_bias_offsets() {
     for (int64_t i = 0; i < n_; ++i)
@@ -218,17 +259,11 @@ class Window3d final : public Group<P> {
     if (head == loaded_head_) return;
     this->head = loaded_head_ = head;
     bias_ = nullptr;
-    if (!a_.bias) return;
-    bias_ = (const T*)a_.bias + head * a_.bias_size;
+    for (int64_t type = 0; has_dense_bias() && type < a_.types; ++type) bias_ranges_[type] = -1;  // not known yet
     if (!a_.bias_is_table) return;
     for (int64_t row = 0; row < a_.bias_size; ++row)
       table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head];
-    T low = table_[0], high = table_[0];
-    for (int64_t row = 1; row < a_.bias_size; ++row) {
-      low = table_[row] < low ? table_[row] : low;
-      high = table_[row] > high ? table_[row] : high;
-    }
-    bias_range_ = high - low;
+    bias_range_ = spread(table_, a_.bias_size);
     for_each_run([&](int64_t to, int64_t row, int64_t length) {
       for (int64_t i = 0; i < length; ++i) expanded_[to + i] = table_[row + i];
     });
@@ -281,6 +316,8 @@ class Window3d final : public Group<P> {
   T* dbias_ = nullptr;
   int* tile_regions_;  // [tile]: bit per region of its keys
   bool* unmasked_;     // [tile]: for the queries in work
+  T* mask_rows_ = nullptr;    // [query in work][key]: masks of the caller's regions
+  T* bias_ranges_ = nullptr;  // [type]: of a dense bias, for the current head; negative: not known
 };
 
 template <class P>

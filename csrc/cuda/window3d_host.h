@@ -93,7 +93,8 @@ inline void describe_tokens(WindowTokenArguments& a, const Window3dArgs& call, s
   }
   for (int slot = 0; slot < kSlots; ++slot)
     a.batch_stride[slot] = call.tensor[slot].stride[0], a.head_stride[slot] = call.tensor[slot].stride[4];
-  a.batch_stride[kSlots] = call.grid[0] * call.grid[1] * call.grid[2] * call.heads, a.head_stride[kSlots] = 1;
+  a.batch_stride[kLogSums] = call.grid[0] * call.grid[1] * call.grid[2] * call.heads, a.head_stride[kLogSums] = 1;
+  a.batch_stride[kDenseBias] = 0, a.head_stride[kDenseBias] = call.bias_size;
   a.heads = Divisor(call.heads);
   order_axes(a, call, {0, 1, 2});
   a.scale = float(call.scale), a.mask_value = float(call.mask_value);

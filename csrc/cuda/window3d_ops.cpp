@@ -12,6 +12,8 @@ void check(const Window3dArgs& a) {
   STD_TORCH_CHECK(a.head_dim <= kMaxHeadDim && a.tokens <= kMaxTokens, "expected head_dim up to ", kMaxHeadDim,
                   " and windows up to ", kMaxTokens, " tokens, got ", a.head_dim, " and ", a.tokens);
   STD_TORCH_CHECK(a.dropout_p == 0, "dropout is not implemented");
+  STD_TORCH_CHECK(!a.regions && !a.shift_first && a.before[0] + a.before[1] + a.before[2] == 0,
+                  "regions, and padding in front or after the shift, are not implemented");
   STD_TORCH_CHECK(a.heads * a.groups <= INT32_MAX && a.grid[0] * a.grid[1] * a.grid[2] <= INT32_MAX,
                   "more than 2^31 - 1 blocks, or tokens of one grid");
   STD_TORCH_CHECK(a.groups > 0 && a.heads > 0, "expected at least one window");

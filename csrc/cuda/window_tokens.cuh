@@ -22,8 +22,9 @@ struct WindowTokenArguments {
   int slots;  // entries of the tables of the tokens; the last ones are no keys
   // Places in shared memory: of what tells where tensors start, of the tables of the tokens, and of the bias.
   int bases, offsets, tokens, regions, bias_rows, bias;
-  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp in numbers.
-  int64_t batch_stride[kSlots + 1], head_stride[kSlots + 1];
+  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp and a dense bias
+  // in numbers. The bias is that of a type of window.
+  int64_t batch_stride[kBases], head_stride[kBases];
   int unit[kSlots];               // bytes that all rows of a tensor are a multiple of: 16, 4 or 2
   uint32_t token_stride[kSlots];  // the one stride that counts through its grid, in bytes, if there is one
   uint32_t plain;                 // a bit for each tensor that has one, and whose rows are whole pieces of 16 bytes
@@ -99,7 +100,7 @@ class WindowTokens {
     return {first_row(slot), common_.token_stride[slot]};
   }
   __device__ __forceinline__ PlainRows<float> log_sums() const {
-    return {static_cast<float*>(a_.lse) + bases()[kSlots], uint32_t(a_.heads)};
+    return {static_cast<float*>(a_.lse) + bases()[kLogSums], uint32_t(a_.heads)};
   }
   __device__ __forceinline__ float* lse(int token) const { return log_sums().at(token); }
 
@@ -112,7 +113,7 @@ class WindowTokens {
       const int row = bias_row(place_of(query)) - bias_row(place_of(n)) + middle_row();
       score += table()[row * a_.bias_row_stride];
     } else if (a_.bias) {
-      score += static_cast<const float*>(a_.bias)[(int64_t(head_) * a_.tokens + query) * a_.tokens + n];
+      score += static_cast<const float*>(a_.bias)[bases()[kDenseBias] + int64_t(query) * a_.tokens + n];
     }
     if (a_.mask) {
       const int64_t group = group_ % int(a_.mask_groups);
@@ -146,8 +147,12 @@ class WindowTokens {
   // Fills the tables of the tokens, and calls visit(n, place) for each of their entries; to be followed by a barrier.
   template <class Visit>
   __device__ __forceinline__ void find_tokens(Visit visit) const {
-    if (const int slot = threadIdx.x; slot <= kSlots)
-      bases()[slot] = batch_ * common_.batch_stride[slot] + head_ * common_.head_stride[slot];
+    if (const int slot = threadIdx.x; slot < kBases) {
+      int64_t base = batch_ * common_.batch_stride[slot] + head_ * common_.head_stride[slot];
+      if (slot == kDenseBias && a_.window_types)
+        base += a_.window_types[group_ % int(a_.type_groups)] * (a_.heads * a_.bias_size);
+      bases()[slot] = base;
+    }
     int start[3], rest = group_;
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis)
@@ -227,7 +232,7 @@ class WindowTokens {
  private:
   // Where the row of token 0 of the grid starts.
   __device__ __forceinline__ const char* first_row(Slot slot) const { return a_.tensor[slot].data + bases()[slot]; }
-  // Distances from the start of a tensor, the last one in numbers of log-sum-exp: an address that comes from shared
+  // Distances from the start of a tensor, of log-sum-exp and a dense bias in numbers: an address that comes from shared
   // memory might be of any memory, to the compiler.
   __device__ __forceinline__ int64_t* bases() const { return at<int64_t>(common_.bases); }
   // Of the tokens from there, for each set of strides.

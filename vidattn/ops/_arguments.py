@@ -22,6 +22,8 @@ __all__ = [
     "check_companion",
     "check_dense",
     "check_dropout",
+    "check_numbers",
+    "check_range",
     "check_scale",
     "draw_seed",
     "split_qkv",
@@ -85,6 +87,30 @@ def check_companion(function: str, name: str, value: Tensor, like: Tensor, shape
         raise TypeError(f"{function}: {name}: expected a floating dtype, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
+
+
+def check_numbers(function: str, name: str, value: Any, like: Tensor, shape: Sequence[int], layout: str) -> None:
+    """Check a tensor of integers that goes with q, k and v: its type, dtype, shape and device, not what it holds."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name}: expected a tensor {layout} or None, got {_describe(value)}")
+    check_dense(function, name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: {name}: expected dtype int32 or int64, got {value.dtype}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{function}: {name}: expected shape {layout} = {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
+
+
+def check_range(function: str, name: str, value: Tensor | None, count: int) -> None:
+    """Refuse numbers that are not 0 to ``count - 1``, where they can be read at once: in the memory of the host."""
+    if value is None or value.device.type != "cpu" or value.numel() == 0:
+        return
+    if type(value) is not Tensor or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return
+    least, most = (int(number) for number in value.aminmax())
+    if least < 0 or most >= count:
+        raise ValueError(f"{function}: {name}: expected numbers from 0 to {count - 1}, got {least} to {most}")
 
 
 def check_dense(function: str, name: str, value: object) -> None:

@@ -100,6 +100,7 @@ def call_attention(
     bias: str = "none",
     channel_ranges: int = 0,
     cls_query: str = "own",
+    grid_options: tuple[str, ...] = (),
 ) -> Any:
     """Call an op of attention with validated arguments: choose the backend and draw the seed of the dropout.
 
@@ -113,6 +114,7 @@ def call_attention(
         bias: kind of the tensor behind v, if it is there: "table" or "dense"; "none" if it is no bias.
         channel_ranges: as ``group_tokens``.
         cls_query: as ``group_tokens``.
+        grid_options: as ``group_tokens``.
 
     Returns:
         What the op returns.
@@ -121,7 +123,15 @@ def call_attention(
         bias = "none"
     needs_bias_grad = bias != "none" and _may_need_gradient(inputs[3])
     call = describe_call(
-        function, inputs.q, group_tokens, options.dropout_p, bias, needs_bias_grad, channel_ranges, cls_query
+        function,
+        inputs.q,
+        group_tokens,
+        options.dropout_p,
+        bias,
+        needs_bias_grad,
+        channel_ranges,
+        cls_query,
+        grid_options,
     )
     chosen = choose_backend(call, backend)
     if _listener is not None:
@@ -434,7 +444,11 @@ def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
         reasons.append("gives no gradient of a dense bias, which this call may need")
     if call.channel_ranges > _CUDA_RANGES:
         reasons.append(f"runs up to {_CUDA_RANGES} ranges of channels, got {call.channel_ranges}")
-    return reasons
+    return reasons + _check_grid_options(call)
+
+
+def _check_grid_options(call: AttentionCall) -> list[str]:
+    return [f"has no {', '.join(call.grid_options)}"] if call.grid_options else []
 
 
 def _check_cls_query(call: AttentionCall) -> list[str]:
@@ -448,7 +462,7 @@ def _check_cuda_gpu(call: AttentionCall) -> list[str]:
 
 
 def _check_triton(call: AttentionCall) -> list[str]:
-    reasons = _check_head_dim(call) + _check_triton_gpu(call) + _check_cls_query(call)
+    reasons = _check_head_dim(call) + _check_grid_options(call) + _check_triton_gpu(call) + _check_cls_query(call)
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"runs float32, bfloat16 and float16, got {call.dtype}")
     elif TRITON_INTERPRETED and call.dtype in MISINTERPRETED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor, stack
+from torch import Tensor, arange, int32, stack
 
 from vidattn.reference.attention import accumulator_dtype
 
@@ -87,6 +87,13 @@ def as_input(grad: Tensor | None, of: Tensor | None, needed: bool) -> Tensor | N
 def accumulated(x: Tensor | None, q: Tensor, backend: str) -> Tensor | None:
     """Bring a table or mask to the accumulator's dtype, contiguous; Triton's launch functions do that themselves."""
     return x if x is None or backend == "triton" else x.to(accumulator_dtype(q.dtype)).contiguous()
+
+
+def types_below(window_types: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Give the types of windows as int32 numbers of the biases that are there: others do not get past here."""
+    if window_types is None or bias is None:
+        return None
+    return arange(bias.shape[0], dtype=int32, device=bias.device).index_select(0, window_types)
 
 
 def keeps_lse(keys: int, backend: str, cuda_whole_row_keys: int = 0) -> bool:

@@ -31,6 +31,7 @@ def window_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    window_types: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
@@ -47,6 +48,9 @@ def window_attention(
             and head, a masked one too.
         bias: (h, N, N), row = query, column = key, any floating dtype.
         mask: (nW, N, N), any floating dtype; ``mask[g % nW]`` is added to the scores of window g; nW divides G.
+        window_types: int32 or int64 (nW,), where not all windows have one bias, which then is (types, h, N, N): window
+            g takes ``bias[window_types[g % nW]]``; nW divides G, and need not be that of the mask. A type that the bias
+            does not have raises on the CPU; on a GPU it ends in a device-side assertion.
         scale: factor of q k^T; d**-0.5 when None.
         dropout_p: probability of dropping an attention weight, ``0 <= dropout_p < 1``; active whenever above 0.
         backend: backend of this call, strict; None for the one in force.
@@ -68,7 +72,7 @@ def window_attention(
         >>> vidattn.window_attention(qkv, bias=torch.zeros(4, 49, 49), mask=torch.zeros(2, 49, 49)).shape
         torch.Size([6, 49, 128])
     """
-    inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(G, N, 3, h, d)", "(G, N, h, d)"), bias, mask)
+    inputs = Inputs(*arguments.split_qkv(NAME, qkv, "(G, N, 3, h, d)", "(G, N, h, d)"), bias, mask, window_types)
     _check(inputs)
     head_dim = inputs.q.shape[-1]
     options = Options(arguments.check_scale(NAME, scale, head_dim), arguments.check_dropout(NAME, dropout_p))
@@ -84,6 +88,7 @@ class Inputs(NamedTuple):
     v: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
+    window_types: Tensor | None = None
     seed: Tensor | None = None
 
 
@@ -93,11 +98,23 @@ class Options(NamedTuple):
 
 
 def _check(inputs: Inputs) -> None:
-    q, _, _, bias, mask, _ = inputs
+    q, _, _, bias, mask, window_types, _ = inputs
     groups, tokens = q.shape[:2]
     heads = q.shape[-2]
-    if bias is not None:
+    if bias is not None and window_types is None:
         arguments.check_companion(NAME, "bias", bias, q, (heads, tokens, tokens), "(h, N, N)")
+    elif bias is not None:
+        types = max(1, bias.shape[0]) if isinstance(bias, Tensor) and bias.dim() == 4 else 1
+        arguments.check_companion(NAME, "bias", bias, q, (types, heads, tokens, tokens), "(types, h, N, N)")
+    if window_types is not None:
+        if bias is None:
+            raise ValueError(f"{NAME}: window_types: expected a bias beside it, got None")
+        count = window_types.shape[0] if isinstance(window_types, Tensor) and window_types.dim() == 1 else 1
+        arguments.check_numbers(NAME, "window_types", window_types, q, (count,), "(nW,)")
+        if count == 0 or groups % count != 0:
+            raise ValueError(
+                f"{NAME}: window_types: expected the number of windows {groups} to be a multiple of nW, got {count}"
+            )
     if mask is not None:
         arguments.check_dense(NAME, "mask", mask)
         kinds = mask.shape[0] if isinstance(mask, Tensor) and mask.dim() == 3 else 1
@@ -114,7 +131,7 @@ def _check(inputs: Inputs) -> None:
 
 # ---- Schemas ----
 
-_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? seed"
+_INPUTS = "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? window_types, Tensor? seed"
 _OPTIONS = "float scale, float dropout_p"
 LIBRARY.define(f"{NAME}({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor lse)", tags=TAGS)
 LIBRARY.define(
@@ -144,12 +161,15 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         scale=options.scale,
         mask_value=0.0,
         dropout_p=options.dropout_p,
+        window_types=tensors.types_below(inputs.window_types, inputs.bias),
     )
 
 
 def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    if inputs.bias is not None:
+        arguments.check_range(NAME, "window_types", inputs.window_types, inputs.bias.shape[0])
     if backend == "reference" and inputs.q.numel() > 0:
-        given = {"seed": inputs.seed, **options._asdict()}
+        given = {"seed": inputs.seed, "window_types": inputs.window_types, **options._asdict()}
         qkv = tensors.separate(inputs)
         return reference.window_attention(qkv, inputs.bias, inputs.mask, **given, return_lse=True)  # type: ignore[return-value]
     out, lse = tensors.new_outputs(inputs)
@@ -169,7 +189,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     dout, (needs_bias,) = grads[0], needs
     if backend == "reference" and dout.numel() > 0:
-        given = {"seed": inputs.seed, **options._asdict()}
+        given = {"seed": inputs.seed, "window_types": inputs.window_types, **options._asdict()}
         *found, dbias = window_attention_backward(dout, tensors.separate(inputs), inputs.bias, inputs.mask, **given)
         dqkv = tensors.pack(inputs, found)
     else:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vidattn.reference.philox import dropout_keep_mask
 
-__all__ = ["accumulator_dtype", "attend", "attend_backward"]
+__all__ = ["accumulator_dtype", "attend", "attend_backward", "sum_by_number"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,6 +48,7 @@ def attend(
     dropout_p: float,
     seed: Tensor | None,
     first_head: int = 0,
+    window_types: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend inside groups, differentiably.
 
@@ -55,18 +56,19 @@ def attend(
         q: queries (G, N, h, d).
         k: keys (G, N, h, d).
         v: values (G, N, h, d).
-        bias: (h, N, N) or None.
+        bias: (h, N, N), (types, h, N, N) with ``window_types``, or None.
         mask: (nW, N, N) or None, added to group g as ``mask[g % nW]``.
         scale: factor of q k^T.
         dropout_p: dropout probability.
         seed: int64 tensor with one element, needed when ``dropout_p > 0``.
         first_head: number of the first of the heads, for the dropout mask.
+        window_types: integers (nW,): group g takes ``bias[window_types[g % nW]]``; None where all take one.
 
     Returns:
         Context (G, N, h * d) and log-sum-exp (G, N, h), both in the accumulator's dtype.
     """
     with torch.autocast(q.device.type, enabled=False):
-        probabilities, lse = _softmax(_scores(q, k, bias, mask, scale))
+        probabilities, lse = _softmax(_scores(q, k, bias, mask, scale, window_types))
         if dropout_p > 0:
             probabilities = probabilities * _keep_factors(probabilities, dropout_p, seed, first_head)
         out = probabilities @ _by_head(v)
@@ -85,6 +87,7 @@ def attend_backward(
     dropout_p: float,
     seed: Tensor | None,
     first_head: int = 0,
+    window_types: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Differentiate :func:`attend` by the formulas of this module.
 
@@ -99,12 +102,13 @@ def attend_backward(
         dropout_p: dropout probability.
         seed: int64 tensor with one element.
         first_head: number of the first of the heads.
+        window_types: which bias a group takes.
 
     Returns:
         Gradients of q, k, v (G, N, h, d) and of the bias (None without one), in the accumulator's dtype.
     """
     with torch.autocast(q.device.type, enabled=False):
-        probabilities, _ = _softmax(_scores(q, k, bias, mask, scale))
+        probabilities, _ = _softmax(_scores(q, k, bias, mask, scale, window_types))
         grad_heads = _by_head(grad_out.unflatten(-1, q.shape[2:]))
         grad_probabilities = grad_heads @ _by_head(v).transpose(-2, -1)
         dropped = probabilities
@@ -116,8 +120,26 @@ def attend_backward(
         grad_v = dropped.transpose(-2, -1) @ grad_heads
         grad_q = scale * (grad_scores @ _by_head(k))
         grad_k = scale * (grad_scores.transpose(-2, -1) @ _by_head(q))
-        grad_bias = None if bias is None else grad_scores.sum(0)
+        grad_bias = None if bias is None else _over_groups(grad_scores, bias, window_types)
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_bias
+
+
+def sum_by_number(x: Tensor, numbers: Tensor, count: int) -> Tensor:
+    """Sum the rows of ``x`` that have the same number, in one order.
+
+    Args:
+        x: (rows, ...).
+        numbers: integers (rows,), each below ``count``.
+        count: rows of the result.
+
+    Returns:
+        (count, ...), zeros where no row has the number.
+    """
+    total = x.new_zeros(count, *x.shape[1:])
+    if x.device.type == "cpu":
+        return total.index_add_(0, numbers, x)
+    # The sort-based accumulation, whose order does not vary; index_add_ uses atomics there.
+    return total.index_put_((numbers.long(),), x, accumulate=True)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -125,14 +147,29 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).to(accumulator_dtype(x.dtype))
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, window_types: Tensor | None
+) -> Tensor:
     scores = scale * (_by_head(q) @ _by_head(k).transpose(-2, -1))  # (G, h, N, N)
-    if bias is not None:
+    if bias is not None and window_types is None:
         scores = scores + bias.to(scores.dtype)
-    if mask is not None:
-        grouped = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
-        scores = (grouped + mask.to(scores.dtype)[:, None]).flatten(0, 1)
-    return scores
+    elif bias is not None and window_types is not None:
+        scores = _add_in_turn(scores, bias.to(scores.dtype).index_select(0, window_types))
+    return scores if mask is None else _add_in_turn(scores, mask.to(scores.dtype)[:, None])
+
+
+def _add_in_turn(scores: Tensor, added: Tensor) -> Tensor:
+    """Add row ``g % rows`` to the scores of group g."""
+    return (scores.unflatten(0, (scores.shape[0] // added.shape[0], added.shape[0])) + added).flatten(0, 1)
+
+
+def _over_groups(grad_scores: Tensor, bias: Tensor, window_types: Tensor | None) -> Tensor:
+    """Sum the gradient of the scores over the groups that took a bias."""
+    if window_types is None:
+        return grad_scores.sum(0)
+    count = window_types.shape[0]
+    by_window = grad_scores.unflatten(0, (grad_scores.shape[0] // count, count)).sum(0)
+    return sum_by_number(by_window, window_types, bias.shape[0])
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
