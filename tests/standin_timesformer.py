@@ -1,6 +1,6 @@
 """A TimeSformer with the structure of facebookresearch/TimeSformer, in our own words.
 
-With the weights of the official code (at a5ef29a) it gives the same bits in float64, in training with the same seed too.
+With the weights of the official code (at a5ef29a) it gives the same bits in float64, in training with one seed too.
 """
 
 from __future__ import annotations

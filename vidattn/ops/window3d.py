@@ -149,9 +149,8 @@ def window3d_attention(
     else:
         group_tokens = math.prod(_windows(inputs.q.shape[1:4], options).window)
     bias = "dense" if _has_dense_bias(inputs) else "table"
-    return call_attention(NAME, NAME, inputs, options, backend, group_tokens, bias, 0, _grid_options(inputs, options))[
-        0
-    ]
+    found = _grid_options(inputs, options)
+    return call_attention(NAME, NAME, inputs, options, backend, group_tokens, bias, grid_options=found)[0]
 
 
 # ---- What the op takes, in the order of its schema ----
