@@ -123,7 +123,7 @@ def is_plain_attention(module: Any) -> bool:
         and not module.residual_connection
         and not getattr(module, "pre_only", False)  # this and the next are not in old releases
         and getattr(module, "inner_kv_dim", module.inner_dim) == module.inner_dim
-        and module.__dict__.keys().isdisjoint(HELPERS)
+        and not any(name in module.__dict__ for name in HELPERS)
     )
 
 
