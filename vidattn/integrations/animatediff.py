@@ -153,11 +153,11 @@ COUNTERPARTS = (
             *(f"{name}.__call__" for name in _PROCESSORS),
         ),
         tested={
-            "7793828931bb910c": "AnimateAnyone, Champ, EchoMimic, Hallo, MusePose on diffusers 0.35 to 0.42",
+            "7793828931bb910c": "AnimateAnyone, Champ, EchoMimic, Hallo, MusePose on diffusers 0.42",
             "7c7a643042cd0319": "the same on 0.32",
             "70f8edb130e0abfb": "the same on 0.27",
             "4ad7c910a0b351b6": "the same on 0.24",
-            "750a86fcd199fd22": "animatediff-cli on diffusers 0.35 to 0.42",
+            "750a86fcd199fd22": "animatediff-cli on diffusers 0.42",
             "43d5558777dfea01": "animatediff-cli on 0.32",
             "dffc6b2c6b23cf7c": "animatediff-cli on 0.27",
             "86e1dab89148cb92": "animatediff-cli on 0.24",

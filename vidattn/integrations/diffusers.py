@@ -179,7 +179,7 @@ COUNTERPARTS = (
             *(f"Attention.{name}" for name in HELPERS),
             *(f"{name}.__call__" for name in _PROCESSORS),
         ),
-        tested={"6d13838b22602382": "0.35 to 0.42", "45fa2bb0aec4041a": "0.32"},
+        tested={"6d13838b22602382": "0.35, 0.42", "45fa2bb0aec4041a": "0.32"},
         resembles=lambda module: all(
             hasattr(module, name) for name in ("set_processor", "processor", "to_q", "heads", "rescale_output_factor")
         ),
