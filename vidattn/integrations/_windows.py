@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,9 +74,11 @@ def attend(
     bias: Tensor | None,
     mask: Tensor | None,
     dropout_p: float = 0.0,
+    window_types: Tensor | None = None,
 ) -> Tensor:
     """Attend inside windows, :func:`vidattn.window_attention`, with the scale and the backend of a module."""
-    return window_attention(qkv, bias, mask, scale=module.scale, dropout_p=dropout_p, backend=module.attention_backend)
+    options = {"window_types": window_types, "scale": module.scale, "dropout_p": dropout_p}
+    return window_attention(qkv, bias, mask, **options, backend=module.attention_backend)
 
 
 def attend_by_type(
@@ -89,20 +90,12 @@ def attend_by_type(
         module: the twin; its scale and backend are those of the call.
         qkv: (G, N, 3, h, d).
         bias: (types, h, N, N).
-        mask: (nW, N, N) or None, nW a multiple of ``types * repeats``; window g takes ``mask[g % nW]``.
+        mask: (nW, N, N) or None; window g takes ``mask[g % nW]``.
         repeats: windows in a row that have one type: window g has type ``g // repeats % types``.
         dropout_p: probability of dropping an attention weight.
 
     Returns:
         (G, N, h * d).
     """
-    types = bias.shape[0]
-    masks: Sequence[Tensor | None] = [None] * types
-    if mask is not None:
-        masks = [rows.flatten(0, 1) for rows in mask.unflatten(0, (-1, types, repeats)).unbind(1)]
-    # unbind, whose gradient is one stack; that of an index would fill a tensor of its own for each type.
-    contexts = [
-        attend(module, rows.flatten(0, 1), one_bias, one_mask, dropout_p).unflatten(0, (-1, repeats))
-        for rows, one_bias, one_mask in zip(qkv.unflatten(0, (-1, types, repeats)).unbind(1), bias.unbind(), masks)
-    ]
-    return torch.stack(contexts, 1).flatten(0, 2)
+    window_types = torch.arange(bias.shape[0], device=bias.device).repeat_interleave(repeats)
+    return attend(module, qkv, bias, mask, dropout_p, window_types)

@@ -52,7 +52,7 @@ class FusedFragmentAttention(Twin):
         if (
             index.numel() != tokens**2
             or not takes_mask(mask, groups, tokens)
-            or not _takes_fragments(fmask, mask, groups, tokens)
+            or not _takes_fragments(fmask, groups, tokens)
             or not can_attend(self)
         ):
             return self.replaced.forward(self, x, mask, fmask, resized_window_size)
@@ -79,13 +79,13 @@ def _index(module: Any, tokens: int, window: Sequence[int] | None) -> Tensor:
     return index.reshape(*module.window_size, *module.window_size)[:d, :h, :w, :d, :h, :w]
 
 
-def _takes_fragments(fmask: Tensor | None, mask: Tensor | None, groups: int, tokens: int) -> bool:
+def _takes_fragments(fmask: Tensor | None, groups: int, tokens: int) -> bool:
     """Whether the fragments are those of each window, and constants."""
     if fmask is None:
         return True
     fits = fmask.dim() == 4 and tuple(fmask.shape[1:3]) == (tokens, tokens) and not fmask.requires_grad
     kinds = fmask.shape[0]
-    return fits and kinds > 0 and groups % kinds == 0 and (mask is None or mask.shape[0] % kinds == 0)
+    return fits and kinds > 0 and groups % kinds == 0
 
 
 COUNTERPARTS = (
