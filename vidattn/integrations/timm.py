@@ -72,13 +72,14 @@ class FusedSwinTransformerBlock(Twin):
             window_size=window,
             shift_size=shift,
             pad_qkv=projection.constant,
+            clip_window=False,
             scale=attention.scale,
             dropout_p=rate_in_use(attention.attn_drop),
             backend=self.attention_backend,
         )
         out = attention.proj(context)
         if rate_in_use(attention.proj_drop) > 0.0:
-            out = drop_in_windows(out, attention.proj_drop, window, shift)
+            out = drop_in_windows(out, attention.proj_drop, window, shift, clip=False)
         return out.squeeze(1)
 
 
@@ -147,9 +148,9 @@ def _input_projection(block: Any, x: Tensor) -> Affine | None:
 
 
 def _is_cut_alike(grid: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]) -> bool:
-    """Whether the op cuts a grid into the windows that timm cuts it into, which never clips and pads what it rolled."""
+    """Whether the op cuts a grid into the windows that timm cuts it into, which pads what it has rolled."""
     return all(
-        size > window > shift and size % window == 0 if shift > 0 else size >= window
+        shift == 0 or (size > window > shift > 0 and size % window == 0)
         for size, window, shift in zip(grid, window_size, shift_size, strict=True)
     )
 

@@ -26,6 +26,7 @@ class FusedShiftedWindowAttention3d(Twin):
     ops = ("window3d_attention",)
     level = "block"
     _factor: float | None = None  # of scores; None for that of the head dimension
+    _clips: bool = True  # a window that is larger than the grid
 
     @staticmethod
     def refuse(module: Any) -> str | None:
@@ -57,13 +58,16 @@ class FusedShiftedWindowAttention3d(Twin):
             window_size=window,
             shift_size=shift,
             pad_qkv=padding,
+            clip_window=self._clips,
             scale=self._factor,
             dropout_p=self._attention_dropout(),
             backend=self.attention_backend,
         )
         out = functional.linear(context, self.proj.weight, self.proj.bias)
         if self.training and self.dropout > 0.0:
-            return drop_in_windows(out, functools.partial(functional.dropout, p=self.dropout), window, shift)
+            return drop_in_windows(
+                out, functools.partial(functional.dropout, p=self.dropout), window, shift, clip=self._clips
+            )
         return out
 
     def _project(self: Any, x: Tensor) -> tuple[Any, Tensor | None]:
@@ -78,15 +82,13 @@ class FusedShiftedWindowAttention3d(Twin):
 class FusedShiftedWindowAttention(FusedShiftedWindowAttention3d):
     """``ShiftedWindowAttention``, likewise; its windows are never clipped to the grid."""
 
+    _clips = False
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map tokens (B, H, W, C) to (B, H, W, C)."""
         if not self._ops_can_attend(x):
             return self.replaced.forward(self, x)
-        _, height, width, _ = x.shape
-        below, right = (max(0, window - size) for window, size in zip(self.window_size, (height, width), strict=True))
-        if below or right:  # a window larger than the grid, which the op would clip
-            x = functional.pad(x, (0, 0, 0, right, 0, below))
-        return self._attend(x.unsqueeze(1))[:, 0, :height, :width].contiguous()
+        return self._attend(x.unsqueeze(1)).squeeze(1)
 
 
 class FusedShiftedWindowAttentionV2(FusedShiftedWindowAttention):

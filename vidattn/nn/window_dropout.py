@@ -11,7 +11,12 @@ from vidattn.nn.windows import in_3d
 
 
 def drop_in_windows(
-    x: Tensor, drop: Callable[[Tensor], Tensor], window_size: Sequence[int], shift_size: Sequence[int]
+    x: Tensor,
+    drop: Callable[[Tensor], Tensor],
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    *,
+    clip: bool = True,
 ) -> Tensor:
     """Drop of a token grid what a dropout of its windows, padding included, drops under the same seed.
 
@@ -20,12 +25,13 @@ def drop_in_windows(
         drop: the dropout, which is active.
         window_size: configured window (Wd, Wh, Ww), or (Wh, Ww).
         shift_size: configured shift.
+        clip: whether windows are clipped to the grid, or else the grid padded up to them.
 
     Returns:
         Tokens of the shape of ``x``.
     """
     batch, *grid, channels = x.shape
-    windows = resolve_windows(in_3d(grid, 1), in_3d(window_size, 1), in_3d(shift_size, 0))
+    windows = resolve_windows(in_3d(grid, 1), in_3d(window_size, 1), in_3d(shift_size, 0), clip=clip)
     # What ones become there is the factor of each number.
     factors = drop(x.new_ones(batch * windows.num_windows, windows.num_tokens, channels))
     factors = factors.view(batch, *windows.counts, *windows.window, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
