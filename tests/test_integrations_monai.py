@@ -44,7 +44,7 @@ TARGETS = [
         "SwinUNETR in 2D",
         partial(unetr, feature_size=12, depths=(2, 2, 1, 1), num_heads=(3, 3, 3, 3), use_v2=True),
         partial(volume, "x_in", 64, 96),  # 32 x 48 tokens, then half each time, under a window of 7
-        compiles=False,  # in many graphs, most of them convolutions: the transformer alone shows as much
+        compiles=False,  # not as one graph: a check of the size depends on data
     ),
     _target(
         "SwinUNETR's transformer in 3D",
