@@ -131,7 +131,7 @@ def _torchvision_attention(config: dict[str, Any], inputs: dict[str, Tensor], st
 
     module = torchvision_swin3d.ShiftedWindowAttention3d(**config["args"])
     module.load_state_dict(state, strict=True)
-    return GoldenRun(module, inputs, _call_on_x, swaps=False)
+    return GoldenRun(module, inputs, _call_on_x)
 
 
 def _torchvision_block(config: dict[str, Any], inputs: dict[str, Tensor], state: dict[str, Tensor]) -> GoldenRun:
@@ -139,7 +139,7 @@ def _torchvision_block(config: dict[str, Any], inputs: dict[str, Tensor], state:
 
     module = SwinTransformerBlock(attn_layer=torchvision_swin3d.ShiftedWindowAttention3d, **config["args"])
     module.load_state_dict(state, strict=True)
-    return GoldenRun(module, inputs, _call_on_x, swaps=False)
+    return GoldenRun(module, inputs, _call_on_x)
 
 
 _BUILDERS: dict[str, Callable[..., GoldenRun]] = {
