@@ -44,6 +44,7 @@ TARGETS = [
         "SwinUNETR in 2D",
         partial(unetr, feature_size=12, depths=(2, 2, 1, 1), num_heads=(3, 3, 3, 3), use_v2=True),
         partial(volume, "x_in", 64, 96),  # 32 x 48 tokens, then half each time, under a window of 7
+        compiles=False,  # not as one graph: a check of the size depends on data
     ),
     _target(
         "SwinUNETR's transformer in 3D",
@@ -123,6 +124,23 @@ def test_no_mask_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     with Shapes():
         model(**TARGETS[1].arguments())
     assert shapes and not [shape for shape in shapes if tuple(shape[-2:]) == (60, 60)]
+
+
+def test_compiles_as_one_graph() -> None:
+    """A stage, as the original does, activation checkpointing included."""
+
+    def stage() -> nn.Module:
+        options = {"drop_path": [0.0, 0.0], "qkv_bias": True, "use_checkpoint": True}
+        return swin_unetr.BasicLayer(12, 2, 3, (3, 4, 5), **options)
+
+    target = TARGETS[1]._replace(build=stage, inputs=lambda: {"x": torch.randn(1, 12, 4, 6, 7)})
+    model, arguments = target.make(torch.float64), target.arguments(torch.float64)
+    before = run(model, arguments)
+    vidattn.accelerate(model)
+    torch._dynamo.reset()
+    after = run(torch.compile(model, backend="aot_eager", fullgraph=True), arguments, counted=False)
+    gradients = {name.removeprefix("_orig_mod."): row for name, row in after.gradients.items()}
+    assert_as_before(after._replace(gradients=gradients), before, None)
 
 
 class _Hyena(nn.Module):

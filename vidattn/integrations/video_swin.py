@@ -5,6 +5,7 @@ Nobody has it as a package of its own, so it is known by its parts and its code 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,7 @@ def _is_attention(module: Any) -> bool:
         and set(module._parameters) - {"scale"} == {"relative_position_bias_table"}
         and set(module._buffers) == {"relative_position_index"}
         and {"qkv", "softmax", "attn_drop", "proj", "proj_drop"} <= set(module._modules)
+        and _takes(module, "forward", "x", "mask")
     )
 
 
@@ -66,6 +68,7 @@ def _is_block(module: Any) -> bool:
         and _is_in_3d(getattr(module, "shift_size", None))
         and not module._parameters
         and {"norm1", "attn", "drop_path", "norm2", "mlp"} <= set(module._modules)
+        and _takes(module, "forward_part1", "x", "mask_matrix")
     )
 
 
@@ -77,6 +80,12 @@ def _is_stage(module: Any) -> bool:
         and hasattr(module, "downsample")
         and any(_is_block(part) and _has_name(part, "SwinTransformerBlock3D") for part in module.blocks.modules())
     )
+
+
+def _takes(module: Any, method: str, *names: str) -> bool:
+    """Whether a method has these arguments and no others."""
+    function = getattr(type(module), method, None)
+    return function is not None and tuple(inspect.signature(function).parameters) == ("self", *names)
 
 
 def _has_name(module: Any, name: str) -> bool:
