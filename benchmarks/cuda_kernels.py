@@ -26,7 +26,8 @@ class Part:
     """What stands in a main loop between two barriers and is for the same warps, on average over all warps.
 
     ``kind`` says for which: "products" with a warp's keys, "jobs" (products that are shared out otherwise), "copies",
-    "sums" of rows over neighbouring lanes, "last" for what is behind a vote, "floats" that are stored, "all" for the rest.
+    "sums" of rows over neighbouring lanes, "last" for what is behind a vote, "floats" that are stored, "all" for the
+    rest.
     """
 
     phase: int  # what is behind the last barrier is before the first one
