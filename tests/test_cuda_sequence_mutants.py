@@ -180,7 +180,7 @@ BACKWARD: dict[str, tuple[str, str, str, str, str]] = {
         "race",
         "long",
         "sequence_backward.cuh",
-        r"min\(B::kQueries, arguments\.slots - B::kQueries\)",
+        r"arguments\.keys > B::kQueries \? B::kQueries : 0",
         "0",
     ),
     "records of two sequences in one place": (

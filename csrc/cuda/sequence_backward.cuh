@@ -403,7 +403,7 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
           }
         }
         // The first tile still needs the keys that were there, if there is another one.
-        const int first = min(B::kQueries, arguments.slots - B::kQueries);
+        const int first = arguments.keys > B::kQueries ? B::kQueries : 0;
         if (warp == plan.key_warp && query >= first && exists(round + 1)) {
           const Group group = group_of(round + 1);
           const B backward(arguments, group);
