@@ -26,7 +26,8 @@ class Part:
     """What stands in a main loop between two barriers and is for the same warps, on average over all warps.
 
     ``kind`` says for which: "products" with a warp's keys, "jobs" (products that are shared out otherwise), "copies",
-    "sums" of rows over neighbouring lanes, "last" for what is behind a vote, "all" for the rest.
+    "sums" of rows over neighbouring lanes, "last" for what is behind a vote, "floats" that are stored, "all" for the
+    rest.
     """
 
     phase: int  # what is behind the last barrier is before the first one
@@ -174,7 +175,8 @@ class CudaProgram:
         kinds |= dict.fromkeys(self._apart_with(self._votes) & body, "last")
         kinds |= dict.fromkeys(self._apart_with(self._copies), "copies")
         kinds |= dict.fromkeys(self._apart_with(self._shuffles), "sums")
-        return kinds | dict.fromkeys(jobs, "jobs")
+        kinds |= dict.fromkeys(jobs, "jobs")
+        return kinds | dict.fromkeys(self._apart_with(self._floats) & body, "floats")
 
     def _parts(self, way: list[tuple[int, float]], kinds: Mapping[int, str]) -> tuple[Part, ...]:
         barriers = sum(self.instructions[index].name == "BAR" for index, _ in way)
@@ -383,8 +385,18 @@ class CudaProgram:
     def _copies(self, body: Iterable[int]) -> int:
         return sum(self.instructions[index].name == "LDGSTS" for index in body if index != self._end)
 
+    def _calls(self, body: Iterable[int]) -> int:
+        """Count calls of functions of the kernel's own, which are for numbers of any size."""
+        instructions = (self.instructions[index] for index in body if index != self._end)
+        return sum(i.name == "CALL" and "scan_rows" in i.operands for i in instructions)
+
     def _shuffles(self, body: Iterable[int]) -> int:
         return sum(self.instructions[index].name == "SHFL" for index in body if index != self._end)
+
+    def _floats(self, body: Iterable[int]) -> int:
+        """Count stores of four bytes, where there are no others: float32 of rows that other groups have too."""
+        widths = [i.width for i in (self.instructions[x] for x in body if x != self._end) if i.name == "STG"]
+        return len(widths) if all(width == 4 for width in widths) else 0
 
     def _votes(self, body: Iterable[int]) -> int:
         """Count barriers that tell what all threads say."""
@@ -408,7 +420,8 @@ class CudaProgram:
     @cached_property
     def _usual(self) -> tuple[networkx.DiGraph, frozenset[int]]:
         """The ways to the end that are usual, and what is between products on them."""
-        graph = self._forward.subgraph(self._without_unaligned() - self.rare - self._exact_way).copy()
+        exact = self._exact_way | (self._apart_with(self._calls) if self.backward else set())
+        graph = self._forward.subgraph(self._without_unaligned() - self.rare - exact).copy()
         graph = graph.subgraph(networkx.ancestors(graph, self._end) | {self._end}).copy()
         between = frozenset() if self.backward and not self._of_windows else self._between(graph)
         return graph, between if self._of_windows else between.union(*self.product_loops)

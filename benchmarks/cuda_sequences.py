@@ -61,7 +61,7 @@ def sequences_of(case: DividedCase | MixingCase) -> list[Sequences]:
 
 
 def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rates) -> list[CaseAudit]:
-    """Audit the cases that have sequences of more rows than a warp has at a time.
+    """Audit the cases that have sequences of more rows than a warp has at a time, and room for two of them.
 
     Args:
         names: cases; all by default.
@@ -77,6 +77,10 @@ def audit(names: Iterable[str] | None, arch: str, dtype: torch.dtype, rates: Rat
             if (names is not None and name not in names) or not SHORT < longest <= LONGEST:
                 continue
             for direction, audited in (("forward", audit_forward), ("backward", audit_backward)):
+                if direction == "backward" and not all(
+                    of.keys <= SHORT or backward_plan(of, arch)["walks"] for of in sequences
+                ):
+                    continue
                 launches = tuple(
                     audited(case, of, dtype, arch, rates)
                     if of.keys > SHORT
@@ -166,6 +170,7 @@ def audit_backward(
     filled = sixteens / (2 * tiles) * sixteens / (2 * owners)
     summing = min(warps, 4 * tile // LANES)  # warps that find delta
     shares = {"products": filled * owners / warps, "copies": 1 / warps, "last": 1 / tiles, "sums": summing / warps}
+    shares["floats"] = 1 / (tiles * warps)  # of a cls token
     loop = program.main_loop(rounds, shares=shares)
     assert loop is not None
     rounds_of_main = of.groups * tiles * warps
@@ -187,8 +192,8 @@ def audit_backward(
     weights = {"products": of_products, "jobs": of_jobs, "copies": of_copies, "sums": of_sums}
     block = Block(blocks, warps, plan["shared_bytes"], 0, [1] * warps)
     audited = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
-    waits = waiting(audited, loop, weights, rounds_of_main, rates)
-    return replace(audited, added={**audited.added, "barriers": waits})
+    waits = waiting(audited, loop, weights, rounds_of_main, rates) - audited.added["unequal share"]
+    return replace(audited, added={**audited.added, "barriers": max(0.0, waits)})
 
 
 def waiting(

@@ -272,7 +272,7 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(
 FORWARD = ("dim", "threads", "tiles", "splits", "block_keys", "resident", "shared_bytes")
 BACKWARD = (
     *("dim", "threads", "warps", "warp_keys", "query_tile", "block_keys", "blocks", "rows", "score_tiles"),
-    *("tokens", "shared_bytes", "walks", *(f"job_warps[{job}]" for job in range(2))),
+    *("tokens", "shared_bytes", "walks", "helps", "key_warp", *(f"job_warps[{job}]" for job in range(2))),
 )
 
 
@@ -321,15 +321,15 @@ def test_every_length_has_a_plan(plan: Callable[..., dict[str, int]]) -> None:
         assert head_dim <= p["dim"] in (32, 64)
         assert p["shared_bytes"] <= limit * KB and p["tokens"] % 16 == 0
         assert p["threads"] == 32 * p["warps"] <= (384 if p["dim"] == 32 else 256)
-        assert p["block_keys"] == p["warps"] * p["warp_keys"] == p["rows"]
+        assert p["block_keys"] == (p["warps"] - p["helps"]) * p["warp_keys"] == p["rows"]
         assert (p["blocks"] - 1) * p["block_keys"] < keys <= p["blocks"] * p["block_keys"]
-        assert p["query_tile"] == 32 and p["score_tiles"] == 1
+        assert p["query_tile"] == 32 and p["score_tiles"] == 1 + p["walks"]
         assert p["blocks"] == 1 or not p["walks"]
-        assert all(0 <= p[f"job_warps[{job}]"] < p["warps"] for job in range(2))
+        assert all(0 <= p[name] < p["warps"] for name in ("key_warp", "job_warps[0]", "job_warps[1]"))
 
 
 def test_a_frame_of_197_tokens_comes_in_one_block(plan: Callable[..., dict[str, int]]) -> None:
     for head_dim, limit in itertools.product((32, 64), (99, 163, 227)):
         assert plan("forward", 197, head_dim, limit * KB)["resident"]
         p = plan("backward", 197, head_dim, limit * KB)
-        assert p["blocks"] == 1 and p["walks"] == (head_dim == 32 or limit > 99)
+        assert p["blocks"] == 1 and p["walks"] == (limit > (99 if head_dim == 32 else 163))

@@ -43,7 +43,8 @@ struct Backward : BackwardRows<T, kDim, Group, kKeys, kQueries> {
   using Base = BackwardRows<T, kDim, Group, kKeys, kQueries>;
   using Base::arguments, Base::plan, Base::group, Base::warp, Base::lane;
   using Base::at, Base::block_keys, Base::copy_queries, Base::count, Base::key, Base::keys_place, Base::pad,
-      Base::records, Base::records_place, Base::scores, Base::slots, Base::stage_of, Base::table, Base::values_place, Base::warp_count;
+      Base::records, Base::records_place, Base::scores, Base::slots, Base::stage_of, Base::table, Base::values_place,
+      Base::warp_count;
   using Base::kJobs, Base::kPieceJobs, Base::kSteps, Base::kTiles;
   using typename Base::Arguments;
   using typename Base::Layout;

@@ -1,7 +1,7 @@
 // The backward pass of sequences whose keys come at once: a block of threads walks over sequences of any head, tile by
 // tile of queries, without a break between sequences. While one tile meets the keys, dq of the tile before is summed,
-// delta of the tile behind is found, and the tile behind that one is on its way, and with it keys and values of the next
-// sequence. So there is one barrier a tile, and all warps have something to do in between.
+// delta of the tile behind is found, and the tile behind that one is on its way, and with it keys and values of the
+// next sequence. So there is one barrier a tile, and all warps have something to do in between.
 #pragma once
 #include "backward.cuh"
 #include "sequences.cuh"
@@ -37,8 +37,7 @@ class WalkingGroup : public SequenceGroup {
   __device__ __forceinline__ int half() const { return round_ % 2 * a_.backward.half; }
   __device__ __forceinline__ int records() const { return round_ % 2 * a_.slots * int(sizeof(QueryRecord)); }
   __device__ __forceinline__ float* log_sums_place() const {
-    return reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + a_.backward.log_sums) +
-           round_ % 2 * a_.slots;
+    return reinterpret_cast<float*>(gpu::shared_memory<unsigned char>() + a_.backward.log_sums) + round_ % 2 * a_.slots;
   }
   // Tiles of queries take turns, without a break between rounds.
   __device__ __forceinline__ int turn() const { return round_ * ((keys() + 31) / 32); }
@@ -152,7 +151,8 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
     if constexpr (kDim == 64) {
       const int thread = thread_of_block(), lane = thread % 32;
       const uint32_t rows = gpu::shared_address(at(this->values_place())) +
-                            min(thread / 32, plan.rows / 32 - 1) * 32 * Layout::kBytes + Layout::place(lane % 16, lane / 16);
+                            min(thread / 32, plan.rows / 32 - 1) * 32 * Layout::kBytes +
+                            Layout::place(lane % 16, lane / 16);
 #pragma unroll
       for (int part = 0; part < kDim / 16; ++part)
 #pragma unroll
@@ -222,8 +222,7 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
       for (int e = 0; e < 2; ++e) {
         float minus_delta[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          minus_delta[i] = of_query(2 * step + e, i, int(offsetof(QueryRecord, minus_delta)));
+        for (int i = 0; i < 2; ++i) minus_delta[i] = of_query(2 * step + e, i, int(offsetof(QueryRecord, minus_delta)));
 #pragma unroll
         for (int t = 0; t < kUsed; ++t)
 #pragma unroll
@@ -233,8 +232,8 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
             const uint32_t pair =
                 gpu::pack<T>(weights[0] * (products[0] + minus_delta[0]), weights[1] * (products[1] + minus_delta[1]));
             ds_packed[step][t][2 * e + half] = pair;
-            *reinterpret_cast<uint32_t*>(
-                at((to ^ 16 * (2 * step + e)) + (16 * t + 8 * half) * Base::Scores::kBytes)) = pair;
+            *reinterpret_cast<uint32_t*>(at((to ^ 16 * (2 * step + e)) + (16 * t + 8 * half) * Base::Scores::kBytes)) =
+                pair;
           }
       }
     }
@@ -404,7 +403,7 @@ __device__ __forceinline__ void walk_over_sequences(const SequenceArguments& arg
           }
         }
         // The first tile still needs the keys that were there, if there is another one.
-        const int first = min(B::kQueries, arguments.slots - B::kQueries);
+        const int first = arguments.keys > B::kQueries ? B::kQueries : 0;
         if (warp == plan.key_warp && query >= first && exists(round + 1)) {
           const Group group = group_of(round + 1);
           const B backward(arguments, group);
