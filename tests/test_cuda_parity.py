@@ -29,6 +29,7 @@ JOBS = {
     "numbers": (PARITY, f"cuda and ({SOME})", 120),
     "divided": (["test_divided.py"], f"cuda and {SHORT}", 376),
     "mixing": (["test_mixing.py"], f"cuda and {SHORT}", 97),
+    "options": (["test_window3d_options.py"], "cuda and not real_windows and not many", 27),
     "golden": (["test_golden.py"], "accelerated", 54),
 }
 SLOW_JOBS = {
@@ -36,6 +37,7 @@ SLOW_JOBS = {
     "all_divided": (["test_divided.py"], "cuda and not random", 426),
     "random_divided": (["test_divided.py"], "cuda and random", 120),
     "all_mixing": (["test_mixing.py"], "cuda", 227),
+    "all_options": (["test_window3d_options.py"], "cuda", 34),
     "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),
 }
 

@@ -90,6 +90,56 @@ def test_region_mask_is_that_of_labelled_stretches(
         assert torch.equal(actual, expected)
 
 
+@settings(deadline=None, max_examples=300)
+@given(configurations(), st.data())
+def test_windows_with_other_padding(configuration: tuple[Triple, Triple, Triple], data: st.DataObject) -> None:
+    """Padding on both sides, before or after the shift, of windows clipped or not: by labels that move along."""
+    grid, window, shift = configuration
+    clip, shift_first = data.draw(st.booleans()), data.draw(st.booleans())
+    padding = None
+    if data.draw(st.booleans()):
+        padding = []
+        for size, extent in zip(grid, window, strict=True):
+            before = data.draw(st.integers(0, 4))
+            whole = before + size
+            behind = 0 if clip and whole <= extent else -whole % extent
+            padding.append((before, behind))
+    windows = resolve_windows(grid, window, shift, clip=clip, padding=padding, shift_first=shift_first)
+    pads, moves = [], []
+    for axis, size in enumerate(grid):
+        before, behind = (0, 0) if padding is None else padding[axis]
+        whole = before + size + behind
+        one = whole <= window[axis]
+        extent = whole if clip and one else window[axis]
+        assert windows.window[axis] == extent
+        assert windows.padded[axis] == -(-whole // extent) * extent
+        pads.append((before, windows.padded[axis] - before - size))
+        moves.append(0 if one else shift[axis])
+    numbers = torch.arange(math.prod(grid)).view(grid)
+    flat = [tokens for pair in reversed(pads) for tokens in pair]
+    back = [-move for move in moves]
+    # Of each axis: which tokens come to lie in front of the first one, and so do those of the padding beside them.
+    passed = torch.zeros(grid, dtype=torch.int64)
+    for axis, (size, move) in enumerate(zip(grid, moves, strict=True)):
+        passed += ((torch.arange(size) < move % size).long() << axis).view([-1 if a == axis else 1 for a in range(3)])
+    if shift_first:
+        rolled = torch.nn.functional.pad(numbers.roll(back, (0, 1, 2)), flat, value=-1)
+        labels = passed.roll(back, (0, 1, 2))[None, None].double()
+        labels = torch.nn.functional.pad(labels, flat, mode="replicate")[0, 0].long()
+    else:
+        rolled = torch.nn.functional.pad(numbers, flat, value=-1).roll(back, (0, 1, 2))
+        labels = torch.zeros(windows.padded, dtype=torch.int64)
+        for axis, (size, move) in enumerate(zip(windows.padded, moves, strict=True)):
+            front = (torch.arange(size) < move).long() << axis
+            labels += front.view([-1 if a == axis else 1 for a in range(3)])
+        labels = labels.roll(back, (0, 1, 2))
+    assert torch.equal(source_tokens(windows), _partition(rolled, windows.window))
+    regions = _partition(labels, windows.window)
+    expected = regions[:, None, :] != regions[:, :, None]
+    for actual in (region_mask(windows), region_mask(windows, regions=labels)):
+        assert not expected.any() if actual is None else torch.equal(actual, expected)
+
+
 @settings(deadline=None, max_examples=200)
 @given(configurations(), st.sampled_from(["prefix", "geometric"]))
 def test_bias_rows(configuration: tuple[Triple, Triple, Triple], bias_index: str) -> None:

@@ -52,6 +52,7 @@ class Call:
     has_pad: bool = True
     mask_value: float = -100.0
     dropout_p: float = 0.0
+    types: int = 0  # of partitioned windows with a bias
 
     def launches(self, direction: str, arch: str) -> list[Launch]:
         """What it launches, on tensors without memory."""
@@ -75,7 +76,9 @@ class Call:
         groups, heads = self.case.batch * windows, self.case.heads
         with torch.device("meta"):
             qkv = torch.empty(groups, 1, 1, tokens, 3, heads, self.case.head_dim, dtype=getattr(torch, self.dtype))
-            bias = torch.empty(heads, tokens, tokens) if self.has_bias else None
+            planes = (self.types, heads) if self.types else (heads,)
+            bias = torch.empty(*planes, tokens, tokens) if self.has_bias else None
+            types = torch.empty(windows, dtype=torch.int32) if self.types else None
             mask = torch.empty(windows, tokens, tokens) if self.has_mask else None
         call = WindowCall(
             *qkv.unbind(-3),
@@ -90,6 +93,7 @@ class Call:
             scale=self.case.head_dim**-0.5,
             mask_value=0.0,
             dropout_p=self.dropout_p,
+            window_types=types,
         )
         out, lse = tensors.new_outputs(call)
         if direction == "forward":
@@ -102,7 +106,12 @@ class Call:
         grid, window = ("x".join(map(str, part)) for part in (self.case.grid, self.case.window))
         words = [f"{grid}-w{window}-d{self.case.head_dim}-{self.dtype}"]
         words += ["shifted"] * any(self.case.geometry.shift) + ["partitioned"] * self.partitioned
-        words += ["no_bias"] * (not self.has_bias) + ["mask"] * self.has_mask + ["no_pad"] * (not self.has_pad)
+        words += (
+            ["types"] * (self.types > 0)
+            + ["no_bias"] * (not self.has_bias)
+            + ["mask"] * self.has_mask
+            + ["no_pad"] * (not self.has_pad)
+        )
         words += ["infinite"] * math.isinf(self.mask_value) + ["dropout"] * (self.dropout_p > 0)
         return "-".join(words)
 
@@ -336,6 +345,7 @@ CALLS = [
         for has_bias, has_mask, dropout_p in ((True, True, 0), (False, True, 0), (True, False, 0.1), (False, False, 0))
         for dtype in ("bfloat16", "float32")
     ],
+    Call(partitioned=True, types=3, has_mask=True),
 ]
 DIVIDED_CALLS = [
     *[

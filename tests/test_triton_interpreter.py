@@ -48,6 +48,12 @@ JOBS = {
         None,
     ),
     "float16": (PARITY, f"triton and float16 and not bfloat16 and ({NUMBERS_OF_16_BITS})", 12, None),
+    "options": (
+        ["test_window3d_options.py"],
+        "triton and float32 and (1-triton or not_clipped and 5) or inf-triton or triton and (many or one_call or who)",
+        7,
+        None,
+    ),
     "divided": (DIVIDED[:2], f"triton and not float16 and {SOME_DIVIDED}", 250, None),
     "divided_16_bits": (  # "float16" is in "bfloat16" too
         DIVIDED[::2],
@@ -67,6 +73,7 @@ JOBS = {
 }
 SLOW_JOBS = {
     "everything": (ALL, "triton and not seventy and not random", 250, None),
+    "everything_options": (["test_window3d_options.py"], "triton", 40, None),
     "everything_divided": (DIVIDED, "triton and not seventy and not random", 450, None),
     "everything_mixing": (MIXING, "triton and not seventy and not random", 215, None),
 }

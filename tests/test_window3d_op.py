@@ -73,6 +73,15 @@ def test_opcheck_window3d(backend: str, dtype: torch.dtype, requires_grad: str) 
     dropout = (seed, *options, 0.25) if HAS_DROPOUT[backend] else (None, *options, 0.0)
     _opcheck(op, (*apart, table, None, *PLAIN, *dropout, *AS_NEEDED, backend))
     _opcheck(op, (*(_layouts(x)[1] for x in apart), None, pad, *PLAIN, None, *options, 0.0, *AS_NEEDED, backend))
+    rows = torch.randint(5, (18, 18), device=table.device)
+    types = torch.randint(2, (12,), device=table.device, dtype=torch.int32)
+    tables = torch.randn(2, 5, 2, device=table.device)
+    tables.requires_grad_(table.requires_grad and backend in BACKENDS_THAT_LEARN_A_DENSE_BIAS)
+    _opcheck(op, (inputs["qkv"], None, None, tables, pad, rows, types, None, None, *options, 0.0, *AS_NEEDED, backend))
+    if backend in ("reference", "cpu"):
+        regions, padding = torch.randint(3, (4, 6, 9)), (True, (0, 1, 1, 0, 1, 1), "after_shift")
+        given = (inputs["qkv"], None, None, tables, pad, rows, types[[0] * 12], regions, None)
+        _opcheck(op, (*given, *options, 0.0, *padding, backend))
 
 
 @backends_and_dtypes
@@ -89,6 +98,13 @@ def test_opcheck_window3d_backward(backend: str, dtype: torch.dtype) -> None:
             _opcheck(op, (grad_out, *tensors, *saved, *options, True, True, backend))
         for needs in ((False, True), (False, False)):
             _opcheck(op, (inputs["grad_out"], *tensors, *saved, *options, *needs, backend))
+    if backend in BACKENDS_THAT_LEARN_A_DENSE_BIAS:
+        rows = torch.randint(5, (12, 12), device=table.device)
+        types = torch.randint(2, (4,), device=table.device, dtype=torch.int32)
+        tables = torch.randn(2, 5, 2, device=table.device)
+        typed = (inputs["qkv"], None, None, tables, pad, rows, types, None, None)
+        saved = torch.ops.vidattn.window3d_attention(*typed, *options, backend)
+        _opcheck(op, (inputs["grad_out"], *typed, *saved, *options, True, True, backend))
     bare = (inputs["qkv"], *(None,) * 8)
     saved = torch.ops.vidattn.window3d_attention(*bare, *options, backend)
     _opcheck(op, (inputs["grad_out"], *bare, *saved, *options, False, False, backend))
@@ -106,6 +122,8 @@ def test_opcheck_window(backend: str) -> None:
     op, backward = torch.ops.vidattn.window_attention, torch.ops.vidattn.window_attention_backward
     for packed in _layouts(qkv):
         _opcheck(op, (packed, None, None, bias, mask, None, None, 0.3, 0.0, backend))
+    types, biases = torch.tensor([1, 0], device=device), torch.randn(2, 2, 10, 10, device=device, requires_grad=learns)
+    _opcheck(op, (qkv, None, None, biases, mask, types, None, 0.3, 0.0, backend))
     _opcheck(op, (*apart, None, None, None, seed, 0.3, dropout_p, backend))
     _opcheck(op, (qkv.detach(), None, None, bias, None, None, None, 0.3, 0.0, backend))
     tensors = (qkv.detach(), None, None, bias.detach(), mask, None, seed)

@@ -378,6 +378,27 @@ def test_compiled(backend: str) -> None:
 
 
 @backends
+def test_transforms(backend: str) -> None:
+    """torch.func sees rows and types as the constants that they are."""
+    dtype, device = full_precision(backend), device_of(backend)
+    case = Case((2, 3, 4), (2, 2, 2), (0, 1, 1), types=2, table_rows=5)
+    inputs, options = to(case.inputs(dtype), device), options_on(device, case.options())
+    attend = functools.partial(vidattn.window3d_attention, **options, backend=backend)
+    qkv, table = inputs["qkv"], inputs["bias_table"]
+    if backend in BACKENDS_THAT_LEARN_A_DENSE_BIAS:
+        by_function = torch.func.grad(lambda qkv, table: attend(qkv, table).square().sum(), (0, 1))(qkv, table)
+        leaves = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+        by_tape = torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+        assert all(map(torch.equal, by_function, by_tape))
+        clips = torch.stack([qkv, 2 * qkv])
+        mapped = torch.func.vmap(lambda qkv: attend(qkv, table))(clips)
+        torch.testing.assert_close(mapped, torch.stack([attend(clip, table) for clip in clips]), **about(dtype))
+    else:  # a transform does not say whether a gradient may be asked for
+        with pytest.raises(ValueError, match="gives no gradient of a dense bias"):
+            torch.func.vmap(lambda qkv: attend(qkv, table))(qkv[None])
+
+
+@backends
 def test_same_bits_from_run_to_run(backend: str) -> None:
     """Gradients of tables are sums in a fixed order."""
     if backend not in BACKENDS_THAT_LEARN_A_DENSE_BIAS:
