@@ -316,8 +316,11 @@ def _find(module: nn.Module) -> integrations.Found | None:
 
 
 def _head_dim(module: nn.Module) -> int:
-    """Tell the channels of a head from the first projection in a module that has heads; 1 where there is none."""
+    """Tell the channels of a head from the first module that says so, or has a packed projection; 1 where none does."""
     for part in module.modules():
+        size = getattr(part, "head_dim", getattr(part, "attention_head_size", None))  # as transformers calls it
+        if isinstance(size, int):
+            return size
         heads, weight = getattr(part, "num_heads", None), getattr(getattr(part, "qkv", None), "weight", None)
         if isinstance(heads, int) and isinstance(weight, Tensor) and weight.ndim == 2:
             return weight.shape[0] // (3 * heads)
