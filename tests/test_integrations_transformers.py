@@ -25,6 +25,7 @@ from transformers.models.timesformer import modeling_timesformer
 import vidattn
 from vidattn.backends import tensor_leaves
 from vidattn.integrations.transformers import attention_forward, register
+from vidattn.nn import parts
 from vidattn.nn.divided import _folded
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32, "num_labels": 5}
@@ -48,6 +49,13 @@ def pixels(*shape: int) -> dict[str, Any]:
 
 def timesformer(**options: Any) -> nn.Module:
     return build("TimesformerForVideoClassification", **OF_TIMESFORMER, **options)
+
+
+@pytest.fixture(autouse=True)
+def _as_if_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is built the reference does the work of the kernels here, not PyTorch's attention."""
+    if vidattn.why_not("spatial_attention", backend="cpu"):
+        monkeypatch.setattr(parts, "find_backend", lambda *_: "cpu")
 
 
 _target = partial(Target, "transformers", integration="transformers")
@@ -113,6 +121,18 @@ def both(model: nn.Module, arguments: dict[str, Any], *, needs_ops: bool = True)
     assert_as_before(after, before, None)
     assert (after.ops.forward > 0) == needs_ops
     return after, before
+
+
+@pytest.mark.parametrize("name", ["ViViT", "VideoMAE"])
+def test_no_call_is_left_to_the_reference_where_pytorch_attended(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "find_backend", lambda *_: "reference")
+    for implementation in ("sdpa", "eager"):
+        model, arguments = make(name, implementation), BY_NAME[name].arguments()
+        before = run(copy.deepcopy(model), arguments)
+        vidattn.accelerate(model)
+        after = run(model, arguments)
+        assert (after.ops.forward == 0) == (implementation == "sdpa")
+        assert_as_before(after, before, None)
 
 
 # What somebody asks for, or hangs on the parts of a model
