@@ -102,9 +102,9 @@ def check_numbers(function: str, name: str, value: Any, like: Tensor, shape: Seq
         raise ValueError(f"{function}: {name}: expected device {like.device} like qkv, got {value.device}")
 
 
-def check_range(function: str, name: str, value: Tensor | None, count: int) -> None:
+def check_range(function: str, name: str, value: Tensor, count: int) -> None:
     """Refuse numbers that are not 0 to ``count - 1``, where they can be read at once: in the memory of the host."""
-    if value is None or value.device.type != "cpu" or value.numel() == 0:
+    if value.device.type != "cpu" or value.numel() == 0:
         return
     if type(value) is not Tensor or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return

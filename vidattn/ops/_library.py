@@ -431,7 +431,7 @@ def _cuda_gpu_missing() -> str | None:
 
 
 def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
-    reasons = _check_cuda_gpu(call) + _check_cls_query(call)
+    reasons = _check_cuda_gpu(call) + _check_what_gpus_lack(call)
     if call.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"runs float16 and bfloat16, got {call.dtype}")
     if call.head_dim > _CUDA_HEAD_DIM:
@@ -444,17 +444,17 @@ def _check_cuda(call: AttentionCall, tokens: int) -> list[str]:
         reasons.append("gives no gradient of a dense bias, which this call may need")
     if call.channel_ranges > _CUDA_RANGES:
         reasons.append(f"runs up to {_CUDA_RANGES} ranges of channels, got {call.channel_ranges}")
-    return reasons + _check_grid_options(call)
+    return reasons
 
 
-def _check_grid_options(call: AttentionCall) -> list[str]:
-    return [f"has no {', '.join(call.grid_options)}"] if call.grid_options else []
-
-
-def _check_cls_query(call: AttentionCall) -> list[str]:
+def _check_what_gpus_lack(call: AttentionCall) -> list[str]:
+    """Give the reasons of options that only the reference and the CPU have."""
+    reasons = []
+    if call.grid_options:
+        reasons.append(f"has no {', '.join(call.grid_options)}")
     if call.cls_query != "own":
-        return [f"runs cls_query 'own', got {call.cls_query!r}"]
-    return []
+        reasons.append(f"runs cls_query 'own', got {call.cls_query!r}")
+    return reasons
 
 
 def _check_cuda_gpu(call: AttentionCall) -> list[str]:
@@ -462,7 +462,7 @@ def _check_cuda_gpu(call: AttentionCall) -> list[str]:
 
 
 def _check_triton(call: AttentionCall) -> list[str]:
-    reasons = _check_head_dim(call) + _check_grid_options(call) + _check_triton_gpu(call) + _check_cls_query(call)
+    reasons = _check_head_dim(call) + _check_triton_gpu(call) + _check_what_gpus_lack(call)
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"runs float32, bfloat16 and float16, got {call.dtype}")
     elif TRITON_INTERPRETED and call.dtype in MISINTERPRETED:

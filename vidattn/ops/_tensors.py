@@ -89,10 +89,9 @@ def accumulated(x: Tensor | None, q: Tensor, backend: str) -> Tensor | None:
     return x if x is None or backend == "triton" else x.to(accumulator_dtype(q.dtype)).contiguous()
 
 
-def types_below(window_types: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def types_below(window_types: Tensor, bias: Tensor | None) -> Tensor:
     """Give the types of windows as int32 numbers of the biases that are there: others do not get past here."""
-    if window_types is None or bias is None:
-        return None
+    assert bias is not None  # types without one were refused
     return arange(bias.shape[0], dtype=int32, device=bias.device).index_select(0, window_types)
 
 

@@ -161,12 +161,12 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         scale=options.scale,
         mask_value=0.0,
         dropout_p=options.dropout_p,
-        window_types=tensors.types_below(inputs.window_types, inputs.bias),
+        window_types=None if inputs.window_types is None else tensors.types_below(inputs.window_types, inputs.bias),
     )
 
 
 def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    if inputs.bias is not None:
+    if inputs.bias is not None and inputs.window_types is not None:
         arguments.check_range(NAME, "window_types", inputs.window_types, inputs.bias.shape[0])
     if backend == "reference" and inputs.q.numel() > 0:
         given = {"seed": inputs.seed, "window_types": inputs.window_types, **options._asdict()}

@@ -186,7 +186,11 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
     heads, head_dim = q.shape[-2:]
     window, shift = geo.window_sizes(NAME, options.window_size, options.shift_size)
     if bias_table is not None:
-        _check_table(inputs, geo.num_bias_rows(window))
+        rows = geo.num_bias_rows(window)
+        if bias_rows is None and window_types is None:
+            arguments.check_companion(NAME, "bias_table", bias_table, q, (rows, heads), "((2Wd-1)(2Wh-1)(2Ww-1), h)")
+        else:
+            _check_special_table(inputs, rows)
     if pad_qkv is not None:
         arguments.check_dense(NAME, "pad_qkv", pad_qkv)
         if isinstance(pad_qkv, Tensor) and pad_qkv.dim() == 1 and pad_qkv.shape[0] == 3 * heads * head_dim:
@@ -222,13 +226,10 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
 _PADDING_ORDERS = ("before_shift", "after_shift")
 
 
-def _check_table(inputs: Inputs, rows: int) -> None:
-    """Check the bias table, one or one a type."""
+def _check_special_table(inputs: Inputs, rows: int) -> None:
+    """Check a bias table of any length, or one a type."""
     q, table, types = inputs.q, inputs.bias_table, inputs.window_types
     heads = q.shape[-2]
-    if inputs.bias_rows is None and types is None:
-        arguments.check_companion(NAME, "bias_table", table, q, (rows, heads), "((2Wd-1)(2Wh-1)(2Ww-1), h)")  # type: ignore[arg-type]
-        return
     layout = "(L, h)" if inputs.bias_rows is not None else "((2Wd-1)(2Wh-1)(2Ww-1), h)"
     layout = layout if types is None else f"(types, {layout[1:]}"
     shape = [rows, heads] if types is None else [1, rows, heads]
@@ -387,7 +388,14 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
 def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
     q, k, v = tensors.separate(inputs)
     windows, bias_window = _known_windows(
-        tuple(q.shape[1:4]), *(x if type(x) is not list else tuple(x) for x in options)
+        tuple(q.shape[1:4]),
+        tuple(options.window_size),
+        tuple(options.shift_size),
+        tuple(options.wrap),
+        options.bias_index,
+        options.clip_window,
+        tuple(options.padding),
+        options.padding_order,
     )
     bias = tensors.accumulated(inputs.bias_table, q, backend)
     if bias is None:
@@ -411,7 +419,9 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         scale=options.scale,
         mask_value=options.mask_value,
         dropout_p=options.dropout_p,
-        window_types=tensors.types_below(inputs.window_types, inputs.bias_table),
+        window_types=None
+        if inputs.window_types is None
+        else tensors.types_below(inputs.window_types, inputs.bias_table),
         regions=None if inputs.regions is None else inputs.regions.long().contiguous(),
         padding=options.padding,
         shift_first=windows.shift_first,
@@ -419,11 +429,17 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
 
 
 @lru_cache(512)
-def _known_windows(grid: tuple[int, ...], *options: Any) -> tuple[geo.WindowGeometry, tuple[int, ...]]:
+def _known_windows(
+    grid: tuple[int, ...],
+    window_size: tuple[int, ...],
+    shift_size: tuple[int, ...],
+    wrap: tuple[bool, ...],
+    bias_index: str,
+    *others: Any,
+) -> tuple[geo.WindowGeometry, tuple[int, ...]]:
     """Give the windows of a grid, and the window of a bias table and how tokens unravel in it, kept by sizes."""
-    chosen = Options(*options)
-    windows = _windows(grid, chosen)
-    return windows, (*chosen.window_size, *geo.bias_extents(chosen.window_size, windows, chosen.bias_index))
+    windows = _windows(grid, Options(window_size, shift_size, wrap, bias_index, 0.0, 0.0, 0.0, *others))
+    return windows, (*window_size, *geo.bias_extents(window_size, windows, bias_index))
 
 
 def _rows(inputs: Inputs, options: Options) -> Tensor:
@@ -446,8 +462,9 @@ def _for_reference(inputs: Inputs, options: Options) -> dict[str, Any]:
 
 def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     table = inputs.bias_table
-    if table is not None and _has_dense_bias(inputs):
+    if table is not None and inputs.bias_rows is not None:
         arguments.check_range(NAME, "bias_index", inputs.bias_rows, table.shape[-2])
+    if table is not None and inputs.window_types is not None:
         arguments.check_range(NAME, "window_types", inputs.window_types, table.shape[0])
     if backend == "reference" and inputs.q.numel() > 0:
         given = {"pad_qkv": inputs.pad_qkv, **_for_reference(inputs, options)}
