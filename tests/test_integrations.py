@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vidattn
 from tests import compatibility
@@ -185,6 +186,25 @@ def test_gradients_are_compared_when_asked(monkeypatch: pytest.MonkeyPatch) -> N
         vidattn.accelerate(copy.Doubling(3), verify=x, verify_gradients=True)
     with pytest.raises(ValueError, match="verify_gradients: expected a batch as verify with it, got none"):
         vidattn.accelerate(copy.Doubling(3), verify_gradients=True)
+
+
+def test_gradients_of_checkpointed_models_are_compared_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reentrant checkpointing too; gradients that were there stay."""
+    copy = load(SOURCE, monkeypatch)
+    known(copy, monkeypatch)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.Doubling(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=True)
+
+    model = Checkpointed()
+    model.inner.weight.grad = torch.ones(3)
+    assert vidattn.accelerate(model, verify=torch.randn(2, 3), verify_gradients=True).swapped
+    assert model.inner.weight.grad is not None and model.inner.weight.grad.sum() == 3
 
 
 def test_no_library_is_imported() -> None:

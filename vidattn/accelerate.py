@@ -148,7 +148,7 @@ class Acceleration:
         width = max(len(name) for name in [row.name for row in self.swapped] + [row.name for row in self.skipped])
         backends = {name: f", backend {backend}" for name, backend in self.backends.items()}
         lines += [
-            f"  {row.name:{width}}  {row.original.__name__} -> {row.twin.__name__}{backends.get(row.name, '')}"
+            f"  {row.name:{width}}  {row.original.__name__} -> {row.twin.title}{backends.get(row.name, '')}"
             for row in self.swapped
         ]
         lines += [f"  {row.name:{width}}  {row.kind.__name__} skipped: {row.reason}" for row in self.skipped]

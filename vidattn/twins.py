@@ -48,6 +48,7 @@ class Twin:
         ops: public attention functions it calls.
         level: what it computes in one call: a "layer", a "block" or the "attention" alone.
         replaced: the class that it stands for.
+        title: what a report calls it.
         attention_backend: backend of its calls; None for the one in force.
         frozen: whether it may keep what it derives from its parameters, see :func:`vidattn.accelerate`.
     """
@@ -55,6 +56,7 @@ class Twin:
     ops: ClassVar[tuple[str, ...]] = ()
     level: ClassVar[str] = "attention"
     replaced: ClassVar[Any] = nn.Module
+    title: ClassVar[str] = ""
     attention_backend: str | None = None
     frozen: bool = False
     _watched: ClassVar[tuple[Watched, ...]] = ()
@@ -64,7 +66,7 @@ class Twin:
         first, *rest = cls.__bases__
         if not issubclass(first, Twin) or len(rest) != 1:  # of many classes, or made of a twin by a parametrization
             return
-        cls.replaced = rest[0]
+        cls.replaced, cls.title = rest[0], cls.__name__
         twins = cls.__mro__[: cls.__mro__.index(Twin)]
         own = {name for kind in twins for name, value in vars(kind).items() if callable(value)}
         cls._watched = tuple(
@@ -119,7 +121,9 @@ def make_twin(twin: type[Twin], original: type[nn.Module], watched: tuple[Watche
     for known, parts in _made.items():
         if parts == (twin, original):
             return known  # type: ignore[return-value]
-    kind: Any = type(twin.__name__, (twin, original), {"__module__": twin.__module__, "__doc__": twin.__doc__})
+    # FSDP's policies and others find classes by name, so it keeps that of the original.
+    kind: Any = type(original.__name__, (twin, original), {"__module__": twin.__module__, "__doc__": twin.__doc__})
+    kind.title = twin.__name__
     names = {row.name for row in kind._watched if row.namespace is original}
     more = tuple(row for row in watched if row.namespace is not original or row.name not in names)
     kind._watched = kind._watched + more

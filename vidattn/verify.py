@@ -133,14 +133,21 @@ def _run(model: nn.Module, batch: Any, gradients: bool) -> _Results:
             return leaves[-1]
 
         outputs = _outputs(call_model(model, tree_map(as_leaf, batch)))
-        named = {f"the gradient of input {index}": leaf for index, leaf in enumerate(leaves)}
-        named |= {f"the gradient of {name}": row for name, row in model.named_parameters() if row.requires_grad}
         given = [row for row in outputs.values() if row.requires_grad]
         # Weights that differ, so that no part of a gradient cancels another.
         weights = [torch.linspace(-1, 1, row.numel(), dtype=row.dtype, device=row.device).view_as(row) for row in given]
-        found = torch.autograd.grad(given, list(named.values()), weights, allow_unused=True)
-        gradient_rows = {name: row for name, row in zip(named, found, strict=True) if row is not None}
-        return {name: row.detach() for name, row in outputs.items()} | gradient_rows
+        learned = {name: row for name, row in model.named_parameters() if row.requires_grad}
+        before = {name: row.grad for name, row in learned.items()}
+        model.zero_grad(set_to_none=True)
+        try:  # backward, not grad, for which reentrant checkpointing has no answer
+            torch.autograd.backward(given, weights)
+            found = {f"the gradient of input {index}": leaf.grad for index, leaf in enumerate(leaves)}
+            found |= {f"the gradient of {name}": row.grad for name, row in learned.items()}
+        finally:
+            for name, row in learned.items():
+                row.grad = before[name]
+        gradients_found = {name: row for name, row in found.items() if row is not None}
+        return {name: row.detach() for name, row in outputs.items()} | gradients_found
 
 
 def _outputs(result: Any) -> _Results:
