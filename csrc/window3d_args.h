@@ -31,15 +31,16 @@ struct Window3dArgs {
   int64_t border[3];
   const int64_t* regions;
 
-  // Bias, in the accumulator's type. Dense: (types, heads, tokens, tokens). Table: (rows, heads), for the configured window
-  // `bias_window`, with tokens unravelled over (*, bias_extent[0], bias_extent[1]).
+  // Bias, in the accumulator's type. Dense: (types, heads, tokens, tokens). Table: (rows, heads), for the configured
+  // window `bias_window`, with tokens unravelled over (*, bias_extent[0], bias_extent[1]).
   const void* bias;
   bool bias_is_table;
   int64_t bias_window[3], bias_extent[2];
   int64_t bias_size;                          // entries of one head: table rows, or tokens^2
   int64_t bias_row_stride, bias_head_stride;  // of a table, in entries
 
-  // Which dense bias a window takes: group g that of window_types[g % type_groups]; null where all take the one there is.
+  // Which dense bias a window takes: group g that of window_types[g % type_groups]; null where all take the one there
+  // is.
   const int32_t* window_types;
   int64_t types, type_groups;
 
@@ -49,7 +50,8 @@ struct Window3dArgs {
   uint64_t seed;
 
   // Backward: the windows are cut into `chunks` fixed ranges of one type; each (head, chunk) sums its bias and padding
-  // gradients in window order. With types, `order` lists the windows type by type, and chunk c begins at chunk_begin[c].
+  // gradients in window order. With types, `order` lists the windows type by type, and chunk c begins at
+  // chunk_begin[c].
   int64_t chunks;
   const int64_t *order, *chunk_begin;
   void* dbias_partial;  // (chunks, heads, bias_size) or null

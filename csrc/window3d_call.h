@@ -47,8 +47,7 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
     a.before[axis] = padding.empty() ? 0 : padding[2 * axis];
     a.count[axis] =
         ceil_div(a.before[axis] + a.grid[axis] + (padding.empty() ? 0 : padding[2 * axis + 1]), window[axis]);
-    a.border[axis] =
-        (a.shift_first ? a.before[axis] + a.grid[axis] : a.count[axis] * window[axis]) - shift[axis];
+    a.border[axis] = (a.shift_first ? a.before[axis] + a.grid[axis] : a.count[axis] * window[axis]) - shift[axis];
     a.region_mask[axis] = shift[axis] > 0 && !wrap[axis] && !regions;
     a.tokens *= window[axis];
     a.groups *= a.count[axis];

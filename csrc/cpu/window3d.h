@@ -122,8 +122,8 @@ class Window3d final : public Group<P> {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = now_->query(first + r);
       const T* bias = bias_ ? bias_ + bias_offset_[i] : nullptr;
-      queries[r] = {a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias, now_->mask_row(i, mask_rows_ + r * n_),
-                    dbias_ ? dbias_ + bias_offset_[i] : nullptr};
+      queries[r] = {a_.bias_is_table ? bias : nullptr, a_.bias_is_table ? nullptr : bias,
+                    now_->mask_row(i, mask_rows_ + r * n_), dbias_ ? dbias_ + bias_offset_[i] : nullptr};
     }
   }
 
@@ -314,8 +314,8 @@ class Window3d final : public Group<P> {
   T *table_ = nullptr, *expanded_ = nullptr;  // one head's table, reversed; and expanded
   T *dexpanded_ = nullptr, *dpad_ = nullptr;  // gradients of the expanded table and of pad_qkv
   T* dbias_ = nullptr;
-  int* tile_regions_;  // [tile]: bit per region of its keys
-  bool* unmasked_;     // [tile]: for the queries in work
+  int* tile_regions_;         // [tile]: bit per region of its keys
+  bool* unmasked_;            // [tile]: for the queries in work
   T* mask_rows_ = nullptr;    // [query in work][key]: masks of the caller's regions
   T* bias_ranges_ = nullptr;  // [type]: of a dense bias, for the current head; negative: not known
 };

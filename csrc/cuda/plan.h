@@ -46,8 +46,8 @@ constexpr int64_t kSequenceBytes = 2 * 8 * kSlots + 4 * kMaxHeadDim, kMaxSequenc
 
 // Bytes that describe the tokens of a group: where their rows start, for each set of strides; their number in the grid;
 // their region; the part of a bias row that depends on them, which depth-fastest windows do not need. Before them stand
-// four numbers of the block, the share of each of up to 12 warps, and where the tensors, the log-sum-exp and a dense bias
-// start.
+// four numbers of the block, the share of each of up to 12 warps, and where the tensors, the log-sum-exp and a dense
+// bias start.
 constexpr int kShareBytes = 12 * 8, kLogSums = kSlots, kDenseBias = kSlots + 1, kBases = kSlots + 2;
 constexpr int kBaseBytes = 8 * kBases;
 constexpr int64_t kBlockBytes = round_up(16 + kShareBytes + kBaseBytes, 16);

@@ -22,8 +22,8 @@ struct WindowTokenArguments {
   int slots;  // entries of the tables of the tokens; the last ones are no keys
   // Places in shared memory: of what tells where tensors start, of the tables of the tokens, and of the bias.
   int bases, offsets, tokens, regions, bias_rows, bias;
-  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp and a dense bias
-  // in numbers. The bias is that of a type of window.
+  // From batch element to batch element, and from head to head: of the tensors in bytes, of log-sum-exp and a dense
+  // bias in numbers. The bias is that of a type of window.
   int64_t batch_stride[kBases], head_stride[kBases];
   int unit[kSlots];               // bytes that all rows of a tensor are a multiple of: 16, 4 or 2
   uint32_t token_stride[kSlots];  // the one stride that counts through its grid, in bytes, if there is one
