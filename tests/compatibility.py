@@ -38,17 +38,22 @@ def table() -> str:
             if target.stand_in:
                 admit(model, target.integration, patch)
             report = vidattn.accelerate(model)
-        versions, classes, calls = rows.setdefault((target.library, target.model.partition(",")[0]), ({}, {}, {}))
+        versions, kinds, ops = rows.setdefault((target.library, target.model.partition(",")[0]), ({}, {}, {}))
         for swapped in report.swapped:
-            classes[f"`{swapped.original.__name__}` ({swapped.twin.level})"] = None  # type: ignore[attr-defined]
-            calls |= dict.fromkeys(f"`{op}`" for op in swapped.twin.ops)  # type: ignore[attr-defined]
+            kinds[f"`{swapped.original.__name__}` ({swapped.twin.level})"] = None  # type: ignore[attr-defined]
+            ops |= dict.fromkeys(f"`{op}`" for op in swapped.twin.ops)  # type: ignore[attr-defined]
             for row in integrations._all():
                 if issubclass(swapped.twin, row.twin) and row.name in {x.__name__ for x in swapped.original.__mro__}:
-                    versions |= dict.fromkeys(version for version in row.tested.values() if version != "a stand-in")
+                    found = [version for version in row.tested.values() if version != "a stand-in"]
+                    versions |= dict.fromkeys(part for version in found for part in version.split(", "))
+    # Models that have all but their name in common share a line.
+    same: dict[tuple[str, ...], list[str]] = {}
+    for (library, model), columns in rows.items():
+        same.setdefault((library, *(", ".join(column) for column in columns)), []).append(model)
     lines = [TITLE, "| --- | --- | --- | --- | --- |"]
-    for (library, model), (versions, classes, calls) in sorted(rows.items(), key=lambda row: row[0][0].lower()):
+    for (library, tested, classes, calls), models in sorted(same.items(), key=lambda row: row[0][0].lower()):
         owner = f"[{library}](https://github.com/{library})" if "/" in library else library
-        lines.append(f"| {owner} | {', '.join(versions)} | {model} | {', '.join(classes)} | {', '.join(calls)} |")
+        lines.append(f"| {owner} | {tested} | {', '.join(models)} | {classes} | {calls} |")
     return "\n".join(lines)
 
 
