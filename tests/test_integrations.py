@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from integration_cases import assert_as_before, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -231,3 +232,17 @@ def test_every_entry_is_well_formed() -> None:
 def test_the_table_of_the_documentation_is_current() -> None:
     page = compatibility.PAGE.read_text(encoding="utf-8")
     assert compatibility.updated(page) == page, "python -m tests.compatibility writes it anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "transformers", "monai"])
+def test_inductor(library: str) -> None:
+    """The first model of a library that compiles, forward and backward."""
+    target = next(row for row in compatibility.targets() if row.library == library and row.compiles)
+    torch._dynamo.reset()
+    model, arguments = target.make(), target.arguments()
+    before = run(model, arguments)
+    assert vidattn.accelerate(model).swapped
+    after = run(torch.compile(model), arguments, counted=False)
+    gradients = {name.removeprefix("_orig_mod."): row for name, row in after.gradients.items()}
+    assert_as_before(after._replace(gradients=gradients), before, None)

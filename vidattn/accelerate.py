@@ -29,7 +29,7 @@ class SwappedModule(NamedTuple):
 
     name: str
     original: type
-    twin: type
+    twin: type[Twin]
 
 
 class SkippedModule(NamedTuple):

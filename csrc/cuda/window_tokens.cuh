@@ -150,7 +150,7 @@ class WindowTokens {
     if (const int slot = threadIdx.x; slot < kBases) {
       int64_t base = batch_ * common_.batch_stride[slot] + head_ * common_.head_stride[slot];
       if (slot == kDenseBias && a_.window_types)
-        base += a_.window_types[group_ % int(a_.type_groups)] * (a_.heads * a_.bias_size);
+        base += a_.window_types[uint32_t(group_) % uint32_t(a_.type_groups)] * (a_.heads * a_.bias_size);
       bases()[slot] = base;
     }
     int start[3], rest = group_;
