@@ -149,7 +149,7 @@ BACKWARD: dict[str, tuple[str, str, str, str, str]] = {
         "0",
     ),
     "numbers of the next rows in the place of these": (
-        "race|off by|out of bounds",
+        "race|off by|unwritten|out of bounds",
         "cls",
         "sequence_backward.cuh",
         r"round % 3 \* int\(kSequenceBytes\)",
