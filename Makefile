@@ -1,12 +1,14 @@
 # make test | demo | lint | bench each work alone on a fresh clone: they create .venv, install into it and build.
 #
-#   make PYTHON=python3.12 TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TORCHVISION= venv
+#   make PYTHON=python3.12 TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" \
+#       TORCHVISION=torchvision==0.27.0 venv
 #
 # TORCH, TORCHVISION and TRITON count when .venv is created; `make distclean` first to choose again.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Only the tests need torchvision, and only its Python code. An empty value leaves it out.
+# Only the tests need torchvision, and only its Python code. It must fit torch: left empty, timm brings one of its own
+# choice, and that its own torch.
 TORCHVISION ?= torchvision==0.28.0
 # Installed only where torch did not bring a triton of its own.
 TRITON ?= triton==3.7.1
