@@ -84,12 +84,14 @@ TARGETS = [
         partial(build, "SwinForImageClassification", **OF_SWIN, attn_implementation="sdpa"),
         partial(pixels, 2, 3, 36, 36),
         ("SwinAttention",),
+        integration="transformers_swin",
     ),
     _target(
         "Swin V2",
         partial(build, "Swinv2ForImageClassification", **OF_SWIN),
         partial(pixels, 2, 3, 36, 36),
         ("Swinv2SelfAttention",),
+        integration="transformers_swin",
     ),
 ]
 
