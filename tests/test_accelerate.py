@@ -32,6 +32,7 @@ from vidattn.nn import (
     RegionMask,
 )
 from vidattn.twins import Twin
+from vidattn.verify import Verification
 
 backends = pytest.mark.parametrize("backend", BACKENDS_WITH_FLOAT32)
 SMALL: dict[str, Any] = {
@@ -241,6 +242,23 @@ def test_verify_takes_any_batch(batch: Any, dtype: torch.dtype) -> None:
     acceleration = vidattn.accelerate(model, verify=cast)
     assert acceleration.max_difference is not None
     assert [module.training for module in model.modules()] == modes
+
+
+def test_verify_does_not_ask_for_the_luck_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 run that happens to be exact is not what every correct float32 run has to be."""
+    prepare = Verification.__init__
+
+    def lucky(self: Verification, *args: Any) -> None:
+        prepare(self, *args)
+        self.before = {name: self.exact[name].to(row.dtype) for name, row in self.before.items()}
+
+    monkeypatch.setattr(Verification, "__init__", lucky)
+    model = _model()
+    with vidattn.accelerate(model, verify=VIDEO, verify_gradients=True) as acceleration:
+        assert acceleration.max_difference is not None
+    monkeypatch.setattr("vidattn.verify._ROUNDINGS", 0)
+    with pytest.raises(RuntimeError, match="accelerate: verify: expected"):
+        vidattn.accelerate(model, verify=VIDEO, verify_gradients=True)
 
 
 @pytest.mark.parametrize("wrong", ["value", "nan"])
