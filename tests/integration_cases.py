@@ -16,6 +16,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any, NamedTuple
 
 import pytest
@@ -328,6 +329,16 @@ class Integration:
             accelerated.revert()
             before = run(model, arguments, grad=False)
             assert all(map(torch.equal, after.outputs, before.outputs)) and after.ops.forward == 0
+
+    def test_methods_put_on_instances_count(self, target: Target) -> None:
+        model, plain = target.make(), target.make()
+        arguments = target.arguments()
+        for swapped in vidattn.accelerate(model).swapped:
+            for module in (model.get_submodule(swapped.name), plain.get_submodule(swapped.name)):
+                for row in swapped.twin._watched:
+                    if row.namespace is swapped.original and row.name != "forward":
+                        setattr(module, row.name, MethodType(_changed(row.function), module))
+        assert_as_before(run(model, arguments, grad=False), run(plain, arguments, grad=False), None)
 
     def test_an_unknown_fingerprint_stays_original(self, target: Target, no_version_tested: None) -> None:
         model = target.make()

@@ -75,10 +75,13 @@ class Twin:
             if getattr(cls.replaced, name, None) is not getattr(nn.Module, name, None)
         )
 
-    @classmethod
-    def is_intact(cls) -> bool:
-        """Whether the functions that the twin does the work of are still those of the original."""
-        return all(watched.is_there() for watched in cls._watched)
+    def is_intact(self) -> bool:
+        """Whether the functions that the twin does the work of are still those of the original, in its class and here.
+
+        Who puts a ``forward`` on an instance decides for himself what it calls; other methods would not be called.
+        """
+        own = self.__dict__
+        return all(row.is_there() and (row.name == "forward" or row.name not in own) for row in self._watched)
 
     @staticmethod
     def refuse(module: Any) -> str | None:

@@ -93,7 +93,7 @@ class FusedBlock(FusedTimeSformerBlock, Block):
 
     def takes(self, attention: Any) -> bool:
         """Whether an attention, which the block does the work of, is one that it knows, and nothing hangs on it."""
-        return is_plain(attention, _ATTENTIONS) and FusedAttention.is_intact()
+        return is_plain(attention, _ATTENTIONS) and (not isinstance(attention, Twin) or attention.is_intact())
 
     def find_parts(self) -> Divided | None:
         """Find the parts of the block; None where a module between them is not what the twin does the work of."""
