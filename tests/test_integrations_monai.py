@@ -143,6 +143,44 @@ def test_compiles_as_one_graph() -> None:
     assert_as_before(after._replace(gradients=gradients), before, None)
 
 
+def _kept(model: nn.Module, arguments: dict[str, Any]) -> set[int]:
+    """Run forward and backward; give the widths of the tokens that were kept in between."""
+    widths: set[int] = set()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() > 2:
+            widths.add(x.shape[-1])
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = model(**arguments)
+    out.sum().backward()
+    return widths
+
+
+def test_activations_of_the_mlp_are_not_kept() -> None:
+    """They are four times as wide as the tokens. A hook on the MLP is called as often as before."""
+    model = swin_unetr.BasicLayer(12, 2, 3, (3, 4, 5), drop_path=[0.0, 0.0], qkv_bias=True)
+    arguments = {"x": torch.randn(1, 12, 4, 6, 7)}
+    assert 48 in _kept(model, arguments)
+    vidattn.accelerate(model)
+    assert 48 not in _kept(model, arguments)
+    calls = []
+    hook = model.blocks[0].mlp.linear1.register_forward_hook(lambda *args: calls.append(args))
+    assert 48 in _kept(model, arguments) and len(calls) == 1
+    hook.remove()
+    parameters = {name: row.detach() for name, row in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, kwargs=arguments).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    model.zero_grad()
+    loss(dict(model.named_parameters())).backward()
+    for name, row in model.named_parameters():
+        torch.testing.assert_close(gradients[name], row.grad, rtol=1e-4, atol=1e-4)
+
+
 class _Hyena(nn.Module):
     """In place of a block that needs a package of its own: it has no windows and gets no mask."""
 

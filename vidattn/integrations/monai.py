@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidattn.integrations import Counterpart
+from vidattn.nn.recompute import call_twice
 from vidattn.nn.window_blocks import FusedWindowBlock, FusedWindowStage
 from vidattn.nn.windows import FusedWindowAttention
 
@@ -22,9 +25,21 @@ class FusedSwinAttention(FusedWindowAttention):
 
 
 class FusedSwinTransformerBlock(FusedWindowBlock):
-    """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`."""
+    """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`.
+
+    Most of what a training step of SwinUNETR keeps in its transformer are activations of the MLPs, four times as wide
+    as the tokens, while nearly all of its time goes to convolutions. So the MLPs are computed again in the backward
+    pass, and their activations are not kept.
+    """
 
     dropout_in_use = staticmethod(FusedSwinAttention.dropout_in_use)
+
+    def forward_part2(self: Any, x: Tensor) -> Tensor:
+        """Map tokens through the normalised MLP, before the residual."""
+        part2 = partial(self.replaced.forward_part2, self)
+        if self.use_checkpoint:  # the caller computes it again already
+            return part2(x)
+        return call_twice(part2, [self.norm2, self.mlp], x)
 
 
 class FusedBasicLayer(FusedWindowStage):
@@ -50,13 +65,14 @@ COUNTERPARTS = (
         FusedSwinTransformerBlock,
         code=(
             "SwinTransformerBlock.forward_part1",
+            "SwinTransformerBlock.forward_part2",
             "SwinTransformerBlock.forward",
             "WindowAttention.forward",
             "window_partition",
             "window_reverse",
             "get_window_size",
         ),
-        tested={"6e0928e26ce38826": "1.3.2", "3964cdf4537129ec": "1.4.0, 1.5.2, 1.6.0", "7ddd76981403cc7c": "1.6.1"},
+        tested={"9436ad0f0291e6d7": "1.3.2", "ec1db78f32ef62cb": "1.4.0, 1.5.2, 1.6.0", "9fe82f57b66cd59f": "1.6.1"},
     ),
     Counterpart(
         "BasicLayer",
