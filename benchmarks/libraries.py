@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +22,14 @@ class _PixelValues(nn.Module):
         return self.model(pixel_values=video.transpose(1, 2)).logits
 
 
-def _swin3d_t(**options: Any) -> nn.Module:
-    from tests.torchvision_swin import torchvision_swin3d  # it loads beside a CPU build of torch too
+def _import(name: str) -> Any:
+    if importlib.util.find_spec("torchvision") is not None:
+        importlib.import_module("tests.torchvision_swin")  # with it torchvision loads beside a CPU build of torch
+    return importlib.import_module(name)
 
+
+def _swin3d_t(**options: Any) -> nn.Module:
+    torchvision_swin3d = _import("torchvision.models.video.swin_transformer")
     model = torchvision_swin3d.swin3d_t(weights=None, progress=False, **options)
     for module in model.modules():
         if type(module).__name__ == "StochasticDepth":
@@ -33,12 +38,12 @@ def _swin3d_t(**options: Any) -> nn.Module:
 
 
 def _swin_unetr(**options: Any) -> nn.Module:
-    unetr = importlib.import_module("monai.networks.nets.swin_unetr")
+    unetr = _import("monai.networks.nets.swin_unetr")
     return unetr.SwinUNETR(in_channels=1, out_channels=14, **{"feature_size": 48, **options})
 
 
 def _timesformer(**options: Any) -> nn.Module:
-    transformers = importlib.import_module("transformers")
+    transformers = _import("transformers")
     given = {"num_labels": 400, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options}
     return _PixelValues(transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**given)))
 
