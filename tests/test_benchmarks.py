@@ -225,8 +225,7 @@ def test_benchmarks_run_once_when_disabled():
     printed = run_pytest(
         "benchmarks/bench_models.py", "--smoke", "--dtype=float32", "-k=eager or training", "--benchmark-disable"
     )
-    assert "3 passed, 2 skipped" in printed
-    assert "vidattn_compiled: a training step of this depth takes minutes to compile" in printed
+    assert "5 passed" in printed
 
 
 def test_result_holds_the_measured_rounds(result):
