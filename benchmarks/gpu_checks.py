@@ -12,8 +12,9 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +48,14 @@ class Check(NamedTuple):
         sizes: of its tensors, by argument; "grad_out" is the gradient of the result.
         options: its other arguments; a tuple of numbers under "mask" is the size of a tensor.
         float32: whether it runs in float32 too; that takes the compiler longest.
+        integers: tensors of integers, by argument: the number that all are below, and the size.
     """
 
     function: str
     sizes: dict[str, tuple[int, ...]]
     options: dict[str, Any]
     float32: bool = False
+    integers: Mapping[str, tuple[int, tuple[int, ...]]] = MappingProxyType({})
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -60,15 +63,25 @@ class Check(NamedTuple):
         return {name: value for name, value in self.options.items() if name != "mask"}
 
 
-def _windows(grid: Any, window: Any, shift: Any, heads: int, head_dim: int, **more: Any) -> Check:
+def _windows(
+    grid: Any,
+    window: Any,
+    shift: Any,
+    heads: int,
+    head_dim: int,
+    *,
+    table: tuple[int, ...] | None = None,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Check:
     rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
     sizes = {
         "qkv": (1, *grid, 3, heads, head_dim),
-        "bias_table": (rows, heads),
+        "bias_table": (rows, heads) if table is None else table,
         "pad_qkv": (3, heads, head_dim),
         "grad_out": (1, *grid, heads * head_dim),
     }
-    return Check("window3d_attention", sizes, {"window_size": window, "shift_size": shift}, **more)
+    return Check("window3d_attention", sizes, {"window_size": window, "shift_size": shift, **(options or {})}, **more)
 
 
 def _divided(name: str, tokens: int, num_frames: int, float32: bool = False, **options: Any) -> Check:
@@ -99,6 +112,13 @@ CHECKS = {
     "windows_392": _windows((8, 14, 14), (8, 7, 7), (0, 0, 0), 3, 32),
     "windows_392_shifted": _windows((16, 14, 14), (8, 7, 7), (4, 3, 3), 2, 32),
     "windows_512": _windows((8, 8, 16), (8, 8, 8), (0, 0, 4), 1, 48),
+    "windows_of_types": _windows(
+        (4, 6, 8), (2, 3, 4), (1, 1, 2), 2, 20, table=(3, 105, 2), integers={"window_types": (3, (8,))}
+    ),
+    "windows_own_index": _windows(
+        (4, 6, 8), (2, 3, 4), (1, 1, 2), 2, 20, table=(50, 2), integers={"bias_index": (50, (24, 24))}
+    ),
+    "windows_not_clipped": _windows((3, 5, 7), (4, 6, 8), (2, 0, 3), 2, 20, options={"clip_window": False}),
     "windows_784": _windows((16, 7, 14), (16, 7, 7), (0, 0, 3), 1, 32),
     "listed_windows_mask": Check(
         "window_attention", {"qkv": (6, 50, 3, 2, 24), "grad_out": (6, 50, 48)}, {"mask": (3, 50, 50)}, True
@@ -143,11 +163,13 @@ def dtypes_of(check: str) -> tuple[str, ...]:
 
 
 def make_inputs(check: str, dtype: str, seed: int = 0) -> dict[str, Tensor]:
-    """Draw the tensors of a call, on the CPU; masks and the like are float32."""
+    """Draw the tensors of a call, on the CPU; masks are float32."""
     generator, given = torch.Generator().manual_seed(seed), CHECKS[check]
     inputs = {
         name: torch.randn(size, generator=generator).to(getattr(torch, dtype)) for name, size in given.sizes.items()
     }
+    for name, (below, size) in given.integers.items():
+        inputs[name] = torch.randint(below, size, generator=generator)
     mask = given.options.get("mask")
     return inputs if mask is None else {**inputs, "mask": torch.randn(mask, generator=generator)}
 
@@ -229,7 +251,8 @@ def check_numbers(check: str, dtype: str, backend: str, device: str) -> dict[str
     on_device = require(check, dtype, backend, device)
     actual = {name: x.cpu() for name, x in evaluate(_function(check), check, on_device, backend=backend).items()}
     plain = evaluate(_function(check), check, inputs, backend="reference")
-    exact = evaluate(reference, check, {name: x.double() for name, x in inputs.items()})
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = evaluate(reference, check, wide)
     plain, exact = ({name: found[name] for name in actual} for found in (plain, exact))
     # The CUDA kernels round dP before the bias sums it, as all that see no whole rows.
     assert_all_close(actual, plain, exact, getattr(torch, dtype), whole_rows=backend != "cuda")
