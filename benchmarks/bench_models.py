@@ -52,7 +52,8 @@ def build(
             nn.init.normal_(layer.weight, std=0.02)
     video = torch.randn(shape.video_shape).to(device, DTYPES[dtype])
     if contender == EXACT:
-        model, video = model.double(), video.double()
+        exact = getattr(torch, shape.exact)
+        model, video = model.to(exact), video.to(exact)
     if contender.startswith("vidattn"):
         vidattn.accelerate(model)
     run = model
