@@ -1,0 +1,245 @@
+"""Clips that no single device holds: each rank computes some of the frames, and the model computes what it always did.
+
+``shard_frames`` turns the modules of a bundled model that look across frames into subclasses of what they are, in
+place; all others work on a rank's frames as they would on a whole clip. What a subclass does differently is in a file
+for each family: :mod:`~vidattn.distributed._divided`, :mod:`~vidattn.distributed._mixing`,
+:mod:`~vidattn.distributed._windows`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.func import functional_call
+
+from vidattn.distributed import _divided, _mixing, _windows
+from vidattn.distributed._exchange import Ranks, evenly
+from vidattn.distributed._sharding import Layout, Part, ShardedModel
+from vidattn.messages import describe
+from vidattn.models.timesformer import TimeSformer
+from vidattn.models.video_swin import Recognizer3D
+from vidattn.models.vivit import SpaceTimeViViT, ViViT
+from vidattn.models.xvit import XViT
+from vidattn.twins import Twin, why_overridden
+
+__all__ = ["ShardedClip", "shard_frames"]
+
+
+class _Body(nn.Module):
+    """The model with its parameters in one place, for ``functional_call``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, part: Tensor) -> Tensor:
+        logits: Tensor = self.model.logits(part)  # type: ignore[operator]
+        return logits
+
+
+class ShardedClip:
+    """What :func:`shard_frames` made of a model: how its clips are cut, and the way back.
+
+    Attributes:
+        mesh: the ranks that hold the parts, in the order of the frames.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+        self.layout: Layout | None = None
+        self._model: Any = model
+        self._undo: list[tuple[nn.Module, type, type]] = []
+
+    def split(self, video: Tensor) -> Tensor:
+        """Cut out this rank's frames.
+
+        Parts are as equal as they can be in units of what may not be cut apart: a frame, the frames of a ViViT tubelet,
+        a Video Swin window. The first ranks have one unit more where it does not go evenly; a unit that is not whole,
+        and frames that fill no tubelet, are on the last rank. Of models that sample frames uniformly, it takes the
+        sampled ones.
+
+        Args:
+            video: the whole clip (B, channels, T, H, W); or whatever else has T numbers along axis 2 of five, such as
+                the numbers of the frames, which says what to read from a file.
+
+        Returns:
+            This rank's frames, as a view of the clip where no frames are sampled.
+
+        Raises:
+            TypeError: ``video`` is no tensor.
+            ValueError: it has not five axes, or some rank would hold no frame: the message says how many ranks are
+                possible.
+        """
+        if not isinstance(video, Tensor):
+            raise TypeError(f"split: video: expected a tensor, got {describe(video)}")
+        if video.ndim != 5:
+            raise ValueError(f"split: video: expected (batch, channels, frames, height, width), got {describe(video)}")
+        video = self._model.frames_used(video)
+        return video.split(self._cut(self._model, video.shape[2]), dim=2)[self.ranks.rank]
+
+    def revert(self) -> None:
+        """Make the model what it was.
+
+        Raises:
+            RuntimeError: somebody changed a module's class since; nothing is reverted.
+        """
+        changed = [type(module).__name__ for module, sharded, _ in self._undo if type(module) is not sharded]
+        if changed:
+            raise RuntimeError(
+                f"revert: {len(changed)} modules are of another class since shard_frames, the first is a {changed[0]}: "
+                "undo that first"
+            )
+        for module, _, previous in self._undo:
+            module.__class__ = previous
+        self._undo.clear()
+
+    def _shard(self) -> None:
+        sharded = _MODELS[type(self._model)]
+        parts = [Part(self._model, type(self._model), sharded), *sharded.parts(self._model)]
+        names = {module: name for name, module in self._model.named_modules()}
+        for module, original, _ in parts:
+            kind: Any = type(module)
+            known = kind.replaced if issubclass(kind, Twin) else kind
+            reason = why_overridden(module)
+            if known is not original or reason is not None:
+                raise ValueError(
+                    f"shard_frames: model: expected {names[module] or 'it'} to be a {original.__name__} as it is "
+                    f"bundled, got {reason or _qualified_name(kind)}"
+                )
+        for module, _, sharded in parts:
+            previous: Any = type(module)
+            kind = type(f"Sharded{previous.__name__}", (sharded, previous), {"__module__": __name__, "clip": self})
+            self._undo.append((module, kind, previous))
+            module.__class__ = kind
+
+    def _cut(self, model: Any, frames: int) -> list[int]:
+        """Tell how many frames each rank gets."""
+        unit = model.unit(frames)
+        units = -(-model.tokens_of(frames) // max(model.tokens_of(unit), 1))
+        if units < self.ranks.size:
+            raise ValueError(
+                f"shard_frames: mesh: expected at most {units} ranks for {frames} frames, which may be cut after each "
+                f"{unit}, got {self.ranks.size}"
+            )
+        sizes = [share * unit for share in evenly(units, self.ranks.size)]
+        sizes[-1] = frames - sum(sizes[:-1])
+        return sizes
+
+    def _agree(self, model: Any, part: Tensor) -> Layout:
+        """Find out what the other ranks hold. What is wrong with any part is an error on every rank."""
+        if not isinstance(part, Tensor):
+            raise TypeError(f"part: expected a tensor, got {describe(part)}")
+        shapes = self.ranks.integers([part.ndim, *(*part.shape, 0, 0, 0, 0, 0)[:5]], part.device)
+        frames = [shape[3] for shape in shapes]
+        if any(shape[0] != 5 or shape[:3] + shape[4:] != shapes[0][:3] + shapes[0][4:] for shape in shapes):
+            found = ", ".join(str(tuple(shape[1 : 1 + shape[0]])) for shape in shapes)
+            raise ValueError(
+                f"part: expected (batch, channels, frames, height, width), alike on all ranks but for the frames, "
+                f"got {found}"
+            )
+        expected = self._cut(model, sum(frames))
+        if frames != expected:
+            raise ValueError(f"part: expected {expected} frames on the ranks, as split() cuts them, got {frames}")
+        return Layout(self.ranks.rank, tuple(frames), tuple(model.tokens_of(size) for size in frames))
+
+    def run(self, model: Any, part: Tensor) -> Tensor:
+        """Map this rank's frames to the logits of the whole clip, and tie the gradients of the ranks together."""
+        _refuse_random(model)
+        self.layout = self._agree(model, part)
+        body = _Body(model)
+        learned = {name: p for name, p in body.named_parameters() if p.requires_grad and torch.is_grad_enabled()}
+        if not learned:
+            return self.ranks.share_gradient(body(part))
+        shared = dict(zip(learned, self.ranks.sum_gradients(list(learned.values())), strict=True))
+        logits: Tensor = functional_call(body, shared, (part,))
+        return self.ranks.share_gradient(logits)
+
+
+def _refuse_random(model: nn.Module) -> None:
+    """Raise where a module would drop something at random: the ranks have generators of their own."""
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        for rate in ("p", "drop_prob", "dropout_rate"):
+            value = getattr(module, rate, 0.0)
+            if module.training and isinstance(value, float) and value > 0.0:
+                raise ValueError(
+                    f"model: expected rates of 0 in training mode, because ranks cannot drop at random together, got "
+                    f"{rate}={value} of {name}"
+                )
+
+
+_MODELS: dict[type, Any] = {
+    TimeSformer: _divided.ShardedTimeSformer,
+    ViViT: _divided.ShardedViViT,
+    SpaceTimeViViT: _divided.ShardedSpaceTimeViViT,
+    XViT: _mixing.ShardedXViT,
+    Recognizer3D: _windows.ShardedRecognizer,
+}
+
+
+def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
+    """Cut the clips that a bundled model sees over the ranks of a mesh, in place.
+
+    Each rank gets some frames of a clip, ``part = clip.split(video)``, and ``model(part)`` returns the logits of the
+    whole clip on every rank, as one process would compute them. After the backward pass of a loss of those logits, the
+    same loss on every rank, every rank holds the parameter gradients of one process; so optimizers keep the parameters
+    alike, which they must be to begin with. (Of losses that differ, it is the gradients of their mean.) A gradient that
+    ``part`` requires is that of this rank's frames.
+
+    All ranks must call the model together, with gradients or all without. What is random in training, dropout and
+    stochastic depth, must have rates of 0, for the ranks draw their numbers apart; else the call raises.
+    Parameters, state dict, devices and modes stay as they are. An accelerated model stays accelerated: the kernels
+    attend to what a rank holds. In the other order :func:`vidattn.accelerate` does not know the modules that were
+    changed here and leaves them as they are, which is as exact and slower.
+
+    Args:
+        model: a bundled video classifier, as :func:`vidattn.models.create_model` builds it; the same on all ranks.
+        mesh: the ranks, a mesh of one dimension on the model's kind of device. Part r of the clip belongs to rank r.
+
+    Returns:
+        The cut: ``split()`` gives this rank's frames, ``revert()`` makes the model what it was.
+
+    Raises:
+        TypeError: ``model`` is none of the bundled classifiers, or ``mesh`` no ``DeviceMesh``.
+        ValueError: the mesh has more than one dimension or this rank is not in it, or a module of the model is not as
+            it is bundled.
+
+    Reference:
+        The all-to-all between two ways to cut is that of DeepSpeed Ulysses, arXiv 2309.14509, section 3, there between
+        tokens and heads.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from vidattn.models import create_model
+        >>> def step(video: torch.Tensor) -> torch.Tensor:  # under torchrun, with as many processes as you like
+        ...     model = create_model("timesformer_base", drop_path_rate=0.0)
+        ...     clip = shard_frames(model, init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+        ...     logits = model(clip.split(video))
+        ...     logits.logsumexp(dim=-1).sum().backward()
+        ...     return logits
+    """
+    if type(model) not in _MODELS:
+        known = ", ".join(kind.__name__ for kind in _MODELS)
+        found = "one that is sharded already" if isinstance(model, ShardedModel) else _qualified_name(type(model))
+        raise TypeError(f"shard_frames: model: expected a bundled {known}, got {found}")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"shard_frames: mesh: expected a DeviceMesh, got {describe(mesh)}")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"shard_frames: mesh: expected one dimension, got {mesh.ndim}; mesh[name] gives one of several"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError("shard_frames: mesh: expected this process to be in it, got one of other processes")
+    clip = ShardedClip(model, mesh)
+    clip._shard()
+    return clip
+
+
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
