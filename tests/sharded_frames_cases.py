@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +19,6 @@ from vidattn.models.video_swin import I3DHead, Recognizer3D, SwinTransformer3D
 from vidattn.models.vivit import SpaceTimeViViT, ViViT
 from vidattn.models.xvit import XViT
 
-PROCESSES = 4
 BATCH = 2
 
 
@@ -178,12 +172,31 @@ class Traffic(TorchDispatchMode):
 
 
 class Outcome(NamedTuple):
-    """What a rank found: its result, and the traffic of the forward and of the backward pass."""
+    """What a rank found: its result, the traffic of the two passes, and the bytes that the forward pass kept."""
 
     result: Result
     forward: dict[str, list[int]]
     backward: dict[str, list[int]]
-    frames: int
+    kept: int
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward pass keeps for the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.storages: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in known:
+                self.storages[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        super().__init__(keep, lambda x: x)
+
+    def bytes(self) -> int:
+        return sum(self.storages.values())
 
 
 def run(case: Case, mesh: DeviceMesh) -> Outcome:
@@ -193,37 +206,10 @@ def run(case: Case, mesh: DeviceMesh) -> Outcome:
         assert vidattn.accelerate(model).swapped
     clip = shard_frames(model, mesh)
     assert set(model.state_dict()) == names
-    part = clip.split(clip_of(case))
-    steps = step(model, part)
-    with Traffic() as forward:
+    steps = step(model, clip.split(clip_of(case)))
+    kept = Kept(model)
+    with Traffic() as forward, kept:
         next(steps)
     with Traffic() as backward:
         result = next(steps)
-    return Outcome(result, forward.sent, backward.sent, part.shape[2])
-
-
-@contextmanager
-def group(rank: int, store: str) -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills what a collective leaves unwritten with NaN
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
-    yield
-    dist.destroy_process_group()
-
-
-def work(rank: int, folder: str) -> None:
-    """Run all cases with 2, 3 and 4 of the processes; write down what this one found."""
-    found: dict[tuple[str, int], Outcome | str] = {}
-    with group(rank, str(Path(folder) / "store")):
-        for size in range(2, PROCESSES + 1):
-            mesh = DeviceMesh("cpu", list(range(size)))
-            if rank >= size:
-                continue
-            for name, case in CASES.items():
-                try:
-                    found[name, size] = run(case, mesh)
-                except Exception:
-                    found[name, size] = traceback.format_exc()
-        torch.save(found, Path(folder) / f"rank{rank}")
+    return Outcome(result, forward.sent, backward.sent, kept.bytes())

@@ -227,7 +227,7 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
     if type(model) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
         found = "one that is sharded already" if isinstance(model, ShardedModel) else _qualified_name(type(model))
-        raise TypeError(f"shard_frames: model: expected a bundled {known}, got {found}")
+        raise TypeError(f"shard_frames: model: expected one of {known}, as they are bundled, got {found}")
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"shard_frames: mesh: expected a DeviceMesh, got {describe(mesh)}")
     if mesh.ndim != 1:
