@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vidattn
@@ -59,6 +60,12 @@ def errors(mesh: DeviceMesh) -> dict[str, str]:
     shard_frames(random, mesh)
     found["random"] = _message(lambda: random(part))
     found["random, in evaluation"] = _message(lambda: random.eval()(part))
+
+    fully = build(CASES["timesformer"])
+    shard_frames(fully, mesh)
+    for block in fully.get_submodule("model.blocks").children():
+        fully_shard(block, mesh=mesh)
+    found["parameters in parts"] = _message(lambda: fully(part))
 
     swin = shard_frames(video_swin().double(), mesh)
     found["three windows"] = _message(lambda: swin.split(torch.zeros(1, 3, 11, 8, 8)))

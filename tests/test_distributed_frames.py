@@ -224,6 +224,8 @@ TOGETHER = {  # of what one rank does wrong, or all: what every rank says
     "random": "ValueError: model: expected rates of 0 in training mode, because ranks cannot drop at random together, "
     "got drop_prob=0.5 of model.blocks.1.drop_path",
     "random, in evaluation": "no error",
+    "parameters in parts": "ValueError: shard_frames: model: expected every rank to have all parameters, got 36 that are "
+    "sharded themselves, the first is model.blocks.0.norm1.weight",
     "three windows": "ValueError: shard_frames: mesh: expected at most 3 ranks for 11 frames, which may be cut after "
     "each 4, got 4",
     "one window": "ValueError: shard_frames: mesh: expected at most 1 ranks for 3 frames, which may be cut after",

@@ -151,6 +151,12 @@ class ShardedClip:
         _refuse_random(model)
         self.layout = self._agree(model, part)
         body = _Body(model)
+        sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
+        if sharded:  # a DTensor; to import its class takes seconds
+            raise ValueError(
+                f"shard_frames: model: expected every rank to have all parameters, got {len(sharded)} that are sharded "
+                f"themselves, the first is {sharded[0]}"
+            )
         learned = {name: p for name, p in body.named_parameters() if p.requires_grad and torch.is_grad_enabled()}
         if not learned:
             return self.ranks.share_gradient(body(part))
@@ -194,8 +200,9 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
     All ranks must call the model together, with gradients or all without. What is random in training, dropout and
     stochastic depth, must have rates of 0, for the ranks draw their numbers apart; else the call raises.
     Parameters, state dict, devices and modes stay as they are. An accelerated model stays accelerated: the kernels
-    attend to what a rank holds. In the other order :func:`vidattn.accelerate` does not know the modules that were
-    changed here and leaves them as they are, which is as exact and slower.
+    attend to what a rank holds. :func:`vidattn.accelerate` may also come afterwards; it then swaps what was not changed
+    here, which is all attention of Video Swin and of TimeSformer's divided blocks, while attention of ViViT and X-ViT
+    that needs other ranks' frames stays plain. Revert in the reverse order.
 
     Args:
         model: a bundled video classifier, as :func:`vidattn.models.create_model` builds it; the same on all ranks.
@@ -231,9 +238,7 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"shard_frames: mesh: expected a DeviceMesh, got {describe(mesh)}")
     if mesh.ndim != 1:
-        raise ValueError(
-            f"shard_frames: mesh: expected one dimension, got {mesh.ndim}; mesh[name] gives one of several"
-        )
+        raise ValueError(f"shard_frames: mesh: expected one dimension, as mesh[name] gives, got {mesh.ndim}")
     if mesh.get_coordinate() is None:
         raise ValueError("shard_frames: mesh: expected this process to be in it, got one of other processes")
     clip = ShardedClip(model, mesh)
