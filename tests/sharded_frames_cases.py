@@ -20,6 +20,7 @@ from vidattn.models.vivit import SpaceTimeViViT, ViViT
 from vidattn.models.xvit import XViT
 
 BATCH = 2
+SEED = 11
 
 
 class Case(NamedTuple):
@@ -62,10 +63,18 @@ def xvit(**options: Any) -> XViT:
     return XViT(**{**sizes, **head, "num_segments": 8, "shift_div": 4, **options})
 
 
-def video_swin(**options: Any) -> Recognizer3D:
+def _factorized_encoder_with_dropout() -> SpaceTimeViViT:
+    model = factorized_encoder(dropout_rate=0.5)
+    for module in model.spatial_transformer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def video_swin(dropout_ratio: float = 0.0, **options: Any) -> Recognizer3D:
     sizes = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": (4, 3, 3), "patch_size": (1, 4, 4)}
     backbone = SwinTransformer3D(**{**sizes, "drop_path_rate": 0.0, "patch_norm": True, **options})
-    return Recognizer3D(backbone, I3DHead(5, backbone.num_features, dropout_ratio=0.0))
+    return Recognizer3D(backbone, I3DHead(5, backbone.num_features, dropout_ratio=dropout_ratio))
 
 
 _TALL, _SQUARE, _SWIN = (16, 24), (32, 32), (20, 28)
@@ -121,6 +130,20 @@ CASES: dict[str, Case] = {
         partial(video_swin, window_size=(3, 8, 8), qkv_bias=False), (12, *_SWIN), True
     ),
     "video_swin, windows of one frame": Case(partial(video_swin, window_size=(1, 3, 3)), (5, *_SWIN)),
+    "random: timesformer": Case(partial(timesformer, drop_path_rate=0.5), (7, *_TALL)),
+    "random: timesformer, accelerated": Case(partial(timesformer, drop_path_rate=0.5), (7, *_TALL), True),
+    "random: timesformer, joint": Case(
+        partial(timesformer, drop_path_rate=0.5, attention_type="joint_space_time"), (7, *_TALL)
+    ),
+    "random: timesformer, space only": Case(
+        partial(timesformer, drop_path_rate=0.5, attention_type="space_only"), (7, *_TALL)
+    ),
+    "random: vivit 1": Case(partial(vivit, stochastic_droplayer_rate=0.5), (15, *_TALL)),
+    "random: vivit 2": Case(_factorized_encoder_with_dropout, (15, *_TALL)),
+    "random: xvit": Case(partial(xvit, drop_path_rate=0.5, temporal_drop=0.3, dropout_rate=0.5), (8, *_SQUARE), True),
+    "random: video_swin": Case(
+        partial(video_swin, drop_path_rate=0.5, dropout_ratio=0.5, use_checkpoint=True), (13, *_SWIN), True
+    ),
 }
 
 
@@ -206,7 +229,9 @@ def run(case: Case, mesh: DeviceMesh) -> Outcome:
         assert vidattn.accelerate(model).swapped
     clip = shard_frames(model, mesh)
     assert set(model.state_dict()) == names
-    steps = step(model, clip.split(clip_of(case)))
+    part = clip.split(clip_of(case))
+    torch.manual_seed(SEED + mesh.get_local_rank())  # that of rank 0 counts
+    steps = step(model, part)
     kept = Kept(model)
     with Traffic() as forward, kept:
         next(steps)

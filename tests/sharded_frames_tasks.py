@@ -56,10 +56,10 @@ def errors(mesh: DeviceMesh) -> dict[str, str]:
     shard_frames(fresh, mesh)
     found["a part called"] = _message(lambda: fresh.model(part))
 
-    random = timesformer(drop_path_rate=0.5).double()
+    random = timesformer(drop_rate=0.5).double()
     shard_frames(random, mesh)
-    found["random"] = _message(lambda: random(part))
-    found["random, in evaluation"] = _message(lambda: random.eval()(part))
+    found["dropout of tokens"] = _message(lambda: random(part))
+    found["dropout in evaluation"] = _message(lambda: random.eval()(part))
 
     fully = build(CASES["timesformer"])
     shard_frames(fully, mesh)

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidattn.distributed._exchange import evenly
-from vidattn.distributed._sharding import Part, ShardedModel, ShardedModule, backend_of
+from vidattn.distributed._sharding import Part, ShardedDrop, ShardedModel, ShardedModule, backend_of
 from vidattn.models import timesformer, vivit, vivit_layers
-from vidattn.nn.parts import attend
+from vidattn.nn.parts import attend, draws
 from vidattn.ops import spatial_attention, temporal_attention
 
 
@@ -69,15 +69,24 @@ class ShardedBlock(ShardedModule):
         sites = patches.shape[1]
         parts = evenly(sites, ranks.size)
         own = ranks.reshard(patches, 2, layout.tokens, 1, parts)  # (B, own N, T, C)
-        over_time = self.temporal_fc(self.temporal_attn(self.temporal_norm1(own.flatten(0, 1)))).view(own.shape)
+        over_time = self.temporal_attn(self.temporal_norm1(own.flatten(0, 1))).view(own.shape)
+        if draws(self.drop_path):  # patches, those of all ranks on each
+            over_time = over_time * self._factors(x, sites).split(parts, dim=1)[ranks.rank]
+        over_time = self.temporal_fc(over_time)
         patches = patches + ranks.reshard(over_time, 1, parts, 2, layout.tokens)
 
         copies = cls_token.unsqueeze(1).expand(-1, num_frames, -1, -1)
         frames = torch.cat((copies, patches.transpose(1, 2)), dim=2)  # (B, own T, 1 + N, C)
         over_space = self.attn(self.norm1(frames.flatten(0, 1))).view(frames.shape)
-        cls_token = cls_token + ranks.sum(over_space[:, :, 0].sum(dim=1, keepdim=True)) / layout.total
+        if draws(self.drop_path):  # frames
+            over_space = over_space * self._factors(x, layout.total)[:, layout.own]
+        cls_token = cls_token + ranks.sum(over_space[:, :, 0].mean(dim=1, keepdim=True) * layout.share)
         patches = patches + over_space[:, :, 1:].transpose(1, 2)
         return torch.cat((cls_token, patches.flatten(1, 2)), dim=1)
+
+    def _factors(self: Any, x: Tensor, count: int) -> Tensor:
+        """Draw what stochastic depth makes of ``count`` things of each clip: factors (B, count, 1, 1)."""
+        return self.drop_path(x.new_ones(x.shape[0] * count, 1, 1)).view(-1, count, 1, 1)
 
 
 class ShardedVisionTransformer(ShardedModule):
@@ -92,7 +101,7 @@ class ShardedVisionTransformer(ShardedModule):
         if self.attention_type != "space_only":
             return super().forward_features(x)  # type: ignore[misc]
         cls_tokens = self.forward_tokens(x)[0][:, 0].unflatten(0, (x.shape[0], -1))  # (B, own T, C)
-        return self.norm(self.clip.ranks.sum(cls_tokens.sum(dim=1)) / self.layout.total)
+        return self.norm(self.clip.ranks.sum(cls_tokens.mean(dim=1) * self.layout.share))
 
 
 class ShardedTimeSformer(ShardedModel):
@@ -106,6 +115,8 @@ class ShardedTimeSformer(ShardedModel):
                 yield Part(block, timesformer.Block, ShardedBlock)
             elif self.attention_type == "joint_space_time":
                 yield Part(block.attn, timesformer.Attention, ShardedAttention)
+            elif type(block.drop_path) is not nn.Identity:
+                yield Part(block.drop_path, timesformer.DropPath, ShardedDrop)
 
     def logits(self: Any, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip."""
@@ -233,8 +244,8 @@ class ShardedViViT(_ShardedClassifier):
             return self._classify(tokens[:, 0])
         if self.classifier == "gmp":
             return self._classify(_maximum(self, tokens))
-        total = ranks.sum(tokens.sum(dim=1))
-        return self._classify(total / self.patch_embed.num_tokens if self.classifier == "gap" else total)
+        pooled = tokens.mean(dim=1) * self.layout.share if self.classifier == "gap" else tokens.sum(dim=1)
+        return self._classify(ranks.sum(pooled))
 
 
 def _maximum(model: ShardedModel, tokens: Tensor) -> Tensor:
@@ -251,6 +262,10 @@ class ShardedSpaceTimeViViT(_ShardedClassifier):
 
     Frames are encoded where they are, and what becomes of each is sent to every rank, which encodes the clip.
     """
+
+    def after_the_ranks(self: Any) -> tuple[nn.Module, ...]:
+        """Name the modules that see the same on every rank: the temporal encoder."""
+        return () if self.temporal_transformer is None else (self.temporal_transformer,)
 
     def logits(self: Any, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip."""

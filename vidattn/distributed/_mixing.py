@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidattn.distributed._sharding import Layout, Part, ShardedModel, ShardedModule
+from vidattn.distributed._sharding import Layout, Part, ShardedDrop, ShardedModel, ShardedModule
 from vidattn.models import xvit, xvit_layers
 from vidattn.nn.parts import attend, can_drop, is_number
 from vidattn.twins import Twin
 
 
-def _frames_read(layout: Layout, reader: int, owner: int, segment: int, offset: int) -> list[int]:
+def _source(time: int, offset: int, segment: int) -> int | None:
+    """Tell which frame of the clip a frame reads by a shift; None if there is none in its segment."""
+    source = time + offset
+    return source if source // segment == time // segment else None
+
+
+def _frames_read(layout: Layout, reader: int, owner: int, offset: int, segment: int) -> list[int]:
     """List which frames of one rank another one reads by a shift, in the order of the frames that read them."""
-    held = layout.times(owner)
-    return [
-        time + offset
-        for time in layout.times(reader)
-        if time + offset in held and (time + offset) // segment == time // segment
-    ]
+    sources = (_source(time, offset, segment) for time in layout.times(reader))
+    return [source for source in sources if source is not None and source in layout.times(owner)]
 
 
 class ShardedShift(ShardedModule):
@@ -45,9 +47,9 @@ class ShardedShift(ShardedModule):
             rows = []
             sizes = []
             for first, last, offset in shifts:
-                sent = _frames_read(layout, other, ranks.rank, self.n_segment, offset)
+                sent = _frames_read(layout, other, ranks.rank, offset, self.n_segment)
                 rows.append(tokens[:, [time - start for time in sent], :, first:last].flatten())
-                read = _frames_read(layout, ranks.rank, other, self.n_segment, offset)
+                read = _frames_read(layout, ranks.rank, other, offset, self.n_segment)
                 sizes.append(batch * len(read) * sites * (last - first))
             pieces[other], arriving[other] = torch.cat(rows), sizes
         arrived = ranks.exchange(pieces, [[sum(sizes)] for sizes in arriving])
@@ -60,19 +62,15 @@ class ShardedShift(ShardedModule):
             held = [*layout.times(ranks.rank)]
             row = [tokens[..., first:last]]
             for other in others:
-                held += _frames_read(layout, ranks.rank, other, self.n_segment, offset)
-                row.append(halos[other][number].view(batch, -1, sites, width))
+                read = _frames_read(layout, ranks.rank, other, offset, self.n_segment)
+                row.append(halos[other][number].view(batch, len(read), sites, width))
+                held += read
             row.append(tokens.new_zeros(batch, 1, sites, width))
-            places = [
-                held.index(time + offset) if self._reads(time, offset, held) else len(held)
-                for time in layout.times(ranks.rank)
-            ]
+            sources = [_source(time, offset, self.n_segment) for time in layout.times(ranks.rank)]
+            places = [len(held) if source is None else held.index(source) for source in sources]
             index = torch.tensor(places, device=x.device)
             shifted[..., first:last] = torch.cat(row, dim=1).index_select(1, index)
         return self.net(shifted.flatten(0, 1).unflatten(2, (heads, head_dim)).transpose(1, 2))
-
-    def _reads(self: Any, time: int, offset: int, held: list[int]) -> bool:
-        return time + offset in held and (time + offset) // self.n_segment == time // self.n_segment
 
 
 class ShardedMixing(ShardedModule):
@@ -141,6 +139,14 @@ class ShardedXViT(ShardedModel):
                 yield Part(block.attn, xvit_layers.Attention, ShardedMixing)
             for shift in shifts:
                 yield Part(shift, xvit_layers.TemporalShift, ShardedShift)
+            if type(block.drop_path) is not nn.Identity:
+                yield Part(block.drop_path, xvit.DropPath, ShardedDrop)
+        if type(self.base_model.head) is not nn.Linear:
+            yield Part(self.base_model.head, nn.Dropout, ShardedDrop)
+
+    def after_the_ranks(self: Any) -> tuple[nn.Module, ...]:
+        """Name the modules that see the same on every rank, or draw for all of them."""
+        return self.base_model.head, self.consensus
 
     def logits(self: Any, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vidattn.twins import Twin
 
-__all__ = ["Layout", "Part", "ShardedModel", "ShardedModule", "backend_of"]
+__all__ = ["Layout", "Part", "ShardedDrop", "ShardedModel", "ShardedModule", "backend_of"]
 
 
 class Layout(NamedTuple):
@@ -19,16 +19,23 @@ class Layout(NamedTuple):
         rank: this rank.
         frames: frames of the video at each rank.
         tokens: what they are along the time axis of the tokens.
+        seed: the start of the random numbers of all ranks.
     """
 
     rank: int
     frames: tuple[int, ...]
     tokens: tuple[int, ...]
+    seed: int
 
     @property
     def total(self) -> int:
         """Tokens along time of the whole clip."""
         return sum(self.tokens)
+
+    @property
+    def share(self) -> float:
+        """Which share of the clip this rank holds: the weight of its mean in that of the clip."""
+        return self.tokens[self.rank] / self.total
 
     @property
     def own(self) -> slice:
@@ -68,6 +75,21 @@ class ShardedModule:
         return layout
 
 
+class ShardedDrop(ShardedModule):
+    """Stochastic depth or dropout of frames, which each rank draws for all frames of the clip."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Drop something of this rank's frames (B * own T, ...)."""
+        if not self.training:
+            return x
+        layout = self.layout
+        batch = x.shape[0] // layout.tokens[layout.rank]
+        each = x.shape[1:] if isinstance(self, nn.Dropout) else (1,) * (x.ndim - 1)
+        # What ones become is the factor of each number, or of each frame.
+        factors = super().forward(x.new_ones(batch * layout.total, *each))  # type: ignore[misc]
+        return x * factors.unflatten(0, (batch, layout.total))[:, layout.own].flatten(0, 1)
+
+
 class ShardedModel(ShardedModule):
     """What a whole model becomes; the classes of the families are its subclasses."""
 
@@ -86,6 +108,10 @@ class ShardedModel(ShardedModule):
     def unit(self, frames: int) -> int:
         """Tell how many frames of a clip may not be cut apart."""
         return 1
+
+    def after_the_ranks(self) -> tuple[nn.Module, ...]:
+        """Name the modules that see the same on every rank, so that what they drop at random is the same."""
+        return ()
 
     def logits(self, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip."""

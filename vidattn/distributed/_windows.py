@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vidattn.distributed._exchange import Ranks
@@ -115,12 +115,15 @@ class ShardedRecognizer(ShardedModel):
         depth, _, _ = get_window_size((self.tokens_of(frames), *configured[1:]), configured)
         return depth * self.backbone.patch_size[0]
 
+    def after_the_ranks(self: Any) -> tuple[nn.Module, ...]:
+        """Name the modules that see the same on every rank: the head."""
+        return (self.cls_head,)
+
     def logits(self: Any, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip."""
         ranks, layout = self.clip.ranks, self.layout
         features = self.backbone(part)  # (B, C, own D, h, w)
         if self.cls_head.avg_pool is None:
             return self.cls_head(ranks.gather(features, 2, layout.tokens))
-        tokens = layout.total * features.shape[3] * features.shape[4]
-        mean = ranks.sum(features.sum(dim=(2, 3, 4), keepdim=True)) / tokens
+        mean = ranks.sum(features.mean(dim=(2, 3, 4), keepdim=True) * layout.share)
         return self.cls_head(mean)  # whose own mean, of one token, changes nothing

@@ -8,6 +8,8 @@ for each family: :mod:`~vidattn.distributed._divided`, :mod:`~vidattn.distribute
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ class ShardedClip:
 
     Attributes:
         mesh: the ranks that hold the parts, in the order of the frames.
+        ranks: what they exchange goes through here.
+        layout: which frames of the last clip each rank holds; None before there was one.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
@@ -133,7 +137,9 @@ class ShardedClip:
         """Find out what the other ranks hold. What is wrong with any part is an error on every rank."""
         if not isinstance(part, Tensor):
             raise TypeError(f"part: expected a tensor, got {describe(part)}")
-        shapes = self.ranks.integers([part.ndim, *(*part.shape, 0, 0, 0, 0, 0)[:5]], part.device)
+        seed = int(torch.randint(2**62, ())) if _draws(model) else 0
+        numbers = self.ranks.integers([seed, part.ndim, *(*part.shape, 0, 0, 0, 0, 0)[:5]], part.device)
+        seed, shapes = numbers[0][0], [row[1:] for row in numbers]
         frames = [shape[3] for shape in shapes]
         if any(shape[0] != 5 or shape[:3] + shape[4:] != shapes[0][:3] + shapes[0][4:] for shape in shapes):
             found = ", ".join(str(tuple(shape[1 : 1 + shape[0]])) for shape in shapes)
@@ -144,11 +150,10 @@ class ShardedClip:
         expected = self._cut(model, sum(frames))
         if frames != expected:
             raise ValueError(f"part: expected {expected} frames on the ranks, as split() cuts them, got {frames}")
-        return Layout(self.ranks.rank, tuple(frames), tuple(model.tokens_of(size) for size in frames))
+        return Layout(self.ranks.rank, tuple(frames), tuple(model.tokens_of(size) for size in frames), seed)
 
     def run(self, model: Any, part: Tensor) -> Tensor:
         """Map this rank's frames to the logits of the whole clip, and tie the gradients of the ranks together."""
-        _refuse_random(model)
         self.layout = self._agree(model, part)
         body = _Body(model)
         sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
@@ -158,25 +163,40 @@ class ShardedClip:
                 f"themselves, the first is {sharded[0]}"
             )
         learned = {name: p for name, p in body.named_parameters() if p.requires_grad and torch.is_grad_enabled()}
-        if not learned:
-            return self.ranks.share_gradient(body(part))
-        shared = dict(zip(learned, self.ranks.sum_gradients(list(learned.values())), strict=True))
-        logits: Tensor = functional_call(body, shared, (part,))
+        shared = dict(zip(learned, self.ranks.sum_gradients(list(learned.values())), strict=True)) if learned else {}
+        with _same_numbers(self.layout.seed, part.device):
+            logits: Tensor = functional_call(body, shared, (part,))
         return self.ranks.share_gradient(logits)
 
 
-def _refuse_random(model: nn.Module) -> None:
-    """Raise where a module would drop something at random: the ranks have generators of their own."""
-    if not model.training:
-        return
+def _draws(model: Any) -> bool:
+    """Whether something is dropped at random now; raises where that would be numbers of some ranks alone."""
+    alike = {inner for module in model.after_the_ranks() for inner in module.modules()}
+    drawing = False
     for name, module in model.named_modules():
-        for rate in ("p", "drop_prob", "dropout_rate"):
-            value = getattr(module, rate, 0.0)
-            if module.training and isinstance(value, float) and value > 0.0:
-                raise ValueError(
-                    f"model: expected rates of 0 in training mode, because ranks cannot drop at random together, got "
-                    f"{rate}={value} of {name}"
-                )
+        if not module.training:
+            continue
+        rates = {rate: getattr(module, rate, 0.0) for rate in ("p", "dropout_rate", "drop_prob")}
+        drops = [rate for rate, value in rates.items() if isinstance(value, (int, float)) and value > 0]
+        if drops and drops[0] != "drop_prob" and module not in alike:
+            raise ValueError(
+                f"shard_frames: model: expected dropout of 0 in training, because no rank could draw it for the tokens "
+                f"of all, got {drops[0]}={rates[drops[0]]} of {name}"
+            )
+        drawing = drawing or bool(drops)
+    return drawing
+
+
+@contextlib.contextmanager
+def _same_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers on all ranks, which are in the same places of the model; 0 for none."""
+    if not seed:
+        yield
+        return
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 _MODELS: dict[type, Any] = {
@@ -197,8 +217,10 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
     alike, which they must be to begin with. (Of losses that differ, it is the gradients of their mean.) A gradient that
     ``part`` requires is that of this rank's frames.
 
-    All ranks must call the model together, with gradients or all without. What is random in training, dropout and
-    stochastic depth, must have rates of 0, for the ranks draw their numbers apart; else the call raises.
+    All ranks must call the model together, with gradients or all without. Stochastic depth, and dropout where every
+    rank has the same numbers (the heads of X-ViT and Video Swin, the temporal encoder of ViViT model 2), are drawn as
+    in one process, from a seed that the generator of rank 0 gives. Dropout of tokens raises in training, unless its
+    rate is 0.
     Parameters, state dict, devices and modes stay as they are. An accelerated model stays accelerated: the kernels
     attend to what a rank holds. :func:`vidattn.accelerate` may also come afterwards; it then swaps what was not changed
     here, which is all attention of Video Swin and of TimeSformer's divided blocks, while attention of ViViT and X-ViT
