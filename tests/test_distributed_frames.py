@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -22,7 +23,7 @@ from sharded_frames_tasks import (
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from vidattn.distributed import shard_frames
+from vidattn.distributed import _exchange, frames, shard_frames
 from vidattn.models.timesformer import Block, TimeSformer
 from vidattn.models.vivit import sample_frames_uniformly
 
@@ -253,6 +254,10 @@ def test_a_process_outside_of_the_mesh_is_told(found: Found) -> None:
     *inside, outside = of_ranks(found, "outside")
     assert inside == ["no error"] * 3
     assert outside == "ValueError: shard_frames: mesh: expected this process to be in it, got one of other processes"
+
+
+def test_examples() -> None:
+    assert doctest.testmod(frames).failed == doctest.testmod(_exchange).failed == 0
 
 
 @pytest.fixture

@@ -243,15 +243,15 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
         tokens and heads.
 
     Example:
-        >>> import torch
+        >>> import torch.distributed as dist  # under torchrun: dist.init_process_group("gloo"), and its world size below
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from vidattn.models import create_model
-        >>> def step(video: torch.Tensor) -> torch.Tensor:  # under torchrun, with as many processes as you like
-        ...     model = create_model("timesformer_base", drop_path_rate=0.0)
-        ...     clip = shard_frames(model, init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-        ...     logits = model(clip.split(video))
-        ...     logits.logsumexp(dim=-1).sum().backward()
-        ...     return logits
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = create_model("timesformer_base", img_size=32, num_classes=5, embed_dim=24, depth=2, num_heads=2)
+        >>> clip = shard_frames(model, init_device_mesh("cpu", (1,)))
+        >>> model(clip.split(torch.zeros(1, 3, 8, 32, 32))).shape
+        torch.Size([1, 5])
+        >>> dist.destroy_process_group()
     """
     if type(model) not in _MODELS:
         known = ", ".join(kind.__name__ for kind in _MODELS)
