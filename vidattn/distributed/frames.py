@@ -243,7 +243,7 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
         tokens and heads.
 
     Example:
-        >>> import torch.distributed as dist  # under torchrun: dist.init_process_group("gloo"), and its world size below
+        >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from vidattn.models import create_model
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
