@@ -172,8 +172,15 @@ class ShardedPatchEmbed(ShardedModule):
     """ViViT's patch embedding, which checks that clips have the size that it was made for."""
 
     def _grid(self: Any, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Count the patches of the whole clip."""
-        return super()._grid(sum(self.layout.frames), height, width)  # type: ignore[misc]
+        """Count the patches of the whole clip, and check that they are those that the model was built for."""
+        whole = sum(self.layout.frames)
+        grid = super()._grid(whole, height, width)  # type: ignore[misc]
+        if grid != self.grid:
+            raise ValueError(
+                f"part: expected parts of a clip of {self.grid} patches, for which the position embedding was made, got "
+                f"{grid} patches in {whole} frames of {height} x {width} on all ranks"
+            )
+        return grid
 
 
 class ShardedEncoder(ShardedModule):
