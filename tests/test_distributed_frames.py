@@ -234,8 +234,8 @@ TOGETHER = {  # of what one rank does wrong, or all: what every rank says
     "three windows": "ValueError: shard_frames: mesh: expected at most 3 ranks for 11 frames, which may be cut after "
     "each 4, got 4",
     "one window": "ValueError: shard_frames: mesh: expected at most 1 ranks for 3 frames, which may be cut after",
-    "another length": "ValueError: part: expected parts of a clip of (7, 2, 3) patches, for which the position embedding "
-    "was made, got (9, 2, 3) patches in 18 frames of 16 x 24 on all ranks",
+    "another length": "ValueError: part: expected parts of a clip of (7, 2, 3) patches, for which the position "
+    "embedding was made, got (9, 2, 3) patches in 18 frames of 16 x 24 on all ranks",
     "patches of two frames": "ValueError: shard_frames: model: expected frames of a multiple of 8 pixels in height",
 }
 

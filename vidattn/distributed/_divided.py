@@ -177,8 +177,8 @@ class ShardedPatchEmbed(ShardedModule):
         grid = super()._grid(whole, height, width)  # type: ignore[misc]
         if grid != self.grid:
             raise ValueError(
-                f"part: expected parts of a clip of {self.grid} patches, for which the position embedding was made, got "
-                f"{grid} patches in {whole} frames of {height} x {width} on all ranks"
+                f"part: expected parts of a clip of {self.grid} patches, for which the position embedding was made, "
+                f"got {grid} patches in {whole} frames of {height} x {width} on all ranks"
             )
         return grid
 
