@@ -117,7 +117,7 @@ def prepare(
             planned = isinstance(error, NotImplementedError)
             measured.not_run[name] = reason if planned else f"{type(error).__name__}: {reason}"
             continue
-        error, allowed = largest_error(result, expected), allowed_error(DTYPES[arguments["dtype"]])
+        error, allowed = largest_error(result, expected), allowed_error(DTYPES[arguments["dtype"]], expected[0].dtype)
         if not error <= allowed:
             wrong = f"off the float64 reference by {error:.1e} of the maximum, more than {allowed:.0e}"
             assert not is_ours(name), f"{name} {arguments}: {wrong}"

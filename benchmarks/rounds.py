@@ -75,9 +75,17 @@ def largest_error(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return worst
 
 
-def allowed_error(dtype: torch.dtype) -> float:
-    """Say what share of the maximum a contender may be off. The tests judge exactness; this finds blunders."""
-    return 1e-4 if dtype == torch.float32 else 0.1
+def allowed_error(dtype: torch.dtype, exact: torch.dtype = torch.float64) -> float:
+    """Say what share of the maximum a contender may be off. The tests judge exactness; this finds blunders.
+
+    Args:
+        dtype: of the contender.
+        exact: of the run that it is compared with. One in float32 rounds too: gradients of SwinUNETR, whose norms are
+            over few values in places, move by up to 9e-4 when its attention is rounded another way.
+    """
+    if dtype != torch.float32:
+        return 0.1
+    return 1e-4 if exact == torch.float64 else 1e-3
 
 
 def check_agreement(results: Mapping[str, Sequence[Tensor]]) -> None:
