@@ -265,7 +265,7 @@ def load_views(
     Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a
     second pass that keeps the resized frames of the clips only. Rotation metadata is honoured. Of several video streams
     the one of the largest picture is read, cover pictures aside. A file with a damaged tail is read up to there, with a
-    :class:`DamagedVideoWarning`.
+    ``DamagedVideoWarning``.
 
     Args:
         path: the video file.

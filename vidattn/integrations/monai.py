@@ -12,7 +12,7 @@ from vidattn.nn.windows import FusedWindowAttention
 
 
 class FusedSwinAttention(FusedWindowAttention):
-    """``WindowAttention`` on :func:`vidattn.window_attention`."""
+    """``WindowAttention`` on ``vidattn.window_attention``."""
 
     @staticmethod
     def dropout_in_use(attention: Any) -> float:
@@ -22,7 +22,7 @@ class FusedSwinAttention(FusedWindowAttention):
 
 
 class FusedSwinTransformerBlock(FusedWindowBlock):
-    """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`."""
+    """``SwinTransformerBlock`` on ``vidattn.window3d_attention``."""
 
     dropout_in_use = staticmethod(FusedSwinAttention.dropout_in_use)
 

@@ -34,7 +34,7 @@ def register() -> None:
     Attention without a mask, each token to all, runs on the ops of this package, or on PyTorch's attention where that
     is faster. All other calls (masks, causal models, groups of heads that share keys, a cache) are what "sdpa" makes of
     them. Calling this twice changes nothing. TimeSformer and Swin V2 do not use the interface, and Swin hands it a
-    mask: those, and whoever wants one model changed and not a name registered, take :func:`vidattn.accelerate`.
+    mask: those, and whoever wants one model changed and not a name registered, take ``vidattn.accelerate``.
 
     Raises:
         ImportError: transformers is not installed.
@@ -247,7 +247,7 @@ class FusedVivitAttention(Twin):
 
 
 class FusedSelfAttention(Twin):
-    """``VideoMAESelfAttention`` and ``VivitSelfAttention``: :class:`FusedVivitAttention` without its last layer."""
+    """``VideoMAESelfAttention`` and ``VivitSelfAttention``: ``FusedVivitAttention`` without its last layer."""
 
     ops = ("spatial_attention",)
 

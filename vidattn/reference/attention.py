@@ -89,7 +89,7 @@ def attend_backward(
     first_head: int = 0,
     window_types: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`attend` by the formulas of this module.
+    """Differentiate ``attend`` by the formulas of this module.
 
     Args:
         grad_out: gradient of the context (G, N, h * d).
