@@ -2,7 +2,7 @@
 
 The groups of [`vidattn.reference.attention`][] are the N tokens of one frame; frame number b * T + t. Nothing is added
 to the scores, but k and v are mixed over time first: of the C = h * d concatenated channels, ranges come from the same
-token of another frame::
+token of another frame:
 
     K~[t, n, c] = K[t + o(c), n, c] where 0 <= t + o(c) < T, else 0          and V~ likewise
 
