@@ -1,4 +1,4 @@
-"""What the site has besides the pages of this folder: a hook of MkDocs.
+"""What makes the site out of the pages of this folder and of docstrings: hooks of MkDocs and of mkdocstrings.
 
 README, CONTRIBUTING and CHANGELOG are pages of it, and files of the repository that pages link to (results of
 benchmarks, examples, licences) lie beside them. So links are written as they work in a clone, and work on the site too,
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -49,3 +50,12 @@ def _target(link: str, page: str) -> str:
     """Give what a page of the site links to, as a path in the repository."""
     source = {place: path for path, place in PAGES.items()}.get(page, f"docs/{page}")
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+
+
+class Examples(griffe.Extension):
+    """Show the section `Example` of docstrings as code, which is what mkdocstrings does to `Examples`."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename it, before the docstring is parsed."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)

@@ -18,16 +18,17 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LOADED = ("href", "src", "data-src", "poster")
+SILENT = ("code", "script", "style")  # hold no prose
 
 
 class _Page(HTMLParser):
-    """What an HTML file links to and loads, its anchors and its text outside of code.
+    """What an HTML file links to and loads, its anchors and its prose.
 
     Attributes:
-        links: (tag, address) of everything it links to or loads.
+        links: addresses of everything it links to or loads.
         loads: addresses of what a browser fetches to show it.
         anchors: names that a link can lead to.
-        text: the words of the page.
+        text: the prose of the page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +37,7 @@ class _Page(HTMLParser):
         self.loads: list[str] = []
         self.anchors: set[str] = set()
         self.text: list[str] = []
-        self._silent = 0  # open tags whose content nobody reads
+        self._silent = 0  # open tags whose content is no prose
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -47,14 +48,14 @@ class _Page(HTMLParser):
         self.links += addresses
         if tag != "a" and not (tag == "link" and values.get("rel") in ("canonical", "next", "prev")):
             self.loads += addresses
-        self._silent += tag in ("script", "style")
+        self._silent += tag in SILENT
 
     def handle_endtag(self, tag: str) -> None:
-        """Note where scripts end."""
-        self._silent -= tag in ("script", "style")
+        """Note where prose goes on."""
+        self._silent -= tag in SILENT
 
     def handle_data(self, data: str) -> None:
-        """Note what is read."""
+        """Note what is prose."""
         if not self._silent:
             self.text.append(data)
 
