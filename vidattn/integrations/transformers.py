@@ -43,9 +43,11 @@ def register() -> None:
         https://huggingface.co/docs/transformers/attention_interface
 
     Example:
+        >>> from transformers import VivitConfig, VivitModel
         >>> from vidattn.integrations.transformers import register
-        >>> register()  # doctest: +SKIP
-        >>> model = VivitModel.from_pretrained(name, attn_implementation="vidattn")  # doctest: +SKIP
+        >>> register()
+        >>> config = VivitConfig(image_size=32, num_frames=4, num_hidden_layers=1)
+        >>> model = VivitModel._from_config(config, attn_implementation="vidattn")  # or .from_pretrained(name, ...)
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
