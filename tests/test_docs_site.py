@@ -72,3 +72,10 @@ def test_examples_of_the_reference_run(module: str, tmp_path: Path, monkeypatch:
     code = importlib.import_module(module)
     assert "+SKIP" not in inspect.getsource(code)
     assert doctest.testmod(code).failed == 0
+
+
+def test_docstrings_are_markdown() -> None:
+    roles = re.compile(r":(?:func|class|meth|mod|attr|data):`")
+    files = [path for folder in ("vidattn", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 80
+    assert not [str(path) for path in files if roles.search(path.read_text(encoding="utf-8"))]
