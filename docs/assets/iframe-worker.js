@@ -6,19 +6,19 @@ if (location.protocol === "file:") {
       super()
       const frame = document.createElement("iframe")
       frame.hidden = true
-      document.body.append(frame)
-      this.inside = frame.contentWindow
-      this.inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }))
+      frame.srcdoc = `<script src="${url}"></script>`
       this.started = new Promise((resolve) => {
-        const script = this.inside.document.createElement("script")
-        script.src = url
-        script.onload = resolve
-        this.inside.document.body.append(script)
+        frame.addEventListener("load", () => {
+          const inside = frame.contentWindow
+          inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }))
+          resolve(inside)
+        })
       })
+      document.body.append(frame)
     }
 
     postMessage(data) {
-      this.started.then(() => this.inside.dispatchEvent(new this.inside.MessageEvent("message", { data })))
+      this.started.then((inside) => inside.dispatchEvent(new inside.MessageEvent("message", { data })))
     }
   }
   window.Worker = window.IFrameWorker
