@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ def read_site(site: Path) -> dict[Path, _Page]:
         site: folder of the built site.
 
     Returns:
-        What each HTML file holds, by its path.
+        What each HTML file holds, by its path; but 404.html, which a server gives for any folder.
     """
-    return {path: _Page(path) for path in sorted(site.rglob("*.html"))}
+    return {path: _Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
 
 
 def broken_links(pages: dict[Path, _Page]) -> Iterator[str]:
@@ -84,7 +84,7 @@ def broken_links(pages: dict[Path, _Page]) -> Iterator[str]:
     for path, page in pages.items():
         for link in page.links:
             address, anchor = urldefrag(link)
-            if urlsplit(address).scheme or path.name == "404.html":  # which is served from any folder
+            if urlsplit(address).scheme:
                 continue
             target = Path(os.path.normpath(path.parent / unquote(address))) if address else path
             if not target.exists():
@@ -121,11 +121,12 @@ def leftovers(pages: dict[Path, _Page]) -> Iterator[str]:
             yield f"{path}: {', '.join(found)}"
 
 
-def look(site: Path) -> list[str]:
-    """Open all pages in a browser and search in one.
+def look(site: Path, pages: Iterable[Path]) -> list[str]:
+    """Open pages in a browser and search in one.
 
     Args:
         site: folder of the built site.
+        pages: those of its files to open.
 
     Returns:
         What is wrong, a line each; nothing if all pages render, pictures load and the search finds an op.
@@ -149,7 +150,7 @@ def look(site: Path) -> list[str]:
         tab.on("console", lambda message: note(f"console: {message.text}") if message.type == "error" else None)
         tab.on("requestfailed", lambda request: note(f"not loaded: {request.url}"))
         tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or note(f"asks for {request.url}"))
-        for now in sorted(site.rglob("*.html")):
+        for now in pages:
             tab.goto(now.resolve().as_uri())
             heading = tab.locator("article h1").first
             if not heading.is_visible() or not heading.inner_text().strip():
@@ -181,7 +182,7 @@ def main(arguments: list[str]) -> int:
     """
     site = Path(arguments[0])
     pages = read_site(site)
-    wrong = [*broken_links(pages), *remote_loads(pages), *leftovers(pages), *look(site)]
+    wrong = [*broken_links(pages), *remote_loads(pages), *leftovers(pages), *look(site, pages)]
     print("\n".join(wrong) or f"{len(pages)} pages: all render, no link is broken, all pictures load, the search finds")
     return bool(wrong)
 
