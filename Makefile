@@ -23,7 +23,7 @@ GPU_OUT ?= build/gpu
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all test-cuda lint format demo bench gpu-build gpu-test gpu-bench clean distclean
+.PHONY: help venv build test test-all test-cuda lint format docs docs-check demo bench gpu-build gpu-test gpu-bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -70,6 +70,13 @@ format: $(VENV)/.installed ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE) $(EMULATOR))
+
+docs: $(VENV)/.installed ## build the documentation as a site: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-check: docs ## look at all its pages in a browser: needs Chromium (apt-get install chromium)
+	$(BIN)/pip install --quiet -c constraints.txt playwright
+	$(BIN)/python -m tests.site_checks build/site
 
 demo: $(VENV)/.built ## compare reference and accelerated model on a clip (CLIP=, MODEL=, CHECKPOINT=)
 	$(BIN)/python -m vidattn.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(MODEL),--model "$(MODEL)") \

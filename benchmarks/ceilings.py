@@ -16,7 +16,7 @@ class Ceiling:
 
     Attributes:
         where: pattern of "backend/family/case/direction".
-        figure: of a launch (see :class:`LaunchAudit`), or of the case: ``microseconds``, the prediction,
+        figure: of a launch (see ``LaunchAudit``), or of the case: ``microseconds``, the prediction,
             ``times_the_floor``, as many times the floor as that is, and ``times_triton``.
         limit: the ceiling.
         at_least: whether it is the least instead.

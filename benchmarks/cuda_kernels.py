@@ -137,7 +137,7 @@ class CudaProgram:
         Args:
             rounds: how often loops within it run.
             masked: the one for windows at a border, which looks at regions too.
-            shares: how often a warp comes to what a branch leads to, by kind (see :class:`Part`).
+            shares: how often a warp comes to what a branch leads to, by kind (see ``Part``).
         """
         if not self.main_loops:
             return None

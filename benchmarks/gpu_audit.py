@@ -115,8 +115,8 @@ def audit(
 
     Args:
         names: cases; all by default.
-        arch: one of :data:`ARCHITECTURES`.
-        dtype: a key of :data:`DTYPES`.
+        arch: one of ``ARCHITECTURES``.
+        dtype: a key of ``DTYPES``.
         rates: what predictions divide by.
         processes: compilations at a time.
 

@@ -180,7 +180,7 @@ def evaluate(function: Callable[..., Tensor], check: str, inputs: dict[str, Tens
     Args:
         function: the public function of the call, or its reference.
         check: name of the call.
-        inputs: see :func:`make_inputs`.
+        inputs: see ``make_inputs``.
         **more: other arguments.
 
     Returns:

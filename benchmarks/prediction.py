@@ -104,7 +104,7 @@ class Grid:
         """Give the microseconds that come on top of the largest term.
 
         Args:
-            terms: what :meth:`Cost.microseconds` gives.
+            terms: what ``Cost.microseconds`` gives.
             rates: of the GPU.
         """
         longest = max(terms.values())

@@ -98,7 +98,7 @@ def tables(result: dict[str, Any]) -> str:
     """Write the Markdown tables of a cleaned result.
 
     Args:
-        result: what :func:`clean` returns.
+        result: what ``clean`` returns.
 
     Returns:
         One table for each family and dtype; pairs of numbers are best rounds / median over the rounds.

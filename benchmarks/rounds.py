@@ -95,7 +95,7 @@ def check_agreement(results: Mapping[str, Sequence[Tensor]]) -> None:
         results: what each contender returned.
 
     Raises:
-        AssertionError: one differs from the first by more than :func:`allowed_error`, or by NaN.
+        AssertionError: one differs from the first by more than ``allowed_error``, or by NaN.
     """
     (first, expected), *others = results.items()
     for name, result in others:

@@ -49,7 +49,7 @@ class Traffic:
     def parse(cls, ttir: str) -> Traffic:
         """Read a kernel in Triton's own dialect, where nothing is pipelined yet.
 
-        The main loop is the one that :attr:`benchmarks.sass.Program.main_loop` means. Other loops with products take
+        The main loop is the one that ``benchmarks.sass.Program.main_loop`` means. Other loops with products take
         steps of the same work; those without count once.
         """
         around: list[int] = []  # the blocks that a line is in, each by its first line; 0 for what is no loop
@@ -152,7 +152,7 @@ def missing_wide_loads(ttgir: str, threads: int, widths: Mapping[str, int], *, s
     Args:
         ttgir: the kernel in Triton's GPU dialect.
         threads: threads of a program.
-        widths: what :func:`load_widths` counts.
+        widths: what ``load_widths`` counts.
         single: whether float32 tiles count too; those of a helper are gathered from tables.
     """
     expected = 0

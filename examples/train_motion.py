@@ -129,7 +129,7 @@ def moving_textures(directions: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws clips of random directions: (count, 1, T, H, W) and (count,), see :func:`moving_textures`."""
+    """Draws clips of random directions: (count, 1, T, H, W) and (count,), see ``moving_textures``."""
     directions = torch.randint(len(DIRECTIONS), (count,), generator=generator)
     return moving_textures(directions, generator), directions
 

@@ -46,7 +46,7 @@ __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
 
 def forward(call: DividedCall, out: Tensor, cls: Tensor | None, cls_mean: Tensor | None, lse: Tensor | None) -> None:
-    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` to ``lse``."""
+    """Run the forward pass; arguments as of ``plan_forward``, results in ``out`` to ``lse``."""
     plans.run(plan_forward, call, out, cls, cls_mean, lse)
 
 
@@ -61,7 +61,7 @@ def backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
+    """Run the backward pass; arguments as of ``plan_backward``, results in ``dq``, ``dk`` and ``dv``."""
     plans.run(plan_backward, call, dout, dcls, out, cls, lse, dq, dk, dv)
 
 

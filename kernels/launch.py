@@ -211,7 +211,7 @@ def new_table(values: Tensor, device: torch.device) -> Tensor:
 
 
 def is_table(value: Any) -> bool:
-    """Tell whether something is a tensor that :func:`new_table` made."""
+    """Tell whether something is a tensor that ``new_table`` made."""
     return isinstance(value, Tensor) and value in _tables
 
 

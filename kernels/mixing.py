@@ -28,19 +28,19 @@ _BLOCK = 1024  # words of a program
 
 
 def forward(call: MixingCall, out: Tensor, lse: Tensor | None) -> None:
-    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
+    """Run the forward pass; arguments as of ``plan_forward``, results in ``out`` and ``lse``."""
     plans.run(plan_forward, call, out, lse)
 
 
 def backward(
     call: MixingCall, dout: Tensor, out: Tensor | None, lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq``, ``dk`` and ``dv``."""
+    """Run the backward pass; arguments as of ``plan_backward``, results in ``dq``, ``dk`` and ``dv``."""
     plans.run(plan_backward, call, dout, out, lse, dq, dk, dv)
 
 
 def temporal_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> None:
-    """Shift; arguments as of :func:`plan_shift`, the result in ``out``."""
+    """Shift; arguments as of ``plan_shift``, the result in ``out``."""
     plans.run(plan_shift, x, num_frames, channel_shifts, out)
 
 

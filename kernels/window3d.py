@@ -56,7 +56,7 @@ _FEW_PROGRAMS = 1024
 
 
 def forward(call: WindowCall, out: Tensor, lse: Tensor) -> None:
-    """Run the forward pass; arguments as of :func:`plan_forward`, results in ``out`` and ``lse``."""
+    """Run the forward pass; arguments as of ``plan_forward``, results in ``out`` and ``lse``."""
     plans.run(plan_forward, call, out, lse)
 
 
@@ -71,7 +71,7 @@ def backward(
     dbias: Tensor | None,
     dpad: Tensor | None,
 ) -> None:
-    """Run the backward pass; arguments as of :func:`plan_backward`, results in ``dq`` to ``dpad``."""
+    """Run the backward pass; arguments as of ``plan_backward``, results in ``dq`` to ``dpad``."""
     plans.run(plan_backward, call, dout, out, lse, dq, dk, dv, dbias, dpad)
 
 
@@ -161,7 +161,7 @@ class _Problem:
     """A call and what its shapes say.
 
     Attributes:
-        call: the call, as :func:`_addressable` gives it.
+        call: the call, as ``_addressable`` gives it.
         tables: tables of the grid and batch.
         positions: positions of the tokens in the bias table; None without a table.
         planned: what is added to the scores.

@@ -3,12 +3,12 @@
 A file says in its metadata what made it. The architecture it names picks the module ``golden_<architecture>``, which
 knows
 
-- ``build(case)``: the modules, blocks and models of its architecture, as a :class:`GoldenRun`;
+- ``build(case)``: the modules, blocks and models of its architecture, as a ``GoldenRun``;
 - ``check_function(case)``: functions that are not modules;
 - ``measured_by(name)``, where gradients vanish by construction: another gradient whose largest value measures the
   error of this one, or None.
 
-The first two raise :class:`UnknownCaseError` for what they do not know: an unknown case fails, it is never left out.
+The first two raise ``UnknownCaseError`` for what they do not know: an unknown case fails, it is never left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a model of another library must hold once it is accelerated; the tests of all integrations run it.
 
-A test file lists its ``TARGETS`` and lets a class inherit from :class:`Integration`::
+A test file lists its ``TARGETS`` and lets a class inherit from ``Integration``::
 
     @pytest.mark.parametrize("target", TARGETS, ids=str)
     class TestTargets(Integration):

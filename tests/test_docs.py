@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torchvision_swin  # noqa: F401  (before blocks that import torchvision, which may need its schemas)
 
 import vidattn
 import vidattn.models
@@ -14,7 +15,7 @@ from vidattn import backends, cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 TEXT = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 
@@ -46,7 +47,7 @@ def test_python_blocks_run_alone(where: str, block: str, tmp_path: Path, monkeyp
 
 
 def test_the_explained_windows_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    call = re.search(r"`(print\(vidattn\.explain_windows\(.*?\))`", TEXT["docs/ops.md"])
+    call = re.search(r"`(print\(vidattn\.explain_windows\(.*?\))`", TEXT["docs/ops/window3d_attention.md"])
     assert call
     exec(call[1], {"vidattn": vidattn})
     assert "8" in capsys.readouterr().out
@@ -93,8 +94,8 @@ def test_the_matrix_is_what_the_registry_says() -> None:
 
 
 def test_all_ops_have_a_line() -> None:
-    named = re.findall(r"^\| `(\w+)` \|", TEXT["docs/ops.md"], re.MULTILINE)
-    assert sorted(named) == sorted(vidattn.ops.__all__)
+    named = re.findall(r"^\| \[`(\w+)`\]\(ops/(\w+)\.md\) \|", TEXT["docs/ops.md"], re.MULTILINE)
+    assert sorted(named) == sorted((name, name) for name in vidattn.ops.__all__)
 
 
 def test_the_models_are_all_named() -> None:
@@ -111,3 +112,8 @@ def test_environment_variables_are_all_listed() -> None:
     used = {name for file in files for name in re.findall(read, file.read_text(encoding="utf-8"))}
     listed = set(re.findall(r"^\| `(VIDATTN_\w+)` \|", TEXT["docs/backends.md"], re.MULTILINE))
     assert {"VIDATTN_BACKEND", "VIDATTN_CPU_ISA", "VIDATTN_BUILD_EXT"} <= used <= listed
+
+
+def test_blocks_are_of_a_kind_that_is_run_or_no_program() -> None:
+    kinds = {kind for page in TEXT.values() for kind in re.findall(r"^```(\w*)\n(?:.*?)^```$", page, re.M | re.S)}
+    assert kinds == {"python", "bash", "text"}

@@ -1,6 +1,6 @@
 """Swap the attention of an existing model for its accelerated twin: in place, per instance, reversibly.
 
-A twin (see :mod:`vidattn.nn`) is a subclass of the module it replaces, with the same parameters and buffers, so
+A twin (see ``vidattn.nn``) is a subclass of the module it replaces, with the same parameters and buffers, so
 swapping is an assignment to the instance's ``__class__``: parents, hooks, state dict, optimizers and device moves do
 not notice.
 """
@@ -41,7 +41,7 @@ class SkippedModule(NamedTuple):
 
 
 class Acceleration:
-    """What :func:`accelerate` did to a model; ``str()`` lists it, ``revert()`` or the end of a ``with`` undoes it.
+    """What [`accelerate`][] did to a model; ``str()`` lists it, ``revert()`` or the end of a ``with`` undoes it.
 
     Attributes:
         swapped: modules that were swapped.
@@ -176,7 +176,7 @@ def accelerate(
 
     Parameters, buffers, state dict, hooks, training mode and devices stay as they are, and the model computes the same
     function. It may be a model that is bundled here, or one of another library in a version that was tested, see
-    :mod:`vidattn.integrations`. Modules of a subclass, with overridden methods or with a position index of their own
+    ``vidattn.integrations``. Modules of a subclass, with overridden methods or with a position index of their own
     are skipped. A module whose attention probabilities somebody watches with a hook keeps computing them. Accelerating
     twice changes nothing. Stochastic depth draws the random numbers that it drew before; dropout inside an attention
     may draw others.

@@ -1,13 +1,13 @@
 """Which implementation runs an attention call: cpu, cuda, triton or reference; who is chosen, and why not.
 
-A backend named by argument, by :func:`use_backend` / :func:`set_backend` or by ``VIDATTN_BACKEND`` is strict: a call it
+A backend named by argument, by ``use_backend`` / ``set_backend`` or by ``VIDATTN_BACKEND`` is strict: a call it
 cannot run raises with all the reasons. Only "auto" falls through to the next. The argument of a call goes before
 ``use_backend``, which goes before the environment variable.
 
 Kernels compute values and first derivatives: forward mode, second derivatives, traces and ONNX programs are computed by
 the reference whatever the backend, in the memory that it needs.
 
-A family of ops adds itself with :func:`register_op`, and each of its kernels with :func:`register_kernel`; nothing in
+A family of ops adds itself with ``register_op``, and each of its kernels with ``register_kernel``; nothing in
 this file names a family.
 """
 
@@ -113,7 +113,7 @@ def register_op(function: Callable[..., Any]) -> None:
     """Make an op known.
 
     Args:
-        function: the public function. It validates its arguments, then asks :func:`choose_backend`.
+        function: the public function. It validates its arguments, then asks ``choose_backend``.
     """
     _functions[function.__name__] = function
     register_kernel(function.__name__, "reference")
@@ -139,9 +139,9 @@ def register_kernel(
 
 
 def list_backends() -> list[str]:
-    """List the names that :func:`use_backend` takes besides "auto", in the order in which "auto" tries them.
+    """List the names that [`use_backend`][] takes besides "auto", in the order in which "auto" tries them.
 
-    Whether one can run is what :func:`why_not` tells.
+    Whether one can run is what [`why_not`][] tells.
 
     Returns:
         The names.
@@ -154,7 +154,7 @@ def list_backends() -> list[str]:
 
 
 def current_backend() -> str:
-    """Tell the backend in force: the innermost :func:`use_backend`, else :func:`set_backend` or ``VIDATTN_BACKEND``.
+    """Tell the backend in force: the innermost [`use_backend`][], else [`set_backend`][] or ``VIDATTN_BACKEND``.
 
     Returns:
         A backend's name, or "auto".
@@ -174,7 +174,7 @@ def set_backend(name: str) -> None:
     """Choose the backend of all calls that do not name one, until the next ``set_backend``.
 
     Args:
-        name: a name from :func:`list_backends`, or "auto" (per call, the first backend that can run it).
+        name: a name from [`list_backends`][], or "auto" (per call, the first backend that can run it).
 
     Raises:
         TypeError: the name is no string.
@@ -194,7 +194,7 @@ def use_backend(name: str) -> Iterator[None]:
     Like any process-wide setting it is not private to a thread.
 
     Args:
-        name: a name from :func:`list_backends`, or "auto".
+        name: a name from [`list_backends`][], or "auto".
 
     Raises:
         TypeError: the name is no string.
@@ -276,7 +276,7 @@ def choose_backend(call: AttentionCall, backend: str | None = None) -> str:
 
 
 def find_backend(call: AttentionCall, backend: str | None = None) -> str:
-    """Tell which backend a call would take; like :func:`choose_backend`, without its warning."""
+    """Tell which backend a call would take; like ``choose_backend``, without its warning."""
     if backend is _QUESTION:
         raise _Answer(call)
     name = _check_name(_selected, _selected_by) if backend is None else _check_name(backend, f"{call.op}: backend")
@@ -298,7 +298,7 @@ def why_reference(call: AttentionCall) -> str:
     """Say why "auto" leaves a call to the reference, and which command builds the kernels that are missing.
 
     Args:
-        call: a call for which :func:`find_backend` gives "reference".
+        call: a call for which ``find_backend`` gives "reference".
 
     Returns:
         The reasons of the backends for its device; without a command where nobody wanted kernels.

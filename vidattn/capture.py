@@ -37,7 +37,7 @@ class CapturedCall(NamedTuple):
 
 
 class AttentionCapture:
-    """What :func:`capture_attention` caught so far.
+    """What [`capture_attention`][] caught so far.
 
     Attributes:
         calls: every call, in the order in which they ran.
@@ -99,14 +99,14 @@ def capture_attention(
     has no map.
 
     Args:
-        model: any module that :func:`vidattn.accelerate` knows.
+        model: any module that [`vidattn.accelerate`][] knows.
         grid: (T, H, W) in tokens, for families that do not know it: frames of divided attention are taken for squares,
             sequences for one frame.
         queries: numbers of the query tokens to keep; all by default. A map of all S tokens has S^2 numbers a head:
             25,088^2 for the first stage of a Video Swin.
 
     Yields:
-        An :class:`AttentionCapture`: ``maps`` and ``grids`` by the name of the module. A map is (B, heads, queries,
+        An [`AttentionCapture`][]: ``maps`` and ``grids`` by the name of the module. A map is (B, heads, queries,
         keys), keys and queries in the order of the tokens, 0 between tokens that do not attend to each other. Rows sum
         to 1, to less where padding tokens of a window or frames beyond a clip take a share. The row of a cls token that
         all frames share is the mean over the frames. Attention in partitioned windows has windows for a batch, mixing

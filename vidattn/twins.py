@@ -42,7 +42,7 @@ class Twin:
     """What every accelerated twin is, besides a subclass of the module it replaces.
 
     A twin of one class names both as its bases. One of several classes (copies of an architecture, or a class of a
-    library that may not be installed) has this class as its base alone; :func:`make_twin` puts the two together.
+    library that may not be installed) has this class as its base alone; ``make_twin`` puts the two together.
 
     Attributes:
         ops: public attention functions it calls.
@@ -50,7 +50,7 @@ class Twin:
         replaced: the class that it stands for.
         title: what a report calls it.
         attention_backend: backend of its calls; None for the one in force.
-        frozen: whether it may keep what it derives from its parameters, see :func:`vidattn.accelerate`.
+        frozen: whether it may keep what it derives from its parameters, see ``vidattn.accelerate``.
     """
 
     ops: ClassVar[tuple[str, ...]] = ()
@@ -97,7 +97,7 @@ class Twin:
         """Forget what was made of parameters and kept."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle a twin that :func:`make_twin` made: its class has no name by which it could be found."""
+        """Copy and pickle a twin that ``make_twin`` made: its class has no name by which it could be found."""
         reduced: Any = super().__reduce_ex__(protocol)
         kind: type = type(self)
         if kind not in _made:
@@ -153,11 +153,11 @@ TWINS: dict[str, str] = {}
 
 
 def register_twin(original: str, twin: str) -> None:
-    """Make a twin of one class known to :func:`vidattn.accelerate`.
+    """Make a twin of one class known to ``vidattn.accelerate``.
 
     Args:
         original: qualified name of the class to replace, ``"package.module.Class"``.
-        twin: where its twin is, ``"package.module:Class"``; a subclass of :class:`Twin` and of the original.
+        twin: where its twin is, ``"package.module:Class"``; a subclass of ``Twin`` and of the original.
 
     Example:
         >>> register_twin("vidattn.models.video_swin.BasicLayer", "vidattn.nn:FusedBasicLayer")

@@ -265,7 +265,7 @@ def load_views(
     Frames are counted by decoding the file once (what a container says about itself is often wrong) and read in a
     second pass that keeps the resized frames of the clips only. Rotation metadata is honoured. Of several video streams
     the one of the largest picture is read, cover pictures aside. A file with a damaged tail is read up to there, with a
-    :class:`DamagedVideoWarning`.
+    ``DamagedVideoWarning``.
 
     Args:
         path: the video file.
@@ -287,10 +287,12 @@ def load_views(
         ImportError: PyAV is not installed.
 
     Example:
+        >>> from vidattn.demo import render_shapes
         >>> from vidattn.models import get_input_spec
-        >>> views = load_views("clip.mp4", get_input_spec("video_swin_t"), num_clips=4, num_crops=3)  # doctest: +SKIP
-        >>> views.stack().shape  # doctest: +SKIP
-        torch.Size([12, 3, 32, 224, 224])
+        >>> clip = render_shapes(Path("clip.mp4"))
+        >>> views = load_views(clip, get_input_spec("video_swin_t"), num_clips=2, num_crops=3)
+        >>> views.stack().shape
+        torch.Size([6, 3, 32, 224, 224])
     """
     num_frames = spec.num_frames if num_frames is None else num_frames
     _check_positive(num_frames=num_frames, num_clips=num_clips)
@@ -347,8 +349,9 @@ def count_frames(path: str | os.PathLike[str], *, progress: Progress | None = No
         ImportError: PyAV is not installed.
 
     Example:
-        >>> count_frames("clip.mp4")  # doctest: +SKIP
-        280
+        >>> from vidattn.demo import render_shapes
+        >>> count_frames(render_shapes(Path("clip.mp4"), num_frames=10))
+        10
     """
     return _count(path, progress)[0]
 
@@ -381,8 +384,9 @@ def frame_rate(path: str | os.PathLike[str]) -> float:
         ImportError: PyAV is not installed.
 
     Example:
-        >>> frame_rate("clip.mp4")  # doctest: +SKIP
-        28.0
+        >>> from vidattn.demo import render_shapes
+        >>> frame_rate(render_shapes(Path("clip.mp4"), num_frames=10))
+        25.0
     """
     with _opened(path) as (_, stream):
         return float(stream.average_rate or 30)
@@ -414,8 +418,9 @@ def read_frames(
         ImportError: PyAV is not installed.
 
     Example:
-        >>> read_frames("clip.mp4", [0, 10], short_side=224).shape  # doctest: +SKIP
-        torch.Size([2, 3, 224, 298])
+        >>> from vidattn.demo import render_shapes
+        >>> read_frames(render_shapes(Path("clip.mp4"), num_frames=11), [0, 10], short_side=224).shape
+        torch.Size([2, 3, 224, 280])
     """
     ascending = all(first < second for first, second in pairwise(numbers))
     if not numbers or numbers[0] < 0 or not ascending:

@@ -5,7 +5,7 @@
     vidattn.window3d_attention(qkv.half(), window_size=(8, 7, 7), backend="cuda")
 
 A call goes the whole way: public function, native op, launch, kernel. A mistake of a kernel raises
-:class:`MistakesFound`, which says what, where and by whom.
+``MistakesFound``, which says what, where and by whom.
 
 A block's threads run one after the other, each until it needs the others, in an order that the seed decides. What this
 cannot see: too many registers, local memory, the order of streams, blocks that wait for other blocks.

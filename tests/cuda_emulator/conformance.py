@@ -55,7 +55,7 @@ def parse(text: str) -> np.ndarray:
 
 
 def as_text(results: np.ndarray) -> str:
-    """Write results as :func:`parse` reads them."""
+    """Write results as ``parse`` reads them."""
     lines = [
         f"{case:2d} {lane:2d}  " + " ".join(f"{word:08x}" for word in results[case, lane])
         for case in range(CASES)

@@ -1,6 +1,6 @@
 """Models of other libraries: which of their classes have an accelerated twin, and how one is recognised.
 
-One file a library, found by being here. Each lists its :class:`Counterpart` values in ``COUNTERPARTS``. None of them
+One file a library, found by being here. Each lists its ``Counterpart`` values in ``COUNTERPARTS``. None of them
 imports the library that it is about: what is looked at came with the model.
 
 What is recognised is what was tested. A module becomes a twin only if its class has the right name, its instance the
@@ -31,7 +31,7 @@ class Counterpart(NamedTuple):
         name: name of the class.
         package: library that has it, the first part of its module's name; None for code that people copy. Its other
             versions are reported as untested.
-        twin: the twin, with :class:`~vidattn.twins.Twin` alone as its base.
+        twin: the twin, with ``Twin`` alone as its base.
         code: functions that the twin does the work of: ``"Class.method"`` for those of the class, ``"function"`` or
             ``"Other.method"`` for those that its methods, or the functions listed before, see under that name.
         tested: fingerprints of the code, each with the versions that have it.
@@ -51,8 +51,8 @@ class Part(NamedTuple):
 
     Attributes:
         name: name of the class.
-        code: as in :class:`Counterpart`.
-        tested: as in :class:`Counterpart`.
+        code: as in ``Counterpart``.
+        tested: as in ``Counterpart``.
     """
 
     name: str

@@ -25,7 +25,7 @@ def resolve(kind: type, name: str, code: tuple[str, ...]) -> tuple[Watched, ...]
     Args:
         kind: class of the module.
         name: name of the class that is known, ``kind`` or one of its bases.
-        code: as in :class:`vidattn.integrations.Counterpart`; the first is a method of the class.
+        code: as in ``vidattn.integrations.Counterpart``; the first is a method of the class.
 
     Returns:
         The functions, in this order; None if one is missing.

@@ -76,7 +76,7 @@ def attend(
     dropout_p: float = 0.0,
     window_types: Tensor | None = None,
 ) -> Tensor:
-    """Attend inside windows, :func:`vidattn.window_attention`, with the scale and the backend of a module."""
+    """Attend inside windows, ``vidattn.window_attention``, with the scale and the backend of a module."""
     options = {"window_types": window_types, "scale": module.scale, "dropout_p": dropout_p}
     return window_attention(qkv, bias, mask, **options, backend=module.attention_backend)
 

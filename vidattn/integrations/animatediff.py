@@ -17,7 +17,7 @@ _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 class FusedVersatileAttention(Twin):
-    """``VersatileAttention`` on :func:`vidattn.temporal_attention`: the tokens of all frames are read where they lie.
+    """``VersatileAttention`` on ``vidattn.temporal_attention``: the tokens of all frames are read where they lie.
 
     The original regroups them into one sequence a site, and back. Its projections see the tokens in another order than
     here, so that they have to be layers that treat each by itself. Attention to a text, masks, slices of attention and

@@ -13,7 +13,7 @@ from vidattn.twins import Twin
 
 
 class FusedAuroraWindowAttention(Twin):
-    """``WindowAttention`` of Aurora on :func:`vidattn.window_attention`: no mask is repeated over the batch.
+    """``WindowAttention`` of Aurora on ``vidattn.window_attention``: no mask is repeated over the batch.
 
     ``use_fp16_safe_attention`` has nothing to do here, for scores of float16 are float32.
     """

@@ -32,7 +32,7 @@ _PROCESSORS = (
 
 
 class FusedDiffusersAttention(Twin):
-    """``Attention`` on :func:`vidattn.spatial_attention`, with the processors that diffusers itself puts there.
+    """``Attention`` on ``vidattn.spatial_attention``, with the processors that diffusers itself puts there.
 
     The processor is looked at in every call. One of the user, of an adapter or of xFormers runs as it would in the
     original, and so do masks, cross-attention and what only some image models have (norms over the channels of an

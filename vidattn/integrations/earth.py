@@ -17,7 +17,7 @@ from vidattn.twins import Twin
 
 
 class FusedEarthAttention(Twin):
-    """``EarthAttention3D`` and ``EarthAttention2D`` of physicsnemo on :func:`vidattn.window_attention`."""
+    """``EarthAttention3D`` and ``EarthAttention2D`` of physicsnemo on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 
@@ -58,7 +58,7 @@ class FusedEarthAttention(Twin):
 
 
 class FusedMfaiEarthAttention(Twin):
-    """``EarthAttention3D`` of mfai on :func:`vidattn.window_attention`.
+    """``EarthAttention3D`` of mfai on ``vidattn.window_attention``.
 
     The original leaves its scores on the module, as ``attention`` and ``attention2``. There are none here; what an
     earlier run of the original left is taken away, so that nobody takes it for those of the last call.

@@ -19,7 +19,7 @@ from vidattn.twins import Twin
 
 
 class FusedFragmentAttention(Twin):
-    """``WindowAttention3D`` of FAST-VQA on :func:`vidattn.window_attention`."""
+    """``WindowAttention3D`` of FAST-VQA on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 

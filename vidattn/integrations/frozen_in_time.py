@@ -23,7 +23,7 @@ _SEQUENCES = {"(b f) n d": "space", "(b n) f d": "time"}
 
 
 class FusedVarAttention(Twin):
-    """``VarAttention`` on :func:`vidattn.temporal_attention` or :func:`vidattn.spatial_attention`.
+    """``VarAttention`` on ``vidattn.temporal_attention`` or ``vidattn.spatial_attention``.
 
     The original has a dropout of the probabilities and never calls it, and so does this.
     """

@@ -12,7 +12,7 @@ from vidattn.twins import Twin
 
 
 class FusedLatteAttention(Twin):
-    """``Attention`` of Latte on :func:`vidattn.spatial_attention`, in its mode "math".
+    """``Attention`` of Latte on ``vidattn.spatial_attention``, in its mode "math".
 
     Its other modes run as in the original: "flash" puts the heads of its result together in another order, so that it
     computes something else.

@@ -60,7 +60,7 @@ class _FusedOnMultihead(Twin):
 
 
 class FusedDividedTemporalAttentionWithNorm(_FusedOnMultihead):
-    """``DividedTemporalAttentionWithNorm`` on :func:`vidattn.temporal_attention`."""
+    """``DividedTemporalAttentionWithNorm`` on ``vidattn.temporal_attention``."""
 
     ops = ("temporal_attention",)
 
@@ -78,7 +78,7 @@ class FusedDividedTemporalAttentionWithNorm(_FusedOnMultihead):
 
 
 class FusedDividedSpatialAttentionWithNorm(_FusedOnMultihead):
-    """``DividedSpatialAttentionWithNorm`` on :func:`vidattn.spatial_attention`; the cls token is not repeated."""
+    """``DividedSpatialAttentionWithNorm`` on ``vidattn.spatial_attention``; the cls token is not repeated."""
 
     ops = ("spatial_attention",)
 

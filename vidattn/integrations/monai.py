@@ -15,7 +15,7 @@ from vidattn.nn.windows import FusedWindowAttention
 
 
 class FusedSwinAttention(FusedWindowAttention):
-    """``WindowAttention`` on :func:`vidattn.window_attention`."""
+    """``WindowAttention`` on ``vidattn.window_attention``."""
 
     @staticmethod
     def dropout_in_use(attention: Any) -> float:
@@ -25,7 +25,7 @@ class FusedSwinAttention(FusedWindowAttention):
 
 
 class FusedSwinTransformerBlock(FusedWindowBlock):
-    """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`.
+    """``SwinTransformerBlock`` on ``vidattn.window3d_attention``.
 
     Most of what a training step of SwinUNETR keeps in its transformer are activations of the MLPs, four times as wide
     as the tokens, while nearly all of its time goes to convolutions. So the MLPs are computed again in the backward

@@ -25,7 +25,7 @@ from vidattn.twins import Twin
 
 
 class FusedNNFormerWindowAttention(Twin):
-    """``WindowAttention`` of nnFormer on :func:`vidattn.window_attention`."""
+    """``WindowAttention`` of nnFormer on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 
@@ -52,7 +52,7 @@ class FusedNNFormerWindowAttention(Twin):
 
 
 class FusedNNFormerDecoderAttention(Twin):
-    """``WindowAttention_kv`` of nnFormer on :func:`vidattn.window_attention`."""
+    """``WindowAttention_kv`` of nnFormer on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 
@@ -85,7 +85,7 @@ class FusedNNFormerACDCDecoderAttention(FusedNNFormerDecoderAttention):
     """``WindowAttention_kv`` of the network for ACDC, without ``pos_embed``."""
 
     def forward(self: Any, skip: Tensor, x_up: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Attend inside each window, as :class:`FusedNNFormerDecoderAttention` does."""
+        """Attend inside each window, as ``FusedNNFormerDecoderAttention`` does."""
         return super().forward(skip, x_up, mask=mask)
 
 

@@ -29,7 +29,7 @@ from vidattn.twins import Twin, why_overridden
 
 
 class FusedWindowAttention(windows.FusedWindowAttention):
-    """``WindowAttention`` on :func:`vidattn.window_attention`, whether or not it was built for PyTorch's attention."""
+    """``WindowAttention`` on ``vidattn.window_attention``, whether or not it was built for PyTorch's attention."""
 
     def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend inside each window: (G, N, C) to (G, N, C), N being the tokens of the window."""
@@ -39,7 +39,7 @@ class FusedWindowAttention(windows.FusedWindowAttention):
 
 
 class FusedSwinTransformerBlock(Twin):
-    """``SwinTransformerBlock`` on :func:`vidattn.window3d_attention`: nothing is rolled, padded or partitioned.
+    """``SwinTransformerBlock`` on ``vidattn.window3d_attention``: nothing is rolled, padded or partitioned.
 
     The original pads after it has rolled, so a grid that it pads on a shifted axis stays with it. So does one with a
     mask other than the standard one, or with something that hangs on its ``attn``. That has a twin of its own.

@@ -18,7 +18,7 @@ from vidattn.twins import Twin
 
 
 class FusedShiftedWindowAttention3d(Twin):
-    """``ShiftedWindowAttention3d`` on :func:`vidattn.window3d_attention`: nothing is rolled, padded or partitioned.
+    """``ShiftedWindowAttention3d`` on ``vidattn.window3d_attention``: nothing is rolled, padded or partitioned.
 
     The original reads the weights of its two projections and never calls them, and so does this.
     """

@@ -34,7 +34,7 @@ def register() -> None:
     Attention without a mask, each token to all, runs on the ops of this package, or on PyTorch's attention where that
     is faster. All other calls (masks, causal models, groups of heads that share keys, a cache) are what "sdpa" makes of
     them. Calling this twice changes nothing. TimeSformer and Swin V2 do not use the interface, and Swin hands it a
-    mask: those, and whoever wants one model changed and not a name registered, take :func:`vidattn.accelerate`.
+    mask: those, and whoever wants one model changed and not a name registered, take ``vidattn.accelerate``.
 
     Raises:
         ImportError: transformers is not installed.
@@ -43,9 +43,11 @@ def register() -> None:
         https://huggingface.co/docs/transformers/attention_interface
 
     Example:
+        >>> from transformers import VivitConfig, VivitModel
         >>> from vidattn.integrations.transformers import register
-        >>> register()  # doctest: +SKIP
-        >>> model = VivitModel.from_pretrained(name, attn_implementation="vidattn")  # doctest: +SKIP
+        >>> register()
+        >>> config = VivitConfig(image_size=32, num_frames=4, num_hidden_layers=1)
+        >>> model = VivitModel._from_config(config, attn_implementation="vidattn")  # or .from_pretrained(name, ...)
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -247,7 +249,7 @@ class FusedVivitAttention(Twin):
 
 
 class FusedSelfAttention(Twin):
-    """``VideoMAESelfAttention`` and ``VivitSelfAttention``: :class:`FusedVivitAttention` without its last layer."""
+    """``VideoMAESelfAttention`` and ``VivitSelfAttention``: ``FusedVivitAttention`` without its last layer."""
 
     ops = ("spatial_attention",)
 

@@ -19,7 +19,7 @@ MASK_VALUE = -100.0  # between the regions of a shifted window
 
 
 class FusedSwinAttention(Twin):
-    """``SwinAttention``, of windows that are partitioned, on :func:`vidattn.window_attention`."""
+    """``SwinAttention``, of windows that are partitioned, on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 
@@ -107,7 +107,7 @@ class FusedSwinLayer(Twin):
 
 
 class FusedSwinv2SelfAttention(Twin):
-    """``Swinv2SelfAttention``, of windows that are partitioned, on :func:`vidattn.window_attention`."""
+    """``Swinv2SelfAttention``, of windows that are partitioned, on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 

@@ -26,7 +26,7 @@ from vidattn.twins import Twin
 
 
 class FusedTransMorphWindowAttention(Twin):
-    """``WindowAttention`` of TransMorph on :func:`vidattn.window_attention`.
+    """``WindowAttention`` of TransMorph on ``vidattn.window_attention``.
 
     Without ``rpe`` nothing reads its table, which gets no gradient, as before.
     """
@@ -55,7 +55,7 @@ class FusedTransMorphWindowAttention(Twin):
 
 
 class FusedTransMorphBlock(WindowBlock):
-    """``SwinTransformerBlock`` of TransMorph on :func:`vidattn.window3d_attention`: nothing is rolled or partitioned.
+    """``SwinTransformerBlock`` of TransMorph on ``vidattn.window3d_attention``: nothing is rolled or partitioned.
 
     It shifts on all axes or, where one shift is 0, on none, and pads a grid up to the window. So where the windows that
     the op would fit to the grid are others, the original hands its windows to the attention.
@@ -74,7 +74,7 @@ class FusedTransMorphBlock(WindowBlock):
         Args:
             x: tokens (B, H * W * T, C).
             mask_matrix: additive mask (nW, N, N) of the padded, shifted grid, a
-                :class:`~vidattn.nn.window_blocks.RegionMask` that stands for the standard one, or None. Used only when
+                ``RegionMask`` that stands for the standard one, or None. Used only when
                 the block shifts.
 
         Returns:
@@ -124,7 +124,7 @@ def _regions(grid: Triple, window_size: Any, shift_size: Any) -> RegionMask:
 
 
 class FusedBayesianWindowAttention(Twin):
-    """``WindowAttention`` of TransMorph-Bayes, which drops in evaluation too, on :func:`vidattn.window_attention`."""
+    """``WindowAttention`` of TransMorph-Bayes, which drops in evaluation too, on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 
@@ -134,7 +134,7 @@ class FusedBayesianWindowAttention(Twin):
         return why_not_number(module)
 
     def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend inside each window, as :class:`FusedTransMorphWindowAttention` does."""
+        """Attend inside each window, as ``FusedTransMorphWindowAttention`` does."""
         if not (_takes(self, x, mask) and 0.0 <= self.drop < 1.0 and can_attend(self, dropout=None)):
             return self.replaced.forward(self, x, mask)
         return functional.dropout(self.proj(_attend(self, x, mask, self.drop)), self.drop, training=True)

@@ -16,11 +16,11 @@ from vidattn.nn.windows import FusedWindowAttention
 
 
 class FusedWindowAttention3D(FusedWindowAttention):
-    """``WindowAttention3D`` on :func:`vidattn.window_attention`."""
+    """``WindowAttention3D`` on ``vidattn.window_attention``."""
 
 
 class FusedSwinTransformerBlock3D(FusedWindowBlock):
-    """``SwinTransformerBlock3D`` on :func:`vidattn.window3d_attention`."""
+    """``SwinTransformerBlock3D`` on ``vidattn.window3d_attention``."""
 
 
 class FusedBasicLayer(FusedWindowStage):

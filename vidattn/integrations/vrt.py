@@ -18,7 +18,7 @@ from vidattn.twins import Twin
 
 
 class FusedVRTWindowAttention(Twin):
-    """``WindowAttention`` of VRT and RVRT on :func:`vidattn.window_attention`."""
+    """``WindowAttention`` of VRT and RVRT on ``vidattn.window_attention``."""
 
     ops = ("window_attention",)
 

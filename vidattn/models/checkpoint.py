@@ -35,7 +35,7 @@ _ARCHITECTURES = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did.
+    """What [`load_checkpoint`][] did.
 
     Attributes:
         converted_from: Layout of the file.
@@ -100,7 +100,7 @@ _RESIZABLE = ("num_frames", "image_size")
 def register_converter(
     model_class: type[nn.Module], converter: Converter, configuration: Configuration | None = None
 ) -> None:
-    """Tell :func:`load_checkpoint` how files become state dicts of ``model_class`` (and of its subclasses).
+    """Tell ``load_checkpoint`` how files become state dicts of ``model_class`` (and of its subclasses).
 
     Args:
         model_class: Class of the models.
@@ -141,7 +141,7 @@ def load_checkpoint(
     tensors.
 
     Args:
-        model: A model of :func:`create_model`, or its backbone.
+        model: A model of ``create_model``, or its backbone.
         path_or_state: A file or folder, or what was read from one.
         strict: Raise unless every tensor of the model is filled and every tensor of the file is used. Position-bias
             tables of another window are then an error too. Otherwise those are interpolated, a classifier with
@@ -179,7 +179,7 @@ def load_checkpoint(
 def convert_checkpoint(
     model: nn.Module, content: Any, config: Mapping[str, Any] | None = None, strict: bool = True
 ) -> Conversion:
-    """Bring what a file holds under the names of a model, for :func:`fill_model`; both as :func:`load_checkpoint`."""
+    """Bring what a file holds under the names of a model, for ``fill_model``; both as ``load_checkpoint``."""
     converter, configuration = _find_converter(model)
     conversion, beside, outside = convert(unwrap(content), lambda state: converter(model, state))
     conversion.ignored += beside

@@ -142,7 +142,7 @@ def convert(state: State, converter: Callable[[State], Converted]) -> tuple[Conv
 
     Args:
         state: tensors by name.
-        converter: takes tensors by the names of a layout; raises :class:`NotRecognisedError` for others.
+        converter: takes tensors by the names of a layout; raises ``NotRecognisedError`` for others.
 
     Returns:
         What the converter made, names that are clearly none of a model's weights (losses, metrics, counters), and other

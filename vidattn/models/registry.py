@@ -61,7 +61,7 @@ def register_model(
     input_spec: InputSpec,
     defaults: Mapping[str, Any],
 ) -> None:
-    """Add a model to :func:`create_model`.
+    """Add a model to ``create_model``.
 
     Args:
         name: Name of the model.
@@ -94,11 +94,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     ``forward_features`` of the model gives the feature map instead.
 
-    Under ``torch.device("meta")`` nothing is allocated; :func:`load_checkpoint` then fills the model without
+    Under ``torch.device("meta")`` nothing is allocated; [`load_checkpoint`][] then fills the model without
     initialising it first.
 
     Args:
-        name: One of :func:`list_models`.
+        name: One of [`list_models`][].
         **overrides: Arguments of the family's constructor that differ from the published model, ``num_classes`` first
             of all.
 
@@ -140,7 +140,7 @@ def _number_of_classes(value: Any) -> int:
 
 
 def list_models() -> list[str]:
-    """List the names that :func:`create_model` knows.
+    """List the names that [`create_model`][] knows.
 
     Returns:
         The names, sorted.
@@ -165,7 +165,7 @@ def get_input_spec(name: str) -> InputSpec:
     """Look up what clips a model expects.
 
     Args:
-        name: One of :func:`list_models`.
+        name: One of [`list_models`][].
 
     Returns:
         The published sampling, size and normalisation.

@@ -231,7 +231,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The network of TimeSformer: video (B, in_chans, T, H, W) to logits (B, num_classes) (arXiv 2102.05095).
 
-    The defaults are those of the paper's code, which are not its published models: those are :class:`TimeSformer`.
+    The defaults are those of the paper's code, which are not its published models: those are [`TimeSformer`][].
 
     Args:
         img_size: Height and width in pixels, or one number for both.
@@ -385,7 +385,7 @@ class VisionTransformer(nn.Module):
             x: Video (B, in_chans, T, H, W), of any length and resolution.
 
         Returns:
-            Tokens as the blocks have them (:meth:`Block.forward`), and the grid (T, h, w) of patches.
+            Tokens as the blocks have them (``Block.forward``), and the grid (T, h, w) of patches.
         """
         batch = x.shape[0]
         x, num_frames, width = self.patch_embed(x)
@@ -428,7 +428,7 @@ class TimeSformer(nn.Module):
         attention_type: "divided_space_time", "joint_space_time" or "space_only".
         pretrained_model: Checkpoint to start from, of a TimeSformer or of an image ViT; "" for random weights (the
             paper's code then downloads an image ViT, which this does not).
-        **kwargs: Other arguments of :class:`VisionTransformer`, to differ from ViT-B.
+        **kwargs: Other arguments of [`VisionTransformer`][], to differ from ViT-B.
 
     Example:
         >>> model = TimeSformer(img_size=32, num_classes=5, num_frames=4, embed_dim=24, depth=2, num_heads=2)

@@ -67,7 +67,7 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
         source: "official" or "huggingface".
 
     Returns:
-        The same values by the names of :class:`TimeSformer`.
+        The same values by the names of ``TimeSformer``.
 
     Raises:
         ValueError: ``source`` is not known.
@@ -81,10 +81,10 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
 
 
 def revert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Value]:
-    """Rename entries back to a source layout: the inverse of :func:`convert_state_dict`.
+    """Rename entries back to a source layout: the inverse of ``convert_state_dict``.
 
     Args:
-        state: Anything by the names of :class:`TimeSformer`.
+        state: Anything by the names of ``TimeSformer``.
         source: "official" or "huggingface".
 
     Returns:
@@ -160,7 +160,7 @@ def start_from_image(state: Mapping[str, Tensor], num_frames: int, attention_typ
     """Add what an image ViT lacks of a TimeSformer, so that the video model starts as the image model of each frame.
 
     Args:
-        state: Tensors of the image model, by the names of :class:`VisionTransformer`.
+        state: Tensors of the image model, by the names of ``VisionTransformer``.
         num_frames: Frames of the video model.
         attention_type: Attention of the video model.
 
@@ -223,7 +223,7 @@ def _describe(state: Mapping[str, Tensor]) -> str:
 
 
 def _sniff(state: State) -> tuple[str, State]:
-    """Name the layout of a state dict, and rename its entries to those of :class:`VisionTransformer`."""
+    """Name the layout of a state dict, and rename its entries to those of ``VisionTransformer``."""
     for source in SOURCES:
         renamed = convert_state_dict(state, source)
         names = {name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else name for name in renamed}

@@ -212,7 +212,7 @@ class SwinTransformerBlock3D(nn.Module):
 
         Args:
             x: Tokens (B, D, H, W, C).
-            mask_matrix: Additive mask (nW, N, N) of the padded, shifted grid, as :func:`compute_mask` makes it. Used
+            mask_matrix: Additive mask (nW, N, N) of the padded, shifted grid, as ``compute_mask`` makes it. Used
                 only when some axis is really shifted; None then means that nothing is masked.
 
         Returns:
@@ -263,7 +263,7 @@ class BasicLayer(nn.Module):
         attn_drop: Dropout of the attention probabilities.
         drop_path: Stochastic depth, one rate for all blocks or one a block.
         norm_layer: Normalisation, called with the number of channels.
-        downsample: Module class at the end of the stage (:class:`PatchMerging`), or None.
+        downsample: Module class at the end of the stage (``PatchMerging``), or None.
         use_checkpoint: Whether the blocks recompute their activations in the backward pass.
     """
 
@@ -369,7 +369,7 @@ class SwinTransformer3D(nn.Module):
     """The Video Swin backbone: video (B, in_chans, T, H, W) to features (B, C, D, h, w) (arXiv 2106.13230).
 
     Args:
-        pretrained: Checkpoint that :meth:`init_weights` loads: a file of this model, or of an image Swin to inflate.
+        pretrained: Checkpoint that ``init_weights`` loads: a file of this model, or of an image Swin to inflate.
             None: random.
         pretrained2d: Kept from the paper's constructor; which of the two a checkpoint is, is read from the file itself.
         patch_size: Patch (frames, height, width) in pixels.

@@ -51,7 +51,7 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
         source: "official", "mmaction2" or "torchvision".
 
     Returns:
-        The same values by the names of :class:`Recognizer3D`.
+        The same values by the names of ``Recognizer3D``.
 
     Raises:
         ValueError: ``source`` is not known.
@@ -71,10 +71,10 @@ def convert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Val
 
 
 def revert_state_dict(state: Mapping[str, Value], source: str) -> dict[str, Value]:
-    """Rename entries back to a source layout: the inverse of :func:`convert_state_dict`.
+    """Rename entries back to a source layout: the inverse of ``convert_state_dict``.
 
     Args:
-        state: Anything by the names of :class:`Recognizer3D`.
+        state: Anything by the names of ``Recognizer3D``.
         source: "official", "mmaction2" or "torchvision".
 
     Returns:

@@ -15,7 +15,7 @@ def video_swin(num_classes: int = 400, dropout_ratio: float = 0.5, **backbone: A
     Args:
         num_classes: Classes.
         dropout_ratio: Dropout before the classification layer.
-        **backbone: Arguments of :class:`SwinTransformer3D`.
+        **backbone: Arguments of ``SwinTransformer3D``.
 
     Returns:
         The classifier, randomly initialised.

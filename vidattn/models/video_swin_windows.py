@@ -101,7 +101,7 @@ def window_partition(x: Tensor, window_size: Sequence[int]) -> Tensor:
 
 
 def window_reverse(windows: Tensor, window_size: Sequence[int], B: int, D: int, H: int, W: int) -> Tensor:
-    """Put windows back into a token grid: the inverse of :func:`window_partition`.
+    """Put windows back into a token grid: the inverse of ``window_partition``.
 
     Args:
         windows: Windows (B * number of windows, tokens of a window, C).

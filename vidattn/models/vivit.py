@@ -346,9 +346,9 @@ class ViViT(_Classifier):
         num_classes: Classes.
         patches: (height, width, frames) of a tubelet in pixels, or (height, width) with uniform frame sampling.
         hidden_size: Channels of a token.
-        temporal_encoding_config: How a clip is cut into tokens: see :class:`PatchEmbed`.
+        temporal_encoding_config: How a clip is cut into tokens: see ``PatchEmbed``.
         attention_config: ``type`` is "spacetime" (model 1), "factorized_self_attention_block" (model 3, with
-            ``attention_order``) or "factorized_dot_product_attention" (model 4): see :class:`Encoder`.
+            ``attention_order``) or "factorized_dot_product_attention" (model 4): see ``Encoder``.
         representation_size: Channels of a layer with tanh before the classification layer; None: no such layer.
         dropout_rate: Dropout after the position embedding, the attentions and in the MLPs.
         attention_dropout_rate: Dropout of the attention probabilities.
@@ -434,7 +434,7 @@ class SpaceTimeViViT(_Classifier):
         num_classes: Classes.
         patches: (height, width, frames) of a tubelet in pixels, or (height, width) with uniform frame sampling.
         hidden_size: Channels of a token.
-        temporal_encoding_config: How a clip is cut into tokens: see :class:`PatchEmbed`.
+        temporal_encoding_config: How a clip is cut into tokens: see ``PatchEmbed``.
         attention_config: ``spatial_only_baseline`` replaces the temporal encoder by the mean of the frames.
         representation_size: Channels of a layer with tanh before the classification layer; None: no such layer.
         dropout_rate: Dropout after the position embeddings, the attentions and in the MLPs.

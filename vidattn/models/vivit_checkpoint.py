@@ -116,7 +116,7 @@ def convert_state_dict(state: Mapping[str, Tensor], source: str) -> State:
 def revert_state_dict(
     state: Mapping[str, Tensor], source: str, *, num_heads: int, temporal_num_heads: int | None = None
 ) -> State:
-    """Rename and reshape tensors back to a source layout: the inverse of :func:`convert_state_dict`.
+    """Rename and reshape tensors back to a source layout: the inverse of ``convert_state_dict``.
 
     Args:
         state: Tensors by our names: weights, or gradients.

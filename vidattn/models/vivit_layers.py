@@ -169,7 +169,7 @@ class EncoderBlock(nn.Module):
         dim: Channels C.
         mlp_dim: Hidden channels of the MLP.
         num_heads: Attention heads.
-        attention: "joint" or "factorized", as in :class:`MultiHeadDotProductAttention`.
+        attention: "joint" or "factorized", as in ``MultiHeadDotProductAttention``.
         dropout_rate: Dropout after the attention and in the MLP.
         attention_dropout_rate: Dropout of the attention probabilities.
         droplayer_p: Stochastic depth of both branches.

@@ -95,7 +95,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The network that sees the frames: (B * T, in_chans, H, W) to logits of each frame (B * T, num_classes).
 
-    Its blocks have places for shifts; :func:`make_temporal_shift` fills them. Without shifts it sees each frame alone.
+    Its blocks have places for shifts; ``make_temporal_shift`` fills them. Without shifts it sees each frame alone.
 
     Args:
         img_size: Height and width of a frame in pixels.
@@ -318,7 +318,7 @@ class XViT(nn.Module):
         shift_per_head: From the paper, without published weights: cut the channels of each head, not of all together.
         shift_window: From the paper, without published weights: frames t_w to each side that channels come from.
         summary_token: From the paper, without published weights: in the blocks that shift, a mean of each frame of
-            the segment is a key and value of all its frames. See :class:`Attention`.
+            the segment is a key and value of all its frames. See ``Attention``.
         pretrained_model: Checkpoint to start from, of an X-ViT or of an image ViT; "" for random weights (the paper's
             code then downloads an image ViT, which this does not).
 

@@ -46,11 +46,11 @@ def read_config(config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
     """Translate a configuration of the paper's code.
 
     Args:
-        config: The configuration, flat or nested, as :meth:`vidattn.models.xvit.XViT.from_config` takes it.
-        **overrides: Arguments of :class:`vidattn.models.xvit.XViT` that differ.
+        config: The configuration, flat or nested, as ``vidattn.models.xvit.XViT.from_config`` takes it.
+        **overrides: Arguments of ``vidattn.models.xvit.XViT`` that differ.
 
     Returns:
-        Arguments of :class:`vidattn.models.xvit.XViT`.
+        Arguments of ``vidattn.models.xvit.XViT``.
 
     Raises:
         ValueError: A value is not known, or a key in the sections XVIT or TEMPORAL_HEAD.

@@ -40,7 +40,7 @@ def shift_channels(x: Tensor, num_frames: int, channel_shifts: Iterable[tuple[in
 
 
 class AfterReconstruction(nn.Identity):
-    """A place in :class:`Attention` that :func:`make_temporal_shift` can put a shift into.
+    """A place in ``Attention`` that ``make_temporal_shift`` can put a shift into.
 
     Args:
         inplanes: Channels C that pass through.
@@ -125,7 +125,7 @@ class Attention(nn.Module):
     """Multi-head self-attention inside each frame, whose keys and values may have been shifted over time.
 
     ``control_point_query`` is where keys are shifted and ``control_point_value`` where values are, by a
-    :class:`TemporalShift` in place of an identity. Queries are never shifted.
+    ``TemporalShift`` in place of an identity. Queries are never shifted.
 
     Args:
         dim: Channels C.
@@ -257,9 +257,9 @@ def make_temporal_shift(
         n_div: One n-th of the channels comes from the frames after, and one from those before.
         locations_list: Numbers of the blocks, from 0. Those that the network does not have are passed over: the
             published configuration lists 15 for a network of 12.
-        per_head: See :class:`TemporalShift`.
-        window: See :class:`TemporalShift`.
-        summary_token: Whether the frames' summaries are keys and values too; see :class:`Attention`.
+        per_head: See ``TemporalShift``.
+        window: See ``TemporalShift``.
+        summary_token: Whether the frames' summaries are keys and values too; see ``Attention``.
 
     Raises:
         ValueError: A number is negative, or a size is less than 1.

@@ -2,7 +2,7 @@
 
 A twin computes the original's function with the ops of this package. Whatever the ops cannot stand in for (a mask of
 the caller's own, a hook that watches the attention probabilities, a dropout of another kind) is computed as the
-original does. :func:`vidattn.accelerate` turns the modules of an existing model into their twins.
+original does. ``vidattn.accelerate`` turns the modules of an existing model into their twins.
 """
 
 from vidattn.nn.timesformer import FusedAttention, FusedBlock

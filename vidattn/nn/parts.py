@@ -34,7 +34,7 @@ def is_plain(module: Any, kinds: dict[type, Callable[..., Any]]) -> bool:
 
     A wrapper, a parametrization or an adapter in its place is of another class; hooks, and a ``forward`` that was put
     on the instance or into the class, show here too. Asked at every call, since all of that may come after
-    :func:`vidattn.accelerate`. Hooks on all modules (``register_module_forward_hook``) divert nothing.
+    ``vidattn.accelerate``. Hooks on all modules (``register_module_forward_hook``) divert nothing.
     """
     kind: Any = type(module)
     state = module.__dict__
@@ -55,7 +55,7 @@ def is_part(module: Any, twin: Any) -> bool:
 
     Args:
         module: part of the twin, of any class.
-        twin: an instance that :func:`vidattn.twins.make_twin` made the class of. The functions that it does the work of
+        twin: an instance that ``vidattn.twins.make_twin`` made the class of. The functions that it does the work of
             (whose being intact it asks for itself) name the classes that are known.
     """
     kind: Any = type(module)

@@ -62,13 +62,13 @@ def _branch(norm: nn.Module, attention: Any) -> Branch:
 
 
 class FusedAttention(FusedTimeSformerAttention, Attention):
-    """:class:`~vidattn.models.timesformer.Attention` without a matrix of scores in memory."""
+    """[`Attention`][vidattn.models.timesformer.Attention] without a matrix of scores in memory."""
 
 
 class FusedBlock(FusedTimeSformerBlock, Block):
-    """:class:`~vidattn.models.timesformer.Block`; divided attention is two ops on the tokens as they lie.
+    """[`Block`][vidattn.models.timesformer.Block]; divided attention is two ops on the tokens as they lie.
 
-    See :class:`vidattn.nn.divided.FusedDividedBlock`.
+    See ``vidattn.nn.divided.FusedDividedBlock``.
     """
 
     @staticmethod

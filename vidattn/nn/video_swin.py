@@ -14,18 +14,18 @@ from vidattn.twins import Twin, Watched
 
 
 class FusedWindowAttention3D(FusedWindowAttention, WindowAttention3D):
-    """:class:`~vidattn.models.video_swin.WindowAttention3D` on :func:`vidattn.window_attention`."""
+    """[`WindowAttention3D`][vidattn.models.video_swin.WindowAttention3D] on ``window_attention``."""
 
 
 class FusedSwinTransformerBlock3D(FusedWindowBlock, SwinTransformerBlock3D):
-    """:class:`~vidattn.models.video_swin.SwinTransformerBlock3D` on :func:`vidattn.window3d_attention`."""
+    """[`SwinTransformerBlock3D`][vidattn.models.video_swin.SwinTransformerBlock3D] on ``window3d_attention``."""
 
 
 FusedSwinTransformerBlock3D._watched += (Watched(WindowAttention3D, "forward", WindowAttention3D.forward),)
 
 
 class FusedBasicLayer(Twin, BasicLayer):
-    """:class:`~vidattn.models.video_swin.BasicLayer` that does not build a mask when all its blocks are fused."""
+    """[`BasicLayer`][vidattn.models.video_swin.BasicLayer] that does not build a mask when all its blocks are fused."""
 
     level = "layer"
 

@@ -21,7 +21,7 @@ _BY_FRAMES: dict[str, Callable[..., Any]] = {
 
 
 class FusedMultiHeadDotProductAttention(Twin, MultiHeadDotProductAttention):
-    """:class:`~vidattn.models.vivit_layers.MultiHeadDotProductAttention` on the ops of divided attention.
+    """[`MultiHeadDotProductAttention`][vidattn.models.vivit_layers.MultiHeadDotProductAttention] on divided ops.
 
     They read queries, keys and values where the projection wrote them, whichever axis is attended over.
     """

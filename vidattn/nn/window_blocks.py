@@ -77,7 +77,7 @@ class WindowBlock(Twin):
 
 
 class FusedWindowBlock(WindowBlock):
-    """A block whose ``forward_part1`` attends in (shifted) windows, on :func:`vidattn.window3d_attention`.
+    """A block whose ``forward_part1`` attends in (shifted) windows, on [`vidattn.window3d_attention`][].
 
     The projections run on the unpadded, unrolled grid; nothing is rolled, padded or partitioned. That takes the
     place of calling ``attn``, so at every call the block looks whether anything hangs on it: a wrapper, an adapter, a
@@ -94,7 +94,7 @@ class FusedWindowBlock(WindowBlock):
 
         Args:
             x: tokens (B, D, H, W, C), in 2D (B, H, W, C).
-            mask_matrix: additive mask (nW, N, N) of the padded, shifted grid, a :class:`RegionMask` that stands for the
+            mask_matrix: additive mask (nW, N, N) of the padded, shifted grid, a ``RegionMask`` that stands for the
                 standard one, or None. Used only when some axis is really shifted; None then means nothing is masked.
 
         Returns:
@@ -121,7 +121,7 @@ def attend_on_grid(block: Any, x: Tensor, regions: RegionMask, projection: Affin
         block: the twin.
         x: tokens (B, D, H, W, C), in 2D (B, H, W, C).
         regions: the windows.
-        projection: what :func:`input_projection` says of the block.
+        projection: what ``input_projection`` says of the block.
         wrap: whether nothing is masked.
 
     Returns:

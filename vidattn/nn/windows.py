@@ -17,7 +17,7 @@ from vidattn.twins import Twin
 
 
 class FusedWindowAttention(Twin):
-    """Attention of windows that are already partitioned, on :func:`vidattn.window_attention`.
+    """Attention of windows that are already partitioned, on ``vidattn.window_attention``.
 
     For modules with the parts of the official code: ``qkv``, ``relative_position_bias_table``,
     ``relative_position_index``, ``scale``, ``softmax``, ``attn_drop``, ``proj``, ``proj_drop``; in 2D and 3D.

@@ -14,7 +14,7 @@ from vidattn.twins import Twin
 
 
 class FusedMixing(Twin):
-    """X-ViT's attention on :func:`vidattn.space_time_mixing_attention`.
+    """X-ViT's attention on [`vidattn.space_time_mixing_attention`][].
 
     What is shifted is found at every call where the paper's code puts it after construction: keys in
     ``control_point_query``, values in ``control_point_value``. Nothing is shifted in memory. Keys and values shifted
@@ -71,7 +71,7 @@ class FusedMixing(Twin):
 
 
 class FusedMixingAttention(FusedMixing, Attention):
-    """:class:`~vidattn.models.xvit_layers.Attention` on :func:`vidattn.space_time_mixing_attention`."""
+    """[`Attention`][vidattn.models.xvit_layers.Attention] on ``space_time_mixing_attention``."""
 
     @staticmethod
     def what_it_does(place: Any) -> tuple[int, ...] | None:

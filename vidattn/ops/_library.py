@@ -110,7 +110,7 @@ def call_attention(
         inputs: its tensors, the seed last, which is None so far.
         options: its options.
         backend: the call's own ``backend`` argument.
-        group_tokens: see :class:`vidattn.backends.AttentionCall`.
+        group_tokens: see ``vidattn.backends.AttentionCall``.
         bias: kind of the tensor behind v, if it is there: "table" or "dense"; "none" if it is no bias.
         channel_ranges: as ``group_tokens``.
         cls_query: as ``group_tokens``.
@@ -168,7 +168,7 @@ def _may_need_gradient(x: Tensor) -> bool:
 
 
 def native_pass(op: str) -> Callable[..., None]:
-    """Give a native op as a launch function: it takes the value of :mod:`vidattn.calls` as one argument."""
+    """Give a native op as a launch function: it takes the value of ``vidattn.calls`` as one argument."""
     native = getattr(torch.ops.vidattn, op).default
     return lambda call, *rest: native(*call, *rest)
 
@@ -177,7 +177,7 @@ def register_function(function: Callable[..., Any], *, native: str, attends: boo
     """Make a public function known to the choice of backends, with its reference, native and Triton kernels.
 
     Args:
-        function: the function, which asks :func:`vidattn.backends.choose_backend`.
+        function: the function, which asks ``vidattn.backends.choose_backend``.
         native: name of the native op of the extension, defined in the ``vidattn`` namespace.
         attends: whether it computes attention; what only moves data runs in any dtype.
         cuda_tokens: tokens of the longest group that csrc/cuda attends in.

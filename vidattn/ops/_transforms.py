@@ -71,7 +71,7 @@ def call_op(name: str, *args: Any) -> Any:
 
 
 def call_with_numbers(name: str, *args: Any) -> Any:
-    """Call an op whose floating point arguments are in a tensor, which comes last: see :func:`is_symbolic`.
+    """Call an op whose floating point arguments are in a tensor, which comes last: see ``is_symbolic``.
 
     Args:
         name: name of the op.

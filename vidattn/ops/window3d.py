@@ -1,6 +1,6 @@
 """3D window attention on a token grid: ``window3d_attention``, its op, gradient and cost.
 
-From a call to its kernel: :func:`window3d_attention` validates, applies autocast and picks the backend;
+From a call to its kernel: ``window3d_attention`` validates, applies autocast and picks the backend;
 ``torch.ops.vidattn.window3d_attention`` is opaque to autograd and compilers and routes by the backend's name to
 ``reference/window3d.py``, to ``kernels/window3d.py`` or to the native op that the extension registers for the device.
 """
@@ -60,7 +60,7 @@ def window3d_attention(
     """Attend inside the (shifted) 3D windows of a token grid, without rolling, padding or partitioning it.
 
     Windows are clipped to the grid, lose their shift and are padded per axis as in the papers' code;
-    :func:`vidattn.explain_windows` prints what comes out. Padding tokens are keys like any other. Gradients flow to
+    [`vidattn.explain_windows`][] prints what comes out. Padding tokens are keys like any other. Gradients flow to
     ``qkv``, ``bias_table`` and ``pad_qkv``, each in its own dtype. Scores, softmax and sums are float32 (float64 for
     float64) whatever the dtype of q. Under autocast q, k, v and ``pad_qkv`` are cast, the table is not.
 

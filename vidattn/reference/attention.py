@@ -1,6 +1,6 @@
 """Softmax attention inside groups of tokens, in plain PyTorch: what every family of ops has in common.
 
-One group holds N tokens with queries q, keys k and values v of head dimension d. Per group and head::
+One group holds N tokens with queries q, keys k and values v of head dimension d. Per group and head:
 
     S = scale * q k^T + B + M            scores; a family says what is added, if anything
     P = softmax_j(S)                     probabilities
@@ -10,7 +10,7 @@ One group holds N tokens with queries q, keys k and values v of head dimension d
 
 A row whose scores are all -inf gives context 0 and L = -inf.
 
-Backward, with dO the gradient of the context::
+Backward, with dO the gradient of the context:
 
     dv = R^T dO          dR = dO v^T          dP = dR * keep / (1 - p)
     dS = P * (dP - delta)                     delta_i = sum_j P_ij dP_ij
@@ -89,7 +89,7 @@ def attend_backward(
     first_head: int = 0,
     window_types: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`attend` by the formulas of this module.
+    """Differentiate ``attend`` by the formulas of this module.
 
     Args:
         grad_out: gradient of the context (G, N, h * d).

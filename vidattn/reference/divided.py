@@ -1,6 +1,6 @@
 """Attention over time or over space in plain PyTorch (TimeSformer, arXiv 2102.05095; ViViT, arXiv 2103.15691).
 
-A clip is T frames of N sites. The groups of :mod:`vidattn.reference.attention` are
+A clip is T frames of N sites. The groups of [`vidattn.reference.attention`][] are
 
 * over time, the T frames of one site; group number b * N + n;
 * over space, the N sites of one frame; group number b * T + t. With a cls token the group is that token and the sites,
@@ -48,7 +48,7 @@ def temporal_attention(
 ) -> Tensor:
     """Attend over the frames of each site, and over a cls token that sees the whole clip if there is one.
 
-    Takes what :func:`vidattn.temporal_attention` takes, unvalidated, and the seed of the dropout.
+    Takes what [`vidattn.temporal_attention`][] takes, unvalidated, and the seed of the dropout.
 
     Args:
         qkv: (B, S, 3, h, d) packed, or three tensors (B, S, h, d).
@@ -80,7 +80,7 @@ def spatial_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend over the sites of each frame, and over a cls token that the frames share.
 
-    Takes what :func:`vidattn.spatial_attention` takes, unvalidated, and the seed of the dropout.
+    Takes what [`vidattn.spatial_attention`][] takes, unvalidated, and the seed of the dropout.
 
     Args:
         qkv: (B, S, 3, h, d) packed, or three tensors (B, S, h, d).
@@ -113,7 +113,7 @@ def factorized_dot_product_attention(
 ) -> Tensor:
     """Attend over time with the first heads and over space with the others.
 
-    Takes what :func:`vidattn.factorized_dot_product_attention` takes, unvalidated, and the seed of the dropout.
+    Takes what [`vidattn.factorized_dot_product_attention`][] takes, unvalidated, and the seed of the dropout.
 
     Args:
         qkv: (B, S, 3, h, d) packed, or three tensors (B, S, h, d).
@@ -195,7 +195,7 @@ def divided_attention_backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate :func:`divided_attention` by the formulas of :mod:`vidattn.reference.attention`.
+    """Differentiate ``divided_attention`` by the formulas of ``vidattn.reference.attention``.
 
     Args:
         grad_out: gradient of the context.
@@ -300,7 +300,7 @@ class _Groups:
         return (grid.transpose(1, 2) if self.time_fastest != over_time else grid).flatten(1, 2)
 
     def sum_of_copies(self, sequences: Tensor, over_time: bool) -> Tensor:
-        """Undo :meth:`sequences`: tokens (B, S, ...), what belongs to the cls token summed over the groups."""
+        """Undo ``sequences``: tokens (B, S, ...), what belongs to the cls token summed over the groups."""
         patches = self.tokens(sequences, over_time)
         if not self.has_cls:
             return patches

@@ -1,8 +1,8 @@
 """Space-time mixing attention in plain PyTorch (X-ViT, arXiv 2106.05968, section 3.3, cut as in its released code).
 
-The groups of :mod:`vidattn.reference.attention` are the N tokens of one frame; frame number b * T + t. Nothing is added
+The groups of [`vidattn.reference.attention`][] are the N tokens of one frame; frame number b * T + t. Nothing is added
 to the scores, but k and v are mixed over time first: of the C = h * d concatenated channels, ranges come from the same
-token of another frame::
+token of another frame:
 
     K~[t, n, c] = K[t + o(c), n, c] where 0 <= t + o(c) < T, else 0          and V~ likewise
 
@@ -47,7 +47,7 @@ def space_time_mixing_attention(
 ) -> Tensor:
     """Attend inside each frame to keys and values of which channels come from neighbouring frames.
 
-    Takes what :func:`vidattn.space_time_mixing_attention` takes, unvalidated, and the seed of the dropout.
+    Takes what [`vidattn.space_time_mixing_attention`][] takes, unvalidated, and the seed of the dropout.
 
     Args:
         qkv: (B * T, N, 3, h, d) packed, or three tensors (B * T, N, h, d).
@@ -78,7 +78,7 @@ def space_time_mixing_attention_backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate :func:`space_time_mixing_attention` by its formulas.
+    """Differentiate ``space_time_mixing_attention`` by its formulas.
 
     Args:
         grad_out: gradient of the context (B * T, N, h * d).
@@ -105,7 +105,7 @@ def space_time_mixing_attention_backward(
 def temporal_shift(x: Tensor, num_frames: int, channel_shifts: ChannelShifts, *, dim: int = -1) -> Tensor:
     """Take ranges of channels from other frames; zeros beyond the first and the last.
 
-    Takes what :func:`vidattn.temporal_shift` takes, unvalidated.
+    Takes what [`vidattn.temporal_shift`][] takes, unvalidated.
 
     Args:
         x: (B * T, ...).

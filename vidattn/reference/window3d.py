@@ -1,6 +1,6 @@
 """3D window attention in plain PyTorch (Video Swin Transformer, arXiv 2106.13230, sections 3.2 and 3.3).
 
-The groups of :mod:`vidattn.reference.attention` are windows of N = wd * wh * ww tokens, and equation 2 adds to their
+The groups of [`vidattn.reference.attention`][] are windows of N = wd * wh * ww tokens, and equation 2 adds to their
 scores
 
 * B, the relative position bias, one row of a table per coordinate difference (section 3.3);
@@ -53,7 +53,7 @@ def window3d_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend inside the (shifted) 3D windows of a token grid, step by step as the paper's code does.
 
-    Takes what :func:`vidattn.window3d_attention` takes, unvalidated, plus the two arguments below.
+    Takes what [`vidattn.window3d_attention`][] takes, unvalidated, plus the two arguments below.
 
     Args:
         qkv: (B, D, H, W, 3, h, d) packed, or three tensors (B, D, H, W, h, d).
@@ -116,7 +116,7 @@ def window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend inside windows that are already partitioned.
 
-    Takes what :func:`vidattn.window_attention` takes, unvalidated, plus the two arguments below.
+    Takes what [`vidattn.window_attention`][] takes, unvalidated, plus the two arguments below.
 
     Args:
         qkv: (G, N, 3, h, d) packed, or three tensors (G, N, h, d).
@@ -158,7 +158,7 @@ def window3d_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differentiate :func:`window3d_attention` by its formulas.
+    """Differentiate ``window3d_attention`` by its formulas.
 
     Args:
         grad_out: (B, D, H, W, h * d), gradient of the context.
@@ -228,7 +228,7 @@ def window_attention_backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Differentiate :func:`window_attention` by its formulas.
+    """Differentiate ``window_attention`` by its formulas.
 
     Args:
         grad_out: (G, N, h * d), gradient of the context.
@@ -266,7 +266,7 @@ def dense_bias(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def table_gradient(grad: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum the gradient of :func:`dense_bias` over the pairs of a row, in one order.
+    """Sum the gradient of ``dense_bias`` over the pairs of a row, in one order.
 
     Args:
         grad: gradient of the dense bias.
