@@ -27,6 +27,10 @@ from vidattn.distributed import shard_frames
 PROCESSES = 4
 
 
+class Failed(str):
+    """The traceback of a case or task that could not be done."""
+
+
 def _message(call: Callable[[], Any]) -> str:
     """Give the error that a call raises, as a text."""
     try:
@@ -174,7 +178,7 @@ def work(rank: int, folder: str) -> None:
     """Run all cases with 2, 3 and 4 of the processes, and all tasks with 4; write down what this one found."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills what a collective leaves unwritten with NaN
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    store, patience = f"file://{folder}/store", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES, timeout=patience)
     found: dict[Any, Any] = {}
 
@@ -182,14 +186,13 @@ def work(rank: int, folder: str) -> None:
         try:
             found[key] = call()
         except Exception:
-            found[key] = traceback.format_exc()
+            found[key] = Failed(traceback.format_exc())
 
-    for size in range(2, PROCESSES + 1):
-        mesh = DeviceMesh("cpu", list(range(size)))
-        if rank < size:
-            for name, case in CASES.items():
-                note((name, size), partial(run, case, mesh))
+    meshes = {size: DeviceMesh("cpu", list(range(size))) for size in range(PROCESSES, 1, -1)}  # made by all
     for name, task in TASKS.items():
-        note(name, partial(task, mesh))
+        note(name, partial(task, meshes[PROCESSES]))
+    for size, mesh in meshes.items():
+        for name, case in CASES.items() if rank < size else ():
+            note((name, size), partial(run, case, mesh))
     torch.save(found, Path(folder) / f"rank{rank}")
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ from vidattn.nn.parts import attend, draws
 from vidattn.ops import spatial_attention, temporal_attention
 
 
-def _attend_jointly(module: ShardedModule, qkv: Tensor, copies: int, scale: float | None) -> Tensor:
+def _attend_jointly(module: Any, qkv: Tensor, copies: int, scale: float | None) -> Tensor:
     """Attend over all tokens of a clip, each rank with some of the heads.
 
     Args:

@@ -78,11 +78,8 @@ class ShardedMixing(ShardedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Map this rank's tokens (B * own T, N, C) to the same shape."""
-        if (
-            not isinstance(self, Twin)
-            or self.summary_frames
-            or not (can_drop(self.attn_drop) and is_number(self.scale))
-        ):
+        fused = issubclass(type(self), Twin) and can_drop(self.attn_drop) and is_number(self.scale)
+        if not fused or self.summary_frames:
             return super().forward(x)  # type: ignore[misc]
         # The twin does not know the shifts of this file, so it would compute as the original does.
         qkv = self.qkv(self.control_point(x)).unflatten(-1, (3, self.num_heads, -1))
