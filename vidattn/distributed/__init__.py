@@ -1,0 +1,6 @@
+"""Models and ops on several processes, with the engine of ``torch.distributed``."""
+
+from vidattn.distributed import rules  # noqa: F401  (importing it registers them)
+from vidattn.distributed.plan import parallelize_plan
+
+__all__ = ["parallelize_plan"]
