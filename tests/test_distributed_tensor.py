@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import distributed_models as models
 import pytest
 import torch
 from distributed_cases import distance, largest, result, run_group
+from integration_cases import Ops
 from torch import Tensor
 
 import vidattn
 
 PROCESSES = 2
-BATCH, HEADS, HEAD_DIM = 4, 4, 8
+BATCH, HEADS, HEAD_DIM = 4, 6, 8
 
 
 def _random(*shape: int) -> Tensor:
@@ -90,7 +92,7 @@ def _sharded_call(name: str, mode: str) -> dict[str, Any]:
     placed = []
     for number, (x, (shape, heads)) in enumerate(zip(tensors, shapes)):
         place: Any = Replicate()
-        if mode == "batch" and shape[0] == BATCH and x.ndim > 3:
+        if mode == "batch" and shape[0] == BATCH:
             place = Shard(0)
         elif mode == "heads" and heads is not None:
             place = Shard(heads)
@@ -105,10 +107,50 @@ def _sharded_call(name: str, mode: str) -> dict[str, Any]:
     }
 
 
+MODES = ("batch", "heads", "tokens", "none")
+MODELS = ("video_swin", "timesformer", "vivit", "xvit")
+
+
+def _parallel_model(name: str, order: str) -> dict[str, Any]:
+    """Compare a model that is parallelized with one that is not: output, input's gradient, and the state after a step.
+
+    ``order`` says whether, and when, the model is accelerated: "plain", "before" it is parallelized, or "after".
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    import vidattn.distributed
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    alone, video = models.build(name).double(), models.clips(2).double()
+    model = copy.deepcopy(alone)
+    if order == "before":
+        vidattn.accelerate(model)
+    parallelize_module(model, mesh, vidattn.distributed.parallelize_plan(model, mesh))
+    if order == "after":
+        vidattn.accelerate(model)
+    expected = models.step(alone, video)
+    with Ops() as ops:
+        found = models.step(model, video)
+    state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in model.state_dict().items()}
+    wanted = alone.state_dict()
+    assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in wanted.items()}
+    places = [str(value.placements[0]) for key, value in model.state_dict().items() if key.endswith("qkv.weight")]
+    return {
+        "distances": {
+            **{f"result {place}": distance(one, other) for place, (one, other) in enumerate(zip(found, expected))},
+            **{key: float((state[key].double() - wanted[key].double()).abs().max()) for key in wanted},
+        },
+        "calls": dict(ops.calls),
+        "placements": places,
+    }
+
+
 CASES: dict[str, Any] = {
-    f"{name} by {mode}": partial(_sharded_call, name, mode)
-    for name in CALLS
-    for mode in ("batch", "heads", "tokens", "none")
+    **{f"{name} by {mode}": partial(_sharded_call, name, mode) for name in CALLS for mode in MODES},
+    **{f"{name}, {order}": partial(_parallel_model, name, order) for name in MODELS for order in ("plain", "before")},
+    "video_swin, after": partial(_parallel_model, "video_swin", "after"),
 }
 
 
@@ -117,8 +159,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_group(PROCESSES, CASES, tmp_path_factory.mktemp("group"))
 
 
-@pytest.mark.parametrize("mode", ["batch", "heads", "tokens", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CALLS)
 def test_sharded_calls_compute_the_same(results: dict[str, Any], name: str, mode: str) -> None:
     found = result(results, f"{name} by {mode}")
     assert largest(found["distances"]) < 1e-13, found
+
+
+@pytest.mark.parametrize("order", ["plain", "before", "after"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parallel_models_compute_the_same(results: dict[str, Any], name: str, order: str) -> None:
+    if f"{name}, {order}" not in CASES:
+        return
+    found = result(results, f"{name}, {order}")
+    assert largest(found["distances"].values()) < 1e-12, found
+    assert found["placements"] and set(found["placements"]) == {"_S(0, 3)"}

@@ -19,8 +19,12 @@ from vidattn.models.video_swin import WindowAttention3D
 from vidattn.models.vivit_layers import MultiHeadDotProductAttention
 from vidattn.models.xvit_layers import Attention as XViTAttention
 from vidattn.models.xvit_layers import TemporalShift
+from vidattn.nn.parts import PLAIN_TENSORS
 
 __all__ = ["PackedHeads", "parallelize_plan"]
+
+# A linear layer with sharded weights maps each token by itself, like any other.
+PLAIN_TENSORS.add(DTensor)
 
 
 class PackedHeads(ParallelStyle):
@@ -207,7 +211,12 @@ def _replicated_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
 
 
 def _check_rows(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Refuse to name rows that were cut again (FSDP over tensor parallelism): DTensor would give them in another order."""
+    """Refuse to save rows that were cut once more: their placements give ``full_tensor()`` another order."""
     for name, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, DTensor) and sum(hasattr(place, "dim") for place in parameter.placements) > 1:
-            raise ValueError("x")
+        places = parameter.placements if isinstance(parameter, DTensor) else ()
+        if sum(place != Replicate() for place in places) > 1:
+            raise ValueError(
+                f"state_dict: {prefix}{name}: expected rows that are sharded by heads alone, got placements {places}."
+                " FSDP has cut them again, and DTensor would put them together in another order; leave the packed"
+                " projections to tensor parallelism (fully_shard's ignored_params)"
+            )
