@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn import functional
 
 from vidattn.messages import describe
 from vidattn.models.layers import Mlp
@@ -19,12 +20,9 @@ from vidattn.models.video_swin import WindowAttention3D
 from vidattn.models.vivit_layers import MultiHeadDotProductAttention
 from vidattn.models.xvit_layers import Attention as XViTAttention
 from vidattn.models.xvit_layers import TemporalShift
-from vidattn.nn.parts import PLAIN_TENSORS
+from vidattn.nn.parts import LINEAR, PLAIN_TENSORS, as_defined
 
 __all__ = ["PackedHeads", "parallelize_plan"]
-
-# A linear layer with sharded weights maps each token by itself, like any other.
-PLAIN_TENSORS.add(DTensor)
 
 
 class PackedHeads(ParallelStyle):
@@ -34,19 +32,36 @@ class PackedHeads(ParallelStyle):
     them in the order of the state dict. The output is a DTensor (..., 3 * h * d) that unflattens to ``Shard`` over h.
     """
 
-    # Cut into three, and each third over the processes.
-    rows = _StridedShard(0, split_factor=3)
-
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def partition(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
-            for key, parameter in list(part.named_parameters(recurse=False)):
-                _place(part, key, parameter, mesh, self.rows, self.src_data_rank)
-
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            _place(module, name, parameter, device_mesh, _packed(0), self.src_data_rank)
+        module.__class__ = PackedLinear
         module.register_state_dict_pre_hook(_check_rows)
-        return distribute_module(module, device_mesh, partition, _replicated_input)
+        return module
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class PackedLinear(nn.Linear):
+    """What :class:`PackedHeads` makes of a linear layer: one that computes the rows of its process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., in_features) that all processes have to a DTensor (..., out_features)."""
+        weight: Any = self.weight
+        mesh = weight.device_mesh
+        # Each process computes with some rows, so the gradients of all have to be added up.
+        whole: Any = _replicate(x, mesh)
+        bias: Any = self.bias
+        local = functional.linear(
+            whole.to_local(grad_placements=[Partial()]), weight.to_local(), None if bias is None else bias.to_local()
+        )
+        return DTensor.from_local(local, mesh, [_packed(x.ndim - 1)], run_check=False)
+
+
+def _packed(dim: int) -> Any:
+    """Cut a dimension into three, and each third over the processes."""
+    return _StridedShard(dim, split_factor=3)
 
 
 class HeadsOfWindows(ParallelStyle):
@@ -152,6 +167,10 @@ def parallelize_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelSt
     return plan
 
 
+# A linear layer with sharded weights maps each token by itself, like any other: twins do the work around it.
+PLAIN_TENSORS.add(DTensor)
+LINEAR.update(as_defined(PackedLinear))
+
 # ---- What of a model is sharded, and how ----
 
 
@@ -204,10 +223,6 @@ def _replicate(value: Any, mesh: DeviceMesh) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
     return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
-
-
-def _replicated_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-    return _replicate(inputs[0], mesh)
 
 
 def _check_rows(module: nn.Module, prefix: str, keep_vars: bool) -> None:

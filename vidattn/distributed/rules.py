@@ -32,23 +32,21 @@ class _Call(NamedTuple):
     """A call of an op, with its arguments by the names that the schema gives them.
 
     Attributes:
-        op: the op.
         given: values by name; a tensor is anything that has a shape, placements and a mesh.
     """
 
-    op: torch._ops.OpOverload
     given: dict[str, Any]
 
     @classmethod
-    def of(cls, op: torch._ops.OpOverload, args: Sequence[Any]) -> _Call:
-        """Name the arguments; raise where a sharded call would not compute what one process does."""
-        given = dict(zip((argument.name for argument in op._schema.arguments), args))
+    def of(cls, name: str, args: Sequence[Any]) -> _Call:
+        """Name the arguments of an op; raise where a sharded call would not compute what one process does."""
+        given = dict(zip(_arguments[name], args))
         if given.get("seed") is not None:
             raise ValueError(
-                f"{op._schema.name}: dropout_p: expected 0.0 for DTensors, got {given['dropout_p']}: the mask of the"
-                " dropout numbers heads and groups, and a process does not know the numbers of its own"
+                f"{name}: dropout_p: expected 0.0 for DTensors, got {given['dropout_p']}: the mask of the dropout"
+                " numbers heads and groups, and a process does not know the numbers of its own"
             )
-        return cls(op, given)
+        return cls(given)
 
     @property
     def tokens(self) -> Any:
@@ -95,7 +93,6 @@ class _Call(NamedTuple):
             found.append("heads")
         return found
 
-
     def tells_heads_apart(self) -> bool:
         """Whether an option counts heads, or channels of all heads together."""
         return "q" in self.given and bool(self.given.get("channel_shifts") or self.given.get("temporal_heads"))
@@ -115,7 +112,7 @@ class _Call(NamedTuple):
 def _shards(tokens: Any, dim: int) -> int:
     """Count the parts that a dimension is in now, or would be in if all processes took part."""
     shape = tokens.device_mesh.shape
-    count = math.prod(size for size, place in zip(shape, tokens.placements, strict=True) if place.is_shard(dim))
+    count = math.prod([size for size, place in zip(shape, tokens.placements, strict=True) if place.is_shard(dim)])
     return count if count > 1 else math.prod(shape)
 
 
@@ -136,16 +133,16 @@ def call_by_heads(name: str, args: Sequence[Any]) -> Any:
     """
     if not isinstance(args[0], DTensor):
         return None
-    op = getattr(torch.ops.vidattn, name).default
-    call = _Call.of(op, args)
+    call = _Call.of(name, args)
     if not call.tells_heads_apart():
         return None
     tokens, mesh = call.tokens, call.tokens.device_mesh
-    known = set(call.modes())
+    known = call.modes()
     if tokens.shape[0] % _shards(tokens, 0) != 0:  # from_local takes equal parts
-        known -= {"batch"}
+        known = [mode for mode in known if mode != "batch"]
     wanted = {Shard(0): "batch", Shard(tokens.ndim - 2): "heads"}
-    modes = [mode if (mode := wanted.get(place)) in known else "replicate" for place in tokens.placements]
+    modes = [wanted.get(place, "replicate") for place in tokens.placements]
+    modes = [mode if mode in known else "replicate" for mode in modes]
     if "heads" not in modes:
         return None
 
@@ -162,25 +159,26 @@ def call_by_heads(name: str, args: Sequence[Any]) -> Any:
         for row, value in call.given.items()
     }
     results = call_op(name, *(local | call.options_of(first, count)).values())
-    return tuple(
-        DTensor.from_local(result, mesh, placements(row, True), run_check=False)
-        for row, result in zip(_outputs(op), results, strict=True)
-    )
+    rows = zip(_outputs[name], results, strict=True)
+    return [DTensor.from_local(result, mesh, placements(row, True), run_check=False) for row, result in rows]
 
 
-def _outputs(op: torch._ops.OpOverload) -> list[str]:
-    return [row.name or "x" for row in op._schema.returns]  # what temporal_shift returns lies as its input does
+# Names by op, read once: a compiler that follows a call cannot read schemas.
+_arguments: dict[str, list[str]] = {}
+_outputs: dict[str, list[str]] = {}
 
 
 def _register(name: str) -> None:
     op = getattr(torch.ops.vidattn, name).default
+    _arguments[name] = [row.name for row in op._schema.arguments]
+    _outputs[name] = [row.name or "x" for row in op._schema.returns]  # what temporal_shift returns lies as its input
 
     def rule(*args: Any) -> list[tuple[list[Placement | None], list[Placement | None]]]:
-        call = _Call.of(op, args)
+        call = _Call.of(name, args)
         modes = [mode for mode in call.modes() if mode != "heads" or not call.tells_heads_apart()]
         return [
             (
-                [call.placement(row, mode, is_output=True) for row in _outputs(op)],
+                [call.placement(row, mode, is_output=True) for row in _outputs[name]],
                 [call.placement(row, mode, is_output=False) for row in call.given],
             )
             for mode in modes
