@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import distributed_models as models
@@ -26,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import vidattn
 import vidattn.distributed
+from vidattn.distributed import plan as plan_module
 
 PROCESSES = 2
 BATCH, HEADS, HEAD_DIM = 4, 6, 8
@@ -131,7 +134,7 @@ FULL = {"full_state_dict": True}
 def _parallel(name: str, order: str = "before", dtype: torch.dtype = torch.float64) -> nn.Module:
     """Build a model, sharded by its plan. ``order`` says when it is accelerated: "before", "after", or "never"."""
     model = models.build(name).to(dtype)
-    mesh = init_device_mesh("cpu", (PROCESSES,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if order == "before":
         vidattn.accelerate(model)
     parallelize_module(model, mesh, vidattn.distributed.parallelize_plan(model, mesh))
@@ -237,7 +240,6 @@ CASES: dict[str, Any] = {
     **{f"{name} by {mode}": partial(_sharded_call, name, mode) for name in CALLS for mode in MODES},
     **{f"{name}, {order}": partial(_parallel_model, name, order) for name in MODELS for order in ("never", "before")},
     "video_swin, after": partial(_parallel_model, "video_swin", "after"),
-    "timesformer, compiled": partial(_compiled_model, "timesformer"),
 }
 
 
@@ -300,8 +302,47 @@ def test_a_parallel_model_can_be_accelerated(results: dict[str, Any]) -> None:
     assert found["ops"] == {"window3d_attention": 4, "window3d_attention_backward": 4}
 
 
-def test_a_parallel_model_compiles_whole(results: dict[str, Any]) -> None:
-    assert largest(result(results, "timesformer, compiled")["distances"]) < 1e-13
+@pytest.mark.slow
+def test_parallel_models_compile_whole(tmp_path: Path) -> None:
+    found = run_group(PROCESSES, {name: partial(_compiled_model, name) for name in MODELS}, tmp_path)
+    for name in MODELS:
+        assert largest(result(found, name)["distances"]) < 1e-13
+
+
+def _on_a_grid(name: str) -> dict[str, Any]:
+    """Batch over two processes and heads over two, in one mesh."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    call, shapes = CALLS[name]
+    tensors, learned = [_random(*shape) for shape, _ in shapes], [heads is not None for _, heads in shapes]
+    expected = _run(call, tensors, learned)
+    places = [
+        [Shard(0) if shape[0] == BATCH else Replicate(), Replicate() if heads is None else Shard(heads)]
+        for shape, heads in shapes
+    ]
+    found = _run(call, [distribute_tensor(x, mesh, place) for x, place in zip(tensors, places)], learned)
+    return {
+        "distances": [distance(x.full_tensor(), y) for x, y in zip(found, expected, strict=True)],
+        "placements": [[str(place) for place in x.placements] for x in found],
+    }
+
+
+@pytest.mark.slow
+def test_batch_and_heads_at_once(tmp_path: Path) -> None:
+    names = [name for name in CALLS if name != "shift"]
+    found = run_group(4, {name: partial(_on_a_grid, name) for name in names}, tmp_path)
+    for name in names:
+        (batch, heads), *_ = result(found, name)["placements"]
+        assert largest(found[name]["distances"]) < 1e-13 and batch == "S(0)" and heads.startswith("S"), found[name]
+
+
+@pytest.mark.slow
+def test_four_processes_share_heads(tmp_path: Path) -> None:
+    cases = {
+        f"{name}, {order}": partial(_parallel_model, name, order) for name in MODELS for order in ("before", "never")
+    }
+    found = run_group(4, cases, tmp_path)
+    for name in cases:
+        assert largest(result(found, name)["results"]) < 1e-12 and largest(found[name]["state"]) < 1e-12
 
 
 def test_a_parallel_model_is_saved_and_restored(results: dict[str, Any]) -> None:
@@ -334,6 +375,25 @@ def test_what_the_mesh_does_not_divide_stays_replicated_and_is_named(mesh: Devic
     text = str(caught[0].message)
     assert text.count("its 4 heads are no multiple of 6 processes") == 3
     assert "model.blocks.1.mlp (its 64 hidden channels are no multiple of 6 processes)" in text
+
+
+class Adapted(nn.Linear):
+    """A layer that may be anything."""
+
+
+def test_layers_of_other_kinds_stay_replicated(mesh: DeviceMesh) -> None:
+    model = models.build("timesformer")
+    for module in model.modules():
+        if hasattr(module, "num_heads"):
+            module.num_heads = 6
+    model.model.blocks[1].attn.proj = Adapted(16, 16)
+    with pytest.warns(UserWarning, match=r"model\.blocks\.1\.attn \(its proj is a Adapted\)"):
+        plan = vidattn.distributed.parallelize_plan(model, mesh)
+    assert len(plan) == 6 and "model.blocks.1.attn.qkv" not in plan
+
+
+def test_examples() -> None:
+    assert doctest.testmod(plan_module) == (0, 12)
 
 
 @pytest.mark.filterwarnings("ignore:parallelize_plan")

@@ -133,7 +133,7 @@ def parallelize_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelSt
         >>> from vidattn.models import create_model
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> mesh = init_device_mesh("cpu", (1,))
-        >>> model = create_model("timesformer_base", depth=1)
+        >>> model = create_model("timesformer_base", img_size=32, depth=1)
         >>> model = parallelize_module(model, mesh, parallelize_plan(model, mesh))
         >>> model.model.blocks[0].attn.qkv.weight.placements
         (_StridedShard(dim=0, sf=3),)
@@ -182,12 +182,19 @@ def _why_not_by_heads(attention: Any, processes: int) -> str | None:
         return "it has no projections"
     if getattr(attention, "summary_frames", 0):
         return "its summary tokens are made of all heads"
-    return None
+    return _why_not_linear(attention, "qkv", "proj")
 
 
 def _why_not_by_channels(mlp: Any, processes: int) -> str | None:
-    hidden = mlp.fc1.out_features
-    return f"its {hidden} hidden channels are no multiple of {processes} processes" if hidden % processes else None
+    reason = _why_not_linear(mlp, "fc1", "fc2")
+    if reason is None and mlp.fc1.out_features % processes:
+        return f"its {mlp.fc1.out_features} hidden channels are no multiple of {processes} processes"
+    return reason
+
+
+def _why_not_linear(module: nn.Module, *layers: str) -> str | None:
+    kinds = {name: type(module.get_submodule(name)) for name in layers}
+    return next((f"its {name} is a {kind.__name__}" for name, kind in kinds.items() if kind is not nn.Linear), None)
 
 
 def _by_heads(attention: nn.Module) -> dict[str, ParallelStyle]:
@@ -232,6 +239,5 @@ def _check_rows(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if sum(place != Replicate() for place in places) > 1:
             raise ValueError(
                 f"state_dict: {prefix}{name}: expected rows that are sharded by heads alone, got placements {places}."
-                " FSDP has cut them again, and DTensor would put them together in another order; leave the packed"
-                " projections to tensor parallelism (fully_shard's ignored_params)"
+                " FSDP has cut them again, and full_tensor() would put them together in another order: use one of the two"
             )
