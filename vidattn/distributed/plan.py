@@ -239,5 +239,5 @@ def _check_rows(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if sum(place != Replicate() for place in places) > 1:
             raise ValueError(
                 f"state_dict: {prefix}{name}: expected rows that are sharded by heads alone, got placements {places}."
-                " FSDP has cut them again, and full_tensor() would put them together in another order: use one of the two"
+                " FSDP has cut them again, and full_tensor() would give them in another order: use one of the two"
             )

@@ -86,7 +86,7 @@ class _Call(NamedTuple):
         whole = given["num_frames"] if "channel_shifts" in given else 1  # rows that belong together
         for name in ("mask", "window_types"):
             if "bias" in given and given.get(name) is not None:  # window g takes number g % nW
-                whole = max(whole, given[name].shape[0])
+                whole = math.lcm(whole, given[name].shape[0])
         if whole == 1 or tokens.shape[0] % (whole * _shards(tokens, 0)) == 0:
             found.append("batch")
         if "q" in given and tokens.shape[-2] % _shards(tokens, tokens.ndim - 2) == 0:
