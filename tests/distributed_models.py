@@ -124,11 +124,14 @@ def clips(count: int) -> Tensor:
     return torch.randn(count, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, video: Tensor, first: int = 0) -> Tensor:
+def learn(
+    model: nn.Module, optimizer: torch.optim.Optimizer, video: Tensor, first: int = 0, autocast: bool = False
+) -> Tensor:
     """Take a step of an optimizer on clips that are numbered from ``first``; give the loss."""
     optimizer.zero_grad()
     labels = (first + torch.arange(len(video), device=video.device)) % CLASSES
-    loss = functional.cross_entropy(logits(model, video), labels)
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=autocast):
+        loss = functional.cross_entropy(logits(model, video), labels)
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -86,7 +85,12 @@ def _distributed(run: Run, model: nn.Module, device: torch.device) -> nn.Module:
             if module in _blocks(model):
                 model.set_submodule(name, checkpoint_wrapper(module))
     if run.wrapper == "ddp":
-        wrapped: nn.Module = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        wrapped: nn.Module = DistributedDataParallel(
+            model,
+            [device.index] if device.type == "cuda" else None,
+            find_unused_parameters=run.model
+            == "xvit",  # as in its paper's code, its temporal head leaves one layer out
+        )
     else:
         options: dict[str, Any] = {}
         if run.option == "mixed":
@@ -101,11 +105,10 @@ def _distributed(run: Run, model: nn.Module, device: torch.device) -> nn.Module:
     return wrapped
 
 
-def _steps(run: Run, model: nn.Module, video: Tensor, first: int, device: torch.device) -> list[Tensor]:
+def _steps(run: Run, model: nn.Module, video: Tensor, first: int) -> list[Tensor]:
     optimizer = _optimizer(run, model)
-    cast = run.option == "mixed" and run.wrapper == "ddp"
-    with torch.autocast(device.type, torch.bfloat16) if cast else contextlib.nullcontext():
-        return [models.learn(model, optimizer, video, first) for _ in range(STEPS)]
+    autocast = run.option == "mixed" and run.wrapper == "ddp"
+    return [models.learn(model, optimizer, video, first, autocast) for _ in range(STEPS)]
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -115,10 +118,10 @@ def _train(run: Run) -> dict[str, Any]:
     alone, together = _make(run, device), _make(run, device)
     start = [parameter.detach().clone() for parameter in alone.parameters()]
     video = models.clips(CLIPS).to(next(alone.parameters()))
-    wanted = _steps(run._replace(option=""), alone, video, 0, device)
+    wanted = _steps(run._replace(option=""), alone, video, 0)
     count = CLIPS // world_size
     wrapped = _distributed(run, together, device)
-    losses = _steps(run, wrapped, video[rank * count :][:count], rank * count, device)
+    losses = _steps(run, wrapped, video[rank * count :][:count], rank * count)
     for loss in losses:
         dist.all_reduce(loss)
     expected = dict(alone.named_parameters())
