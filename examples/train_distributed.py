@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -119,7 +120,7 @@ def train(
     every: int,
     device: torch.device,
     advance: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
-) -> None:
+) -> float:
     """Trains a model from its last checkpoint on, and writes losses to ``losses.jsonl``, a line a step.
 
     Args:
@@ -129,7 +130,11 @@ def train(
         every: steps from one checkpoint to the next.
         device: where the model is.
         advance: told the stage, the steps done and the steps in all.
+
+    Returns:
+        The mean loss of the last ten steps that are done now; NaN if none was left to do.
     """
+    losses: list[float] = []
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoint = latest(folder)
     first = 0 if checkpoint is None else load(checkpoint, model, optimizer)
@@ -144,12 +149,14 @@ def train(
             optimizer.step()
             mean = loss.detach() / dist.get_world_size()
             dist.all_reduce(mean)
+            losses.append(mean.item())
             if log is not None:
-                log.write(json.dumps({"step": step, "loss": mean.item()}) + "\n")
+                log.write(json.dumps({"step": step, "loss": losses[-1]}) + "\n")
                 log.flush()
             if (step + 1) % every == 0 or step + 1 == steps:
                 save(folder, step + 1, model, optimizer)
             advance("train", step + 1, steps)
+    return statistics.fmean(losses[-10:]) if losses else math.nan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,9 +206,9 @@ def _run(options: Any) -> int:
         vidattn.accelerate(model)
         model = shard(model, options.method, device)
         with progress("train", plain=True) if main_process else nullcontext() as advance:
-            train(model, options.folder, options.steps, options.every, device, advance or (lambda *_: None))
+            loss = train(model, options.folder, options.steps, options.every, device, advance or (lambda *_: None))
         if main_process:
-            print(f"checkpoint  {latest(options.folder)}")
+            print(f"loss        {loss:.4f}\ncheckpoint  {latest(options.folder)}")
     finally:
         dist.destroy_process_group()
     return 0
