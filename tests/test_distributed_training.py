@@ -165,9 +165,8 @@ SELECTED = (
     Run("video_swin", "fsdp", "sgd"),
     Run("timesformer", "ddp", "adamw"),
     Run("xvit", "fsdp", "adamw"),
-    Run("vivit", "ddp", "sgd"),
+    Run("vivit", "fsdp", "sgd", "checkpoint"),
     Run("torchvision", "ddp", "sgd"),
-    Run("transformers", "fsdp", "sgd", "checkpoint"),
 )
 ALL = tuple(itertools.starmap(Run, itertools.product(NAMES, ("ddp", "fsdp"), ("sgd", "adamw"))))
 OPTIONS = tuple(
@@ -321,7 +320,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE_STEPS, EVERY, KILLED_AFTER = 30, 12, 17
 
 
-def _start(folder: Path, processes: int = 2, method: str = "fsdp") -> subprocess.Popen[bytes]:
+def _start(folder: Path, processes: int, method: str = "fsdp") -> subprocess.Popen[bytes]:
     """Start the example as its first lines say."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     example = ["examples/train_distributed.py", "--folder", str(folder), "--method", method]
@@ -360,17 +359,18 @@ def _read(folder: Path, to: Path) -> Any:
     return torch.load(to)
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path, processes: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _finish(_start(whole))
-    process = _start(killed)
+    _finish(_start(whole, processes))
+    process = _start(killed, processes)
     while len(_steps_in(killed)) < KILLED_AFTER and process.poll() is None:
         time.sleep(0.01)
     _kill(process)
     before, (saved, *_) = _steps_in(killed), reversed(_checkpoints(killed))
     assert KILLED_AFTER <= len(before) < EXAMPLE_STEPS and saved == EVERY
     (killed / f"step-{2 * EVERY:05d}.partial").mkdir()  # as a training leaves it that was killed while it saved
-    _finish(_start(killed))
+    _finish(_start(killed, processes))
     after = _steps_in(killed)[len(before) :]
     assert [step for step, _ in after] == list(range(saved, EXAMPLE_STEPS))
     assert [*before[:saved], *after] == _steps_in(whole)

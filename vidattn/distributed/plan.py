@@ -92,10 +92,10 @@ class WholeChannels(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def gather(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> Tensor:
+        def gather(part: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return inputs[0].redistribute(placements=[Replicate()]).to_local()
 
-        def cut(part: nn.Module, output: Any, mesh: DeviceMesh) -> DTensor:
+        def cut(part: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(output, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(1)])
 
         return distribute_module(module, device_mesh, None, gather, cut)
