@@ -67,6 +67,8 @@ def test_shell_lines_name_what_exists(line: str) -> None:
     elif program == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         assert arguments[0] in targets
+    elif program == "torchrun":
+        assert any((ROOT / path).is_file() for path in arguments if path.endswith(".py"))
     elif program in ("python", "pytest"):
         path = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
         assert (ROOT / path).exists()

@@ -1,5 +1,7 @@
-"""Models over several processes, on the engine of ``torch.distributed``."""
+"""Models and ops on several processes, with the engine of ``torch.distributed``."""
 
+from vidattn.distributed import rules  # noqa: F401  (importing it registers them)
 from vidattn.distributed.frames import ShardedClip, shard_frames
+from vidattn.distributed.plan import parallelize_plan
 
-__all__ = ["ShardedClip", "shard_frames"]
+__all__ = ["ShardedClip", "parallelize_plan", "shard_frames"]

@@ -25,7 +25,10 @@ def as_defined(*kinds: type[nn.Module]) -> dict[type, Callable[..., Any]]:
 LINEAR = as_defined(nn.Linear)
 SOFTMAX = as_defined(nn.Softmax)
 DROPOUT = as_defined(nn.Dropout, nn.Identity)
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+# Classes of weights that are no more than their numbers. vidattn.distributed adds DTensor.
+PLAIN_TENSORS: set[type] = {nn.Parameter, Tensor, FakeTensor}
+# Whose hooks make DTensors of tensors, and tensors of DTensors, and change no number.
+_PLACING = ("torch.distributed.tensor.", "vidattn.distributed.")
 PER_TOKEN_NORM = as_defined(nn.LayerNorm, nn.RMSNorm, nn.Identity)
 
 
@@ -42,12 +45,17 @@ def is_plain(module: Any, kinds: dict[type, Callable[..., Any]]) -> bool:
         kinds.get(kind) is kind.forward
         and "forward" not in state
         and not (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
+            (state["_forward_hooks"] and _divert(state["_forward_hooks"]))
+            or (state["_forward_pre_hooks"] and _divert(state["_forward_pre_hooks"]))
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
         )
     )
+
+
+def _divert(hooks: dict[int, Callable[..., Any]]) -> bool:
+    """Whether one of the hooks may do more than place tensors on the processes of a mesh."""
+    return not all(getattr(hook, "__module__", "").startswith(_PLACING) for hook in hooks.values())
 
 
 def is_part(module: Any, twin: Any) -> bool:
@@ -115,7 +123,7 @@ def _has_plain_weight(linear: nn.Linear) -> bool:
     weight = linear._parameters.get("weight")
     if weight is None:  # FSDP and DataParallel put a view there
         weight = linear.__dict__.get("weight")
-    return type(weight) in _PLAIN_TENSORS
+    return type(weight) in PLAIN_TENSORS
 
 
 def rate_in_use(dropout: nn.Module) -> float:

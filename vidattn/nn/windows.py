@@ -105,6 +105,7 @@ _seen_index: Seen = weakref.WeakKeyDictionary()
 def has_standard_index(attention: Any) -> bool:
     """Whether pairs of tokens find their bias where the ops look for it. A tensor is read once, until it changes."""
     index = attention._buffers.get("relative_position_index")
+    index = getattr(index, "_local_tensor", index)  # of a DTensor, which every process has whole
     return index is not None and is_still(
         _is_standard_index, _seen_index, attention, index, tuple(attention.window_size)
     )

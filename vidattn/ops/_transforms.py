@@ -57,6 +57,12 @@ def call_op(name: str, *args: Any) -> Any:
     Returns:
         What the op returns.
     """
+    if type(args[0]) is not Tensor and "torch.distributed.tensor" in sys.modules:
+        from vidattn.distributed.rules import call_by_heads  # how DTensors are sharded, which takes long to import
+
+        found = call_by_heads(name, args)
+        if found is not None:
+            return found
     transformed = torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0 or torch.jit.is_tracing() or (transformed and torch.compiler.is_compiling()):
         return _ops[name].plain(*args)
