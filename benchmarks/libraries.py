@@ -1,9 +1,10 @@
-"""Models of other libraries, full size, as functions of one tensor: what a user of each library runs."""
+"""Models of other libraries, full size, and their attention alone, as functions of one tensor: what their users run."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +23,13 @@ class _PixelValues(nn.Module):
         return self.model(pixel_values=video.transpose(1, 2)).logits
 
 
-def _swin3d_t(**options: Any) -> nn.Module:
-    from tests.torchvision_swin import torchvision_swin3d  # it loads beside a CPU build of torch too
+def _torchvision() -> Any:
+    """Import torchvision, which timm needs too; this way it loads beside a CPU build of torch."""
+    return importlib.import_module("tests.torchvision_swin").torchvision_swin3d
 
-    model = torchvision_swin3d.swin3d_t(weights=None, progress=False, **options)
+
+def _swin3d_t(**options: Any) -> nn.Module:
+    model = _torchvision().swin3d_t(weights=None, progress=False, **options)
     for module in model.modules():
         if type(module).__name__ == "StochasticDepth":
             module.p = 0.0
@@ -43,11 +47,63 @@ def _timesformer(**options: Any) -> nn.Module:
     return _PixelValues(transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**given)))
 
 
+def _timm_swin_t(**options: Any) -> nn.Module:
+    _torchvision()
+    return importlib.import_module("timm").create_model("swin_tiny_patch4_window7_224", **options)  # type: ignore[no-any-return]
+
+
+def _torchvision_attention(**options: Any) -> nn.Module:
+    given = {"dim": 96, "window_size": [8, 7, 7], "shift_size": [4, 3, 3], "num_heads": 3, **options}
+    return _torchvision().ShiftedWindowAttention3d(**given)  # type: ignore[no-any-return]
+
+
+class _MonaiBlock(nn.Module):
+    """A block of SwinUNETR with the mask that its layer makes for it."""
+
+    def __init__(self, size: int, **options: Any) -> None:
+        super().__init__()
+        unetr = importlib.import_module("monai.networks.nets.swin_unetr")
+        given = {"dim": 48, "num_heads": 3, "window_size": (7, 7, 7), "shift_size": (3, 3, 3), **options}
+        self.block = unetr.SwinTransformerBlock(**given)
+        padded = [-(-size // window) * window for window in given["window_size"]]
+        mask = unetr.compute_mask(padded, given["window_size"], given["shift_size"], None)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, self.mask)  # type: ignore[no-any-return]
+
+
+class _TimesformerLayer(nn.Module):
+    """A layer of transformers' TimeSformer, which gives the tokens alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        code = importlib.import_module("transformers.models.timesformer.modeling_timesformer")
+        given = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options}
+        self.layer = code.TimesformerLayer(importlib.import_module("transformers").TimesformerConfig(**given), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.layer(x)
+        return result if isinstance(result, Tensor) else result[0]  # type: ignore[no-any-return]
+
+
+def _timm_block(**options: Any) -> nn.Module:
+    _torchvision()
+    code = importlib.import_module("timm.models.swin_transformer")
+    given = {"dim": 96, "input_resolution": (56, 56), "num_heads": 3, "window_size": 7, "shift_size": 3, **options}
+    return code.SwinTransformerBlock(**given)  # type: ignore[no-any-return]
+
+
 # Each takes the options of its constructor.
 LIBRARY_MODELS: dict[str, Callable[..., nn.Module]] = {
     "torchvision_swin3d_t": _swin3d_t,
     "monai_swin_unetr": _swin_unetr,
     "transformers_timesformer": _timesformer,
+    "timm_swin_t": _timm_swin_t,
+    "torchvision_attention": _torchvision_attention,
+    "monai_block": partial(_MonaiBlock, 48),
+    "transformers_layer": _TimesformerLayer,
+    "timm_block": _timm_block,
 }
 
 

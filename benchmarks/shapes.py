@@ -154,7 +154,7 @@ def _swin_2d(size: int, window: int, heads: int, batch: int) -> list[WindowCase]
 # window covers the frame. Swin-B on Something-Something v2 has windows of 16 frames. "padded" is stage 1 on 320 x 240
 # video, whose 60 x 80 tokens are no multiple of the window. SwinUNETR (arXiv 2201.01266) makes 48^3 tokens of a 96^3
 # volume, which its windows of 7^3 pad to 49^3. Pangu-Weather (arXiv 2211.02556) has windows that go around the globe;
-# its second level has four times the tokens of this one. VRT (arXiv 2201.12288) attends in windows of 6 and 2 frames.
+# its second level is three times as fine as this one. VRT (arXiv 2201.12288) attends in windows of 6 and 2 frames.
 WINDOW_CASES = _table(
     *_windows("swin_t", "Swin-T", *_swin(3, 16)),
     *_windows("swin_s", "Swin-S", *_swin(3, 16)),
@@ -173,7 +173,7 @@ WINDOW_CASES = _table(
     *_windows(
         "pangu",
         "Pangu-like, cyclic,",
-        WindowCase((8, 46, 90), (2, 6, 12), (0, 0, 0), 12, wrap=(False, False, True)),
+        WindowCase((8, 31, 60), (2, 6, 12), (0, 0, 0), 12, wrap=(False, False, True)),
         stages=[2],
     ),
     *_windows("vrt", "VRT, 6 frames,", WindowCase((6, 64, 64), (6, 8, 8), (0, 0, 0), 6, 20), stages=[1]),
@@ -248,7 +248,7 @@ CROSSOVER = (8, 16, 32, 49, 64, 144, 196, 343, 392, 784, 1152)
 # TimeSformer-B (8 frames), -HR (16 frames of 448 x 448) and -L (96 frames); ViViT-B with tubelets of 2 frames, whose
 # model 2 has an encoder over space and one over time, each with a cls token of its own; a layer over time of a video
 # diffusion model on 64 x 64 latents (sites come first, as its code rearranges them). Sequences of other lengths, about
-# 8,192 tokens in all, show where who is fastest.
+# 4,096 tokens in all, show where who is fastest.
 DIVIDED_CASES = _table(
     ("temporal_8_frames", "TimeSformer time, 8 frames, batch 2", DividedCase("temporal", 8, 196, batch=2)),
     ("temporal_32_frames", "TimeSformer time, 32 frames", DividedCase("temporal", 32, 196)),
@@ -276,7 +276,7 @@ DIVIDED_CASES = _table(
         for heads, head_dim in ((8, 40), (5, 64))
     ),
     *(
-        (f"sequences_of_{n}", f"sequences of {n}", DividedCase("spatial", max(1, 8192 // n), n, "thw"))
+        (f"sequences_of_{n}", f"sequences of {n}", DividedCase("spatial", max(1, 4096 // n), n, "thw"))
         for n in CROSSOVER
     ),
 )

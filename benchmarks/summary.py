@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,17 +12,6 @@ OURS = "vidattn"
 # In the order of the columns.
 CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_compiled", "vidattn_float32")
 Group = dict[str, dict[str, Any]]
-
-
-def statistics_of(times: Sequence[float]) -> dict[str, float]:
-    """Sum up the seconds of all rounds."""
-    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    return {
-        "min": min(times),
-        "median": statistics.median(times),
-        "iqr": quarters[2] - quarters[0],
-        "rounds": len(times),
-    }
 
 
 def groups_of(entries: Sequence[dict[str, Any]]) -> dict[str, Group]:
