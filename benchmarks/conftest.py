@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +13,7 @@ import pytest
 import torch
 from imported_copy import describe, why_refused
 
-import vidattn
-from benchmarks import report, selection, summary
+from benchmarks import machine, report, selection, summary
 from benchmarks.cpu_limits import cpu_isa
 from benchmarks.measure import Measured, measure
 from benchmarks.rounds import CLOCK
@@ -50,16 +47,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if config.getoption("full") and not config.getoption("collectonly"):
         default = RESULTS / f"full-{cpu_isa()}-{torch.get_num_threads()}-threads.json"
         try:
-            config.stash[STORE] = Store(config.getoption("results") or default, machine_of(config))
+            config.stash[STORE] = Store(
+                config.getoption("results") or default, machine.describe(config.getoption("device"))
+            )
         except ValueError as error:
             raise pytest.UsageError(f"--results: {error}") from None
-
-
-def machine_of(config: pytest.Config) -> dict[str, Any]:
-    """Describe the machine as results do."""
-    machine_info = config.hook.pytest_benchmark_generate_machine_info(config=config)
-    config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine_info)
-    return report.clean_machine(machine_info)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -105,17 +97,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # a result is made to be shown, and the name of the host is no part of it
-    machine_info.update(
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        cpu_isa=cpu_isa(),
-        torch=torch.__version__,
-        vidattn=vidattn.__version__,
-        platform=f"{platform.system()} {platform.machine()}",
-    )
-    device = torch.device(config.getoption("device"))
-    if device.type == "cuda":
-        machine_info["device"] = torch.cuda.get_device_name(device)
+    machine_info.update(machine.details(config.getoption("device")))
 
 
 @pytest.hookimpl(trylast=True)
@@ -128,13 +110,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"\nresults: {store.path}{left}")
         terminalreporter.write_line(f"as tables: python -m benchmarks.report {store.path}")
     elif config.stash[ENTRIES]:
-        machine = machine_of(config)
+        here = machine.describe(config.getoption("device"))
         try:
             width = {"width": shutil.get_terminal_size().columns} if terminalreporter.isatty else {}
-            table = summary.render(config.stash[ENTRIES], machine, bold=terminalreporter.hasmarkup, **width)
+            table = summary.render(config.stash[ENTRIES], here, bold=terminalreporter.hasmarkup, **width)
         except ImportError:  # no rich
             today = datetime.date.today().isoformat()
-            table = report.tables({"machine": machine, "date": today, "benchmarks": config.stash[ENTRIES]})
+            table = report.tables({"machine": here, "date": today, "benchmarks": config.stash[ENTRIES]})
         terminalreporter.write_line(f"\n{table}")
 
 

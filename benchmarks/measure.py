@@ -63,7 +63,7 @@ class Measured:
             work: what the call costs.
             info: what else an entry should hold.
         """
-        shared = dict(zip(("case", "direction", "dtype", "threads"), case))
+        shared = dict(zip(("case", "direction", "dtype", "threads"), case)) | work._asdict() | dict(info)
         return [
             {
                 "group": group,
@@ -71,8 +71,6 @@ class Measured:
                 "info": {
                     **shared,
                     "contender": name,
-                    **work._asdict(),
-                    **info,
                     **summarise(self.times, name, work),
                     **known,
                     "not_run": self.not_run,

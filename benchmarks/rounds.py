@@ -222,7 +222,8 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
     Returns:
         ``gflops`` (best round); ``share_of_gemm`` and ``share_of_copy`` (of their rates), where they were measured
         ``share_of_limit`` and ``share_of_traffic``, and ``speedup_over`` (each other contender), all of which have the
-        keys of :func:`ratio`; ``limit_seconds`` (median) and what is the larger part of it, ``limited_by``.
+        keys of :func:`ratio`; ``limit_seconds`` (median), what is the larger part of it, ``limited_by``, and the rates
+        that make it.
     """
 
     def share(baseline: str, factor: float) -> dict[str, float]:
@@ -238,6 +239,8 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
         best = limit({baseline: [min(times[baseline])] for baseline in (FMA, EXP, COPY)}, work)[0]
         by_round = [least / taken for least, taken in zip(limits, times[name])]
         found["share_of_limit"] = _shares(best / min(times[name]), by_round)
+        found["fma_gflops"] = FMA_FLOPS / min(times[FMA]) * 1e-9
+        found["exponentials_per_second"] = EXPONENTIALS / min(times[EXP])
         found["limit_seconds"] = statistics.median(limits)
         only_bytes = statistics.median(limit(times, Work(0, work.bytes)))
         found["limited_by"] = "bytes" if only_bytes >= statistics.median(limits) else "arithmetic"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from vidattn.geometry import WindowGeometry, num_bias_rows, region_mask, resolve_windows
+from vidattn.geometry import WindowGeometry, num_bias_rows, region_bits, resolve_windows
 
 DIRECTIONS = ("forward", "forward_backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,8 +100,14 @@ class WindowCase:
     @property
     def visible(self) -> float:
         """Share of the scores that no mask separates."""
-        mask = region_mask(self.geometry)
-        return 1.0 if mask is None else 1.0 - int(mask.sum()) / mask.numel()
+        windows, tokens = (Counter(bits.tolist()) for bits in region_bits(self.geometry))
+        seen = 0
+        for last, count in windows.items():
+            regions: Counter[int] = Counter()  # of such a window: tokens that wrapped around on the same of its axes
+            for wrapped, size in tokens.items():
+                regions[wrapped & last] += size
+            seen += count * sum(size**2 for size in regions.values())
+        return seen / (self.geometry.num_windows * self.geometry.num_tokens**2)
 
     def flops(self, direction: str) -> int:
         """Operations of the matrix products."""

@@ -48,7 +48,7 @@ class Store:
 
     Args:
         path: its file, which may exist.
-        machine: what ``report.clean_machine`` gives.
+        machine: what ``machine.describe`` gives.
 
     Raises:
         ValueError: the file has results of another machine or version, or is no result.
