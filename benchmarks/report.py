@@ -73,13 +73,13 @@ def clean(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a result, cleaned.
+    """Read a result, cleaned, with the name of its ``file``.
 
     Raises:
         ValueError: the file is none.
     """
     try:
-        result = clean(json.loads(path.read_text()))
+        result = store.rounded(clean(json.loads(path.read_text()))) | {"file": path.name}
         for entry in result["benchmarks"]:  # older results leave out what all or one kind have in common
             entry["info"] = {"threads": result["machine"].get("threads", 0), "direction": "shift"} | entry["info"]
         describe_machine(result["machine"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from benchmarks import growth, rounds, shapes
@@ -44,16 +46,22 @@ def entries(
     return measured.entries("/".join((family, *key[:3])), key, work, {"cpu_isa": "avx512"})
 
 
-def result(slow: float = 1.0, threads: int = 2, count: int = 15) -> dict[str, Any]:
-    """Make a result of all cases of ops in float32."""
+def result(
+    slow: float = 1.0, threads: int = 2, count: int = 15, names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Make a result of the cases of ops in float32: of all, unless some are named."""
     found = []
     tables = {"window3d": shapes.WINDOW_CASES, "divided": shapes.DIVIDED_CASES, "mixing": shapes.MIXING_CASES}
     for family, table in tables.items():
         for name, case in table.items():
-            for direction in shapes.DIRECTIONS:
+            for direction in shapes.DIRECTIONS if names is None or name in names else ():
                 work = shapes.work_of(case, direction, shapes.DTYPES["float32"])  # type: ignore[arg-type]
                 found += entries(family, (name, direction, "float32", threads), work, slow, count)
     return {"machine": {**MACHINE, "threads": threads}, "date": "2026-01-31", "benchmarks": found}
+
+
+FEW = ("swin_t_stage1", "temporal_8_frames", "xvit_b_div8")
+few = partial(result, names=FEW)
 
 
 def growth_result() -> dict[str, Any]:
