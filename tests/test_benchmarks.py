@@ -308,15 +308,40 @@ def test_report_shows_ratios_and_memory(result):
     assert "vidattn + compile" not in printed
 
 
-def test_targets_compare_with_the_best_only_when_all_were_measured(result):
-    ours = [entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"]
-    assert targets.judge(ours[0]) == [
-        "swin_t_stage1 forward float32: gemm 0.76, target 0.75: reached",
-        "swin_t_stage1 forward float32: eager 5.26, target 5.00: reached",
-        "swin_t_stage1 forward float32: best 1.55, target 1.60: missed",  # the better one of SDPA and compiled
+def test_targets_compare_with_the_limit_and_the_best_rival(result):
+    (ours, *_) = [
+        entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"
     ]
-    del ours[0]["speedup_over"]["compiled"]
-    assert not [line for line in targets.judge(ours[0]) if "best" in line]
+    ours |= {"share_of_limit": {"median": 0.76}, "cpu_isa": "avx2"}
+    assert targets.judge(ours) == [
+        "Swin-T stage 1, forward, float32, 1 thread: limit 0.76, target 0.75: reached",
+        "Swin-T stage 1, forward, float32, 1 thread: rival 1.50, target 1.60: missed",  # SDPA is the best one
+    ]
+    del ours["share_of_limit"]
+    assert len(targets.judge(ours)) == 1
+    half = {**ours, "dtype": "bfloat16", "speedup_over": {"vidattn_float32": {"median": 0.9}}}
+    assert targets.judge(half)[0].endswith("float32 0.90, target 0.95: missed")
+    assert not targets.judge({**half, "cpu_isa": "avx512_bf16"})  # which has products of them
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "expected"),
+    [
+        ("swin_l_stage2", "forward_backward", {"limit": 0.70}),
+        ("swin_t_stage1_shifted", "forward", {"rival": 5.0}),
+        ("swinunetr_stage1_shifted", "forward_backward", {"rival": 2.0}),
+        ("swin_2d_stage1", "forward", {"rival": 1.5}),
+        ("temporal_hr", "forward", {"copy": 0.6}),
+        ("temporal_96_frames", "forward", {"rival": 1.15}),
+        ("xvit_b_div8", "forward_backward", {"rival": 1.4}),
+        ("xvit_b_div8", "shift", {"copy": 0.8}),
+        ("sequences_of_8", "forward", {}),
+        ("video_swin_t_32x224x224", "training", {"rival": 1.8}),
+        ("xvit_b_16x224x224", "inference", {"rival": 1.0}),
+    ],
+)
+def test_each_kind_of_case_has_its_targets(case, direction, expected):
+    assert targets.targets_of({"case": case, "direction": direction, "dtype": "float32", "cpu_isa": "avx2"}) == expected
 
 
 def test_kept_results_are_readable():
