@@ -45,11 +45,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Open the file that a full run goes on with."""
     config = session.config
     if config.getoption("full") and not config.getoption("collectonly"):
-        default = RESULTS / f"full-{cpu_isa()}-{torch.get_num_threads()}-threads.json"
+        kind = "smoke" if config.getoption("smoke") else "full"
+        default = RESULTS / f"{kind}-{cpu_isa()}-{torch.get_num_threads()}-threads.json"
+        here = machine.describe(config.getoption("device"))
         try:
-            config.stash[STORE] = Store(
-                config.getoption("results") or default, machine.describe(config.getoption("device"))
-            )
+            config.stash[STORE] = Store(config.getoption("results") or default, here)
         except ValueError as error:
             raise pytest.UsageError(f"--results: {error}") from None
 
@@ -129,7 +129,7 @@ class Progress:
         option = session.config.getoption
         cases = selection.cases_of(session.items)
         self.expected = [selection.expected_seconds(case, names, option("full")) for (_, case), names in cases.items()]
-        self.most = 60 * (option("minutes") or selection.FULL_MINUTES) if option("full") else None
+        self.most = 60 * option("minutes") if option("full") else None
         self.started = time.perf_counter()
         self.done = 0
 

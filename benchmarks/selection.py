@@ -40,7 +40,7 @@ def add_options(parser: pytest.Parser) -> None:
     add = parser.getgroup("vidattn").addoption
     add("--full", action="store_true", help="all cases, for up to 3 hours; a second start goes on; -k chooses")
     add("--results", type=Path, metavar="FILE", help="what --full has measured (default: .benchmarks/full-*.json)")
-    add("--minutes", type=float, metavar="N", help=f"--full begins no case after so many (default: {FULL_MINUTES})")
+    add("--minutes", type=float, default=FULL_MINUTES, help=f"--full begins no case after so many ({FULL_MINUTES})")
     add("--dtype", action="append", choices=list(DTYPES), help="repeat for several (default: float32; see --full)")
     add("--device", default="cpu", help="where to run: cpu (default) or cuda")
     add("--threads", type=int, metavar="N", help="threads of torch (default: its own choice)")
