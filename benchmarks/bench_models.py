@@ -62,7 +62,6 @@ def build(
         vidattn.accelerate(model)
     run = model
     if contender.endswith("compiled"):
-        torch.compiler.reset()
         run = torch.compile(model, dynamic=False)
 
     def infer() -> tuple[Tensor, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def _torchvision_attention(**options: Any) -> nn.Module:
 class _MonaiBlock(nn.Module):
     """A block of SwinUNETR with the mask that its layer makes for it."""
 
-    def __init__(self, size: int, **options: Any) -> None:
+    def __init__(self, size: int = 48, **options: Any) -> None:
         super().__init__()
         unetr = importlib.import_module("monai.networks.nets.swin_unetr")
         given = {"dim": 48, "num_heads": 3, "window_size": (7, 7, 7), "shift_size": (3, 3, 3), **options}
@@ -101,7 +100,7 @@ LIBRARY_MODELS: dict[str, Callable[..., nn.Module]] = {
     "transformers_timesformer": _timesformer,
     "timm_swin_t": _timm_swin_t,
     "torchvision_attention": _torchvision_attention,
-    "monai_block": partial(_MonaiBlock, 48),
+    "monai_block": _MonaiBlock,
     "transformers_layer": _TimesformerLayer,
     "timm_block": _timm_block,
 }

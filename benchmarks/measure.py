@@ -142,6 +142,7 @@ def prepare(
     Raises:
         AssertionError: a contender of ours returns something else than the reference.
     """
+    torch.compiler.reset()  # every case counts as the first; not for each contender, or those before compiled again
     calls: dict[str, Call] = {}
     measured = Measured()
     say("float64 reference" if judge == EXACT else judge)

@@ -9,9 +9,21 @@ from pathlib import Path
 import made_up_results as made_up
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from benchmarks import cpu_limits, growth, growth_report, page, predicted, report, rounds, selection, store
-from benchmarks.measure import Measured
+from benchmarks import (
+    bench_models,
+    cpu_limits,
+    growth,
+    growth_report,
+    page,
+    predicted,
+    report,
+    rounds,
+    selection,
+    store,
+)
+from benchmarks.measure import Measured, backends_taken, prepare
 from benchmarks.shapes import (
     ALIASES,
     CROSSOVER,
@@ -19,10 +31,12 @@ from benchmarks.shapes import (
     DIVIDED_CASES,
     DTYPES,
     MIXING_CASES,
+    MODULE_CASES,
     NAMED_CASES,
     TITLES,
     WINDOW_CASES,
     DividedCase,
+    ModelCase,
     WindowCase,
     Work,
     work_of,
@@ -148,6 +162,22 @@ def test_slow_rivals_leave_the_rounds_early(monkeypatch):
     assert rounds.ratio(times, "slow", "vidattn")["median"] == pytest.approx(4.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [(window3d_contenders, "smoke"), (divided_contenders, "smoke_spatial"), (mixing_contenders, "smoke")],
+)
+def test_compiled_contenders_run_and_compile_once(family, case):
+    names = family.contenders("forward", "float32")
+    arguments = {"case": case, "direction": "forward", "dtype": "float32", "device": "cpu"}
+    calls, measured = prepare(family.build, names, arguments, lambda what: None)
+    assert {"compiled", "compiled_sdpa", "flex", "vidattn"} <= calls.keys(), measured.not_run
+    compiled = counters["stats"]["unique_graphs"]
+    for call in calls.values():
+        call()
+    assert counters["stats"]["unique_graphs"] == compiled > 0
+
+
 def test_a_store_goes_on_and_refuses_what_does_not_belong_to_it(tmp_path):
     path, key = tmp_path / "results.json", ("swin_t_stage1", "forward", "float32", 2)
     first = store.Store(path, made_up.MACHINE)
@@ -218,6 +248,25 @@ def test_a_full_run_goes_on_where_it_stopped(tmp_path):
     assert entry["stats"]["rounds"] >= selection.FULL_ROUNDS and entry["info"]["share_of_limit"]["low"] > 0
     printed = run_pytest(*arguments, "-k=shift and not compiled", code=5)
     assert "no case is left: all are in" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("torchvision_attention", (1, 8, 14, 14, 96), {}),
+        ("monai_block", (1, 10, 10, 10, 48), {"size": 10}),
+        ("transformers_layer", (1, 9, 768), {"num_frames": 2, "image_size": 32}),
+        ("timm_block", (2, 14, 14, 96), {"input_resolution": (14, 14)}),
+    ],
+)
+def test_attention_of_libraries_is_accelerated_and_right(name, shape, options, monkeypatch):
+    assert MODULE_CASES[name].model == name
+    monkeypatch.setitem(bench_models.CASES, name, ModelCase(name, shape, tuple(options.items())))
+    for direction in ("inference", "training"):
+        eager, ours = (bench_models.build(name, direction, "float32", contender) for contender in ("eager", "vidattn"))
+        assert backends_taken(ours) == {"cpu"}
+        assert rounds.largest_error(ours(), eager()) < 1e-4
+    assert bench_models.model_flops(name, "training") > 2 * bench_models.model_flops(name, "inference") > 0
 
 
 @pytest.mark.parametrize("power", [-1.0, 0.0, 1.5, 4.0])
