@@ -41,7 +41,6 @@ from benchmarks.window3d_contenders import computes_the_same
 
 Case = WindowCase | DividedCase | MixingCase
 OURS, BASELINE = ("vidattn", "triton"), "eager"
-COMPILED = ("compiled", "flex")  # contenders that torch compiles
 GPU_CASES: dict[str, Case] = {**GPU_WINDOW_CASES, **GPU_DIVIDED_CASES, **GPU_MIXING_CASES}
 # What tries this without a GPU.
 SMALL_CASES: dict[str, Case] = {

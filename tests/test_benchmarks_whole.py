@@ -14,14 +14,17 @@ from torch._dynamo.utils import counters
 from benchmarks import (
     bench_models,
     cpu_limits,
+    divided_contenders,
     growth,
     growth_report,
+    mixing_contenders,
     page,
     predicted,
     report,
     rounds,
     selection,
     store,
+    window3d_contenders,
 )
 from benchmarks.measure import Measured, backends_taken, prepare
 from benchmarks.shapes import (
