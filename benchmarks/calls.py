@@ -45,6 +45,7 @@ def installed(*contenders: str) -> tuple[str, ...]:
 # Who attends in sequences: over time, over space, and over space and time mixed.
 CONTENDERS = ("eager", "sdpa", "compiled", "compiled_sdpa", "flex", *installed("xformers", "flash_attn"), "vidattn")
 GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "xformers", "compiled", "flex")
+GPU_COMPILED = tuple(name for name in COMPILED if name in GPU_CONTENDERS)
 
 
 def contenders(direction: str, dtype: str) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import divided_contenders, mixing_contenders, window3d_contenders
-from benchmarks.calls import COMPILED
+from benchmarks.calls import GPU_COMPILED as COMPILED
 from benchmarks.gpu_steps import Skip, first_line
 from benchmarks.measure import backends_taken
 from benchmarks.rounds import check_agreement
