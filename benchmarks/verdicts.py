@@ -62,25 +62,27 @@ def slower(results: Sequence[Mapping[str, Any]]) -> str:
     It is where the whole interval that holds the median of the ratios is below one, and the rounds were enough.
 
     Args:
-        results: what ``report.clean`` gives.
+        results: what ``report.clean`` gives; of a case that several have on the same machine the first counts.
 
     Returns:
         Markdown: a line for each such case, and how many were compared on how many threads.
     """
     compared: dict[int, int] = {}
-    lines, unsure = [], []
+    lines, unsure, seen = [], [], set()
     for result in results:
         for entry in ours_of(result):
             info, rival = entry["info"], best_rival(entry["info"])
-            if rival is None:
+            where_and_what = (result["machine"]["processor"], result["machine"].get("cpu_isa"), key_of(entry))
+            if rival is None or where_and_what in seen:
                 continue
+            seen.add(where_and_what)
             compared[info["threads"]] = compared.get(info["threads"], 0) + 1
             speed = f"{rival.median:.2f} ({rival.low:.2f} to {rival.high:.2f})"
-            where = f"{title(info)}: {speed} times as fast as {TITLES.get(rival.name, rival.name)}"
+            line = f"- {title(info)}: {speed} times as fast as {TITLES.get(rival.name, rival.name)}"
             if rival.high < 1 and entry["stats"]["rounds"] >= ENOUGH_ROUNDS:
-                lines.append(f"- {where}")
+                lines.append(line)
             elif rival.high < 1:
-                unsure.append(f"- {where}, in {entry['stats']['rounds']} rounds only")
+                unsure.append(f"{line}, in {entry['stats']['rounds']} rounds only")
     counted = " and ".join(
         f"{count} on {threads} thread{'s' * (threads > 1)}" for threads, count in sorted(compared.items())
     )
