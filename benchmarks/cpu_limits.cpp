@@ -4,15 +4,14 @@
 #define VIDATTN_ISA limits
 #include "vec.h"
 
-#include <thread>
-#include <vector>
+#include <omp.h>
 
 namespace {
 using namespace vidattn::limits;
 using FloatVec = Vec<float>;
 
-// Hides from the compiler what a register holds, so that nothing is computed once for all turns of a loop or for several
-// sums, or never.
+// Hides from the compiler what a register holds, so that nothing is computed once for all turns of a loop or for
+// several sums, or never.
 template <class V>
 VIDATTN_INLINE void hide(V& v) {
 #if defined(__x86_64__)
@@ -28,13 +27,15 @@ VIDATTN_INLINE void hide(V& v) {
 #endif
 }
 
-// Gives every thread an equal part of 0 .. count - 1; this one takes part.
+// Gives every thread an equal part of 0 .. count - 1. They are torch's own threads: others would have to share the
+// cores with those, which go on looking for work for a while after a call.
 template <class F>
 void spread(int64_t count, int threads, F work) {
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work, count * t / threads, count * (t + 1) / threads);
-  work(0, count / threads);
-  for (auto& other : others) other.join();
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+    work(count * t / n, count * (t + 1) / n);
+  }
 }
 
 // Independent sums: enough to hide the latency of 4 or 5 cycles on two ports, and few enough for the registers.

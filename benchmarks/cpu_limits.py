@@ -48,14 +48,21 @@ def cpu_isa() -> str:
         return "not built"
 
 
+def _openmp() -> list[str]:
+    """Find the OpenMP library that torch has loaded: linked with it, the loops run on torch's own threads."""
+    maps = Path("/proc/self/maps")
+    mapped = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    return sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     flags = ISA_FLAGS.get(cpu_isa(), "")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"there is no {compiler[0]}, which measures what the CPU does at best")
-    command = [*compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC", "-pthread"]
-    command += [*flags.split(), f"-I{INCLUDE}", str(SOURCE)]
+    command = [*compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC", "-fopenmp"]
+    command += [*flags.split(), f"-I{INCLUDE}", str(SOURCE), "-Wl,--as-needed", *_openmp()]
     sources = b"".join(path.read_bytes() for path in (SOURCE, INCLUDE / "vec.h"))
     name = hashlib.sha256(" ".join(command).encode() + sources).hexdigest()[:16]
     library = LIBRARIES / f"cpu_limits-{name}.so"
