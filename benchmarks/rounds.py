@@ -25,8 +25,9 @@ from benchmarks.shapes import Work
 # and on a CPU multiply-adds on registers, exponentials, and what a call loads and stores (see cpu_limits.py).
 GEMM, COPY, FMA, EXP, TRAFFIC = "gemm", "copy", "fma", "exp", "traffic"
 BASELINES = (GEMM, COPY, FMA, EXP, TRAFFIC)
-# After so many rounds, rivals that take at least so many times as long as ours are left out.
+# After so many rounds, rivals that take at least so many times as long as ours are left out, if that saves time.
 LEAVES = {1: 20.0, 5: 4.0}
+WORTH_SECONDS = 0.1
 GEMM_SIZE = 2048
 GEMM_FLOPS = 2 * GEMM_SIZE**3
 COPY_BYTES = 2 * 2**27  # 128 MiB in, as much out: several times a cache
@@ -143,7 +144,7 @@ def interleave(
                 del result  # freeing is not timed
             done += 1
             if done in LEAVES and ours in times:
-                longest = LEAVES[done] * statistics.median(times[ours])
+                longest = max(WORTH_SECONDS, LEAVES[done] * statistics.median(times[ours]))
                 order = [name for name in order if name in BASELINES or statistics.median(times[name]) < longest]
     finally:
         if collecting:
