@@ -175,7 +175,9 @@ def test_compiled_contenders_run_and_compile_once(family, case):
     names = family.contenders("forward", "float32")
     arguments = {"case": case, "direction": "forward", "dtype": "float32", "device": "cpu"}
     calls, measured = prepare(family.build, names, arguments, lambda what: None)
-    assert {"compiled", "compiled_sdpa", "flex", "vidattn"} <= calls.keys(), measured.not_run
+    assert {"compiled", "compiled_sdpa", "vidattn"} <= calls.keys(), measured.not_run
+    if "flex" not in calls:  # torch 2.13 cannot lower, for a CPU, what mixing hands it
+        assert family is mixing_contenders and "LoweringException" in measured.not_run["flex"]
     compiled = counters["stats"]["unique_graphs"]
     for call in calls.values():
         call()
