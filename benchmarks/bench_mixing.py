@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.mixing_contenders import CASES, CONTENDERS, SHIFT_CONTENDERS, build, build_shift
+from benchmarks.mixing_contenders import CASES, SHIFT_CONTENDERS, build, build_shift, contenders
 from benchmarks.rounds import CLOCK
 from benchmarks.selection import parametrize
-from benchmarks.shapes import DIRECTIONS, DTYPES, MIXING_CASES, SMOKE_MIXING_CASES
+from benchmarks.shapes import DTYPES, MIXING_CASES, SMOKE_MIXING_CASES, Work, work_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is bench_temporal_shift:
-        names, directions = SHIFT_CONTENDERS, ("shift",)
+        names = SHIFT_CONTENDERS
+        parametrize(metafunc, MIXING_CASES, SMOKE_MIXING_CASES, lambda direction, dtype: names, ("shift",))
     else:
-        names, directions = CONTENDERS, DIRECTIONS
-    parametrize(metafunc, MIXING_CASES, SMOKE_MIXING_CASES, lambda direction, dtype: names, directions)
+        parametrize(metafunc, MIXING_CASES, SMOKE_MIXING_CASES, contenders)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def bench_mixing_attention(contest, case: str, direction: str, dtype: str, contender: str) -> None:
+def bench_mixing_attention(contest, case: str, direction: str, dtype: str, threads: int, contender: str) -> None:
     shape = CASES[case]
     contest(
         "mixing",
         build,
-        (case, direction, dtype, contender),
-        shape.flops(direction),
-        bytes=shape.bytes_moved(direction, DTYPES[dtype]),
+        (case, direction, dtype, threads, contender),
+        work_of(shape, direction, DTYPES[dtype]),
         num_frames=shape.num_frames,
         num_tokens=shape.num_tokens,
         shift_div=shape.shift_div,
@@ -37,14 +36,13 @@ def bench_mixing_attention(contest, case: str, direction: str, dtype: str, conte
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def bench_temporal_shift(contest, case: str, direction: str, dtype: str, contender: str) -> None:
+def bench_temporal_shift(contest, case: str, direction: str, dtype: str, threads: int, contender: str) -> None:
     shape = CASES[case]
     contest(
         "shift",
         build_shift,
-        (case, direction, dtype, contender),
-        0,
-        bytes=shape.bytes_moved("forward", DTYPES[dtype]) // 2,  # tokens in, tokens out
+        (case, direction, dtype, threads, contender),
+        Work(0, shape.bytes_moved("forward", DTYPES[dtype]) // 2),  # tokens in, tokens out
         num_frames=shape.num_frames,
         num_tokens=shape.num_tokens,
         channels=shape.channels,

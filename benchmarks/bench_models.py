@@ -1,4 +1,4 @@
-"""Whole models: inference and training steps of the reference model, eager and compiled, and of the accelerated one."""
+"""Whole models, and attention modules of libraries: inference and training steps, eager, compiled and accelerated."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ from benchmarks.calls import EXACT
 from benchmarks.libraries import create
 from benchmarks.rounds import CLOCK
 from benchmarks.selection import parametrize
-from benchmarks.shapes import DTYPES, MODEL_CASES, SMOKE_MODEL_CASES
+from benchmarks.shapes import DTYPES, MODEL_CASES, MODULE_CASES, SMOKE_MODEL_CASES, Work
 from vidattn.models.layers import DropPath
 
-CASES = MODEL_CASES | SMOKE_MODEL_CASES
+CASES = MODEL_CASES | MODULE_CASES | SMOKE_MODEL_CASES
 CONTENDERS = ("eager", "compiled", "vidattn", "vidattn_compiled")
 
 
 def build(
     case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Make a model with random weights and a random video, the same ones for every contender, and the call to time.
+    """Make a model or module with random weights, a random input, the same for every contender, and the call to time.
 
     Args:
         case: name of the case.
         direction: "inference", or "training": forward, loss and backward.
-        dtype: "float32" | "bfloat16", of the model and the video.
+        dtype: "float32" | "bfloat16" | "float16", of the model and the input.
         contender: one of ``CONTENDERS``, or ``EXACT``.
-        device: where model and video are.
+        device: where model and input are.
 
     Returns:
         A function that returns (logits,), or (logits, gradient of the first parameter).
+
+    Raises:
+        NotImplementedError: a training step is to be compiled, of a model for which that takes many minutes.
     """
     shape = CASES[case]
+    if direction == "training" and contender.endswith("compiled") and not shape.compiled_training:
+        raise NotImplementedError("a training step of this depth takes minutes to compile")
     torch.manual_seed(0)
     model = create(shape.model, **dict(shape.overrides)).to(device, DTYPES[dtype])
     model.train(direction == "training")
@@ -50,7 +55,7 @@ def build(
             layer.p = 0.0
         elif isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.02)
-    video = torch.randn(shape.video_shape).to(device, DTYPES[dtype])
+    video = torch.randn(shape.input_shape).to(device, DTYPES[dtype])
     if contender == EXACT:
         exact = getattr(torch, shape.exact)
         model, video = model.to(exact), video.to(exact)
@@ -58,7 +63,6 @@ def build(
         vidattn.accelerate(model)
     run = model
     if contender.endswith("compiled"):
-        torch.compiler.reset()
         run = torch.compile(model, dynamic=False)
 
     def infer() -> tuple[Tensor, ...]:
@@ -70,9 +74,11 @@ def build(
     def train() -> tuple[Tensor, ...]:
         model.zero_grad()
         logits = run(video)
-        # One label a clip, or one a voxel.
-        labels = torch.zeros(len(logits), *logits.shape[2:], dtype=torch.int64, device=device)
-        F.cross_entropy(logits, labels).backward()
+        if case in MODULE_CASES:  # tokens, which have no labels
+            logits.square().mean().backward()
+        else:  # one label a clip, or one a voxel
+            labels = torch.zeros(len(logits), *logits.shape[2:], dtype=torch.int64, device=device)
+            F.cross_entropy(logits, labels).backward()
         assert first.grad is not None
         return logits.detach(), first.grad
 
@@ -86,7 +92,7 @@ def model_flops(case: str, direction: str) -> int:
     model = create(shape.model, **dict(shape.overrides)).train(direction == "training").to("meta")
     training = direction == "training"
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        logits = model(torch.empty(shape.video_shape))
+        logits = model(torch.empty(shape.input_shape))
         if training:
             logits.sum().backward()
     return counter.get_total_flops()
@@ -94,16 +100,20 @@ def model_flops(case: str, direction: str) -> int:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parametrize(
-        metafunc, MODEL_CASES, SMOKE_MODEL_CASES, lambda direction, dtype: CONTENDERS, ("inference", "training")
+        metafunc,
+        MODULE_CASES | MODEL_CASES,
+        SMOKE_MODEL_CASES,
+        lambda direction, dtype: CONTENDERS,
+        ("inference", "training"),
     )
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def bench_model(contest, case: str, direction: str, dtype: str, contender: str) -> None:
+def bench_model(contest, case: str, direction: str, dtype: str, threads: int, contender: str) -> None:
     contest(
         "models",
         build,
-        (case, direction, dtype, contender),
-        model_flops(case, direction),
-        video_shape=CASES[case].video_shape,
+        (case, direction, dtype, threads, contender),
+        Work(model_flops(case, direction)),
+        input_shape=CASES[case].input_shape,
     )

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.rounds import CLOCK
 from benchmarks.selection import parametrize
-from benchmarks.shapes import DTYPES, SMOKE_CASES, WINDOW_CASES
+from benchmarks.shapes import DTYPES, SMOKE_CASES, WINDOW_CASES, work_of
 from benchmarks.window3d_contenders import CASES, build, contenders
 
 
@@ -15,14 +15,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def bench_window3d_attention(contest, case: str, direction: str, dtype: str, contender: str) -> None:
+def bench_window3d_attention(contest, case: str, direction: str, dtype: str, threads: int, contender: str) -> None:
     shape = CASES[case]
     contest(
         "window3d",
         build,
-        (case, direction, dtype, contender),
-        shape.flops(direction),
-        bytes=shape.bytes_moved(direction, DTYPES["float32" if contender == "vidattn_float32" else dtype]),
+        (case, direction, dtype, threads, contender),
+        work_of(shape, direction, DTYPES[dtype]),
         grid=shape.grid,
         window=shape.window,
         shift=shape.shift,

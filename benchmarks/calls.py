@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 import vidattn
 
@@ -27,7 +28,29 @@ SDPA = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-PACKAGES = {"flash_attn": "flash_attn", "natten": "natten", "cuequivariance": "cuequivariance_torch"}
+PACKAGES = {
+    "flash_attn": "flash_attn",
+    "natten": "natten",
+    "cuequivariance": "cuequivariance_torch",
+    "xformers": "xformers",
+}
+COMPILED = ("compiled", "compiled_sdpa", "flex", "vidattn_compiled")  # each takes many seconds to get ready
+
+
+def installed(*contenders: str) -> tuple[str, ...]:
+    """Keep of contenders those whose package is installed."""
+    return tuple(name for name in contenders if importlib.util.find_spec(PACKAGES[name]) is not None)
+
+
+# Who attends in sequences: over time, over space, and over space and time mixed.
+CONTENDERS = ("eager", "sdpa", "compiled", "compiled_sdpa", "flex", *installed("xformers", "flash_attn"), "vidattn")
+GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "xformers", "compiled", "flex")
+GPU_COMPILED = tuple(name for name in COMPILED if name in GPU_CONTENDERS)
+
+
+def contenders(direction: str, dtype: str) -> list[str]:
+    """Name those of ``CONTENDERS`` that make sense: FlexAttention has no backward on a CPU."""
+    return [name for name in CONTENDERS if name != "flex" or direction == "forward"]
 
 
 def pinned_sdpa(contender: str) -> Callable[..., Tensor]:
@@ -49,9 +72,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+def xformers(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Call the package xFormers on (G, h, n, d), as SDPA is called; a mask (1 or G, h, n, n) may be given."""
+    from xformers.ops import memory_efficient_attention
+
+    bias = None if attn_mask is None else attn_mask.expand(q.shape[0], -1, -1, -1)
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias).transpose(1, 2)  # type: ignore[no-any-return]
+
+
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a contender: every case counts as the first, without a limit of recompilations or dynamic shapes."""
-    torch.compiler.reset()
+    """Compile a contender for one case, without dynamic shapes; whoever starts a case resets the compiler."""
     return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[no-any-return]
 
 
@@ -70,6 +100,33 @@ def why_absent(contender: str, function: str, *arguments: Any, **options: Any) -
     if contender == "triton" and vidattn.why_not(function, *arguments, **options, backend="cuda"):
         return "it is what vidattn takes here"
     return None
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend in (G, h, n, d) as plain module code does."""
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def rival(contender: str, arranged: Callable[..., Tensor]) -> Attend | None:
+    """Give a rival's function of qkv; None if a contender is ours.
+
+    Args:
+        contender: of ``CONTENDERS`` or ``GPU_CONTENDERS``.
+        arranged: takes qkv and ``attend``, a function of q, k, v (G, h, n, d), and brings the tokens to it and back.
+    """
+    attend = {
+        "eager": softmax_attention,
+        "compiled": softmax_attention,
+        "flex": flex_attention,
+        "flash_attn": flash_attention,
+        "xformers": xformers,
+    }.get(contender)
+    if "sdpa" in contender:
+        attend = pinned_sdpa(contender)
+    if attend is None:
+        return None
+    function = partial(arranged, attend=attend)
+    return compiled(function) if contender in COMPILED else function
 
 
 def build_calls(

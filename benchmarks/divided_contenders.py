@@ -5,13 +5,13 @@ the same order of tokens, and for ``forward_backward`` with the gradient of qkv.
 
 ``eager`` is what the module code of TimeSformer and ViViT does: rearrange the tokens so that those that attend together
 are neighbours, with a copy of the cls token for every frame, then scores, softmax, context, and all of it back. One
-difference: TimeSformer repeats and rearranges before the projection, a third of the channels. ``compiled`` is
-``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``. Where
-the order of the tokens allows it, rearranging is a view for all of them.
+difference: TimeSformer repeats and rearranges before the projection, a third of the channels. ``sdpa`` replaces scores,
+softmax and context by ``F.scaled_dot_product_attention``, and ``flex`` has compiled FlexAttention in its place.
+``compiled`` and ``compiled_sdpa`` are ``torch.compile`` of eager and of sdpa. Where the order of the tokens allows it,
+rearranging is a view for all of them. ``flash_attn`` and ``xformers`` take part where they are installed.
 
-On a GPU the kernels of SDPA are pinned, each a contender of its own, ``flex`` has compiled FlexAttention in its place,
-and ``flash_attn`` the package of that name where it is installed. ``triton`` is ours too, where ``vidattn`` takes the
-backend "cuda".
+On a GPU the kernels of SDPA are pinned, each a contender of its own. ``triton`` is ours too, where ``vidattn`` takes
+the backend "cuda".
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 import vidattn
-from benchmarks.calls import EXACT, SDPA, Attend, build_calls, compiled, flash_attention, pinned_sdpa, why_absent
+from benchmarks.calls import CONTENDERS, EXACT, GPU_CONTENDERS, Attend, build_calls, contenders, rival, why_absent
 from benchmarks.shapes import DIVIDED_CASES, SMOKE_DIVIDED_CASES, DividedCase
 
+__all__ = ["CONTENDERS", "GPU_CONTENDERS", "build", "build_copies", "contenders", "make_attend", "why_not"]
+
 CASES = DIVIDED_CASES | SMOKE_DIVIDED_CASES
-CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
-GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "compiled", "flex")
 FUNCTIONS = {
     "temporal": "temporal_attention",
     "spatial": "spatial_attention",
@@ -57,10 +56,6 @@ def _tokens(context: Tensor, case: DividedCase, over_time: bool) -> Tensor:
         x = x.transpose(1, 2)
     x = x.flatten(1, 2)
     return torch.cat((cls.mean(1), x), dim=1) if case.has_cls else x
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def _rearranged(qkv: Tensor, case: DividedCase, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -98,17 +93,9 @@ def make_attend(shape: DividedCase, contender: str) -> Attend:
     Returns:
         qkv -> context.
     """
-    eager = partial(_rearranged, case=shape, attend=_softmax_attention)
-    if contender == "eager":
-        return eager
-    if contender.startswith("sdpa"):
-        return partial(_rearranged, case=shape, attend=pinned_sdpa(contender))
-    if contender == "flash_attn":
-        return partial(_rearranged, case=shape, attend=flash_attention)
-    if contender == "compiled":
-        return compiled(eager)
-    if contender == "flex":
-        return compiled(partial(_rearranged, case=shape, attend=flex_attention))
+    theirs = rival(contender, partial(_rearranged, case=shape))
+    if theirs is not None:
+        return theirs
     return partial(_vidattn, case=shape, backend={EXACT: "reference", "triton": "triton"}.get(contender))
 
 

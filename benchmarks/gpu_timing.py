@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import divided_contenders, mixing_contenders, window3d_contenders
+from benchmarks.calls import GPU_COMPILED as COMPILED
 from benchmarks.gpu_steps import Skip, first_line
 from benchmarks.measure import backends_taken
 from benchmarks.rounds import check_agreement
@@ -40,7 +41,6 @@ from benchmarks.window3d_contenders import computes_the_same
 
 Case = WindowCase | DividedCase | MixingCase
 OURS, BASELINE = ("vidattn", "triton"), "eager"
-COMPILED = ("compiled", "flex")  # contenders that torch compiles
 GPU_CASES: dict[str, Case] = {**GPU_WINDOW_CASES, **GPU_DIVIDED_CASES, **GPU_MIXING_CASES}
 # What tries this without a GPU.
 SMALL_CASES: dict[str, Case] = {
@@ -77,6 +77,8 @@ def why_not(case: str, direction: str, dtype: str, contender: str) -> str | None
 def build_copies(case: str, direction: str, dtype: str, contender: str, device: str, copies: int = 1) -> list[Call]:
     """Make inputs and the calls to time, as the family's contenders are built."""
     shape = CASES[case]
+    if contender in COMPILED:
+        torch.compiler.reset()  # every case counts as the first
     return _family(shape).build_copies(shape, direction, dtype, contender, device, copies)  # type: ignore[no-any-return]
 
 

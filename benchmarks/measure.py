@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,10 +12,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidattn
+from benchmarks import cpu_limits
 from benchmarks.calls import EXACT
 from benchmarks.memory import peak_extra_bytes, start_server
-from benchmarks.rounds import BASELINES, COPY, GEMM, allowed_error, copy, gemm, interleave, largest_error
-from benchmarks.shapes import DTYPES
+from benchmarks.rounds import (
+    COPY,
+    EXP,
+    FMA,
+    GEMM,
+    TRAFFIC,
+    allowed_error,
+    copy,
+    gemm,
+    interleave,
+    largest_error,
+    statistics_of,
+    summarise,
+)
+from benchmarks.shapes import DTYPES, Work
+from benchmarks.store import Key
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -38,6 +53,31 @@ class Measured:
     times: dict[str, list[float]] = field(default_factory=dict)
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
+
+    def entries(self, group: str, case: Key, work: Work, info: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Write down what was measured, a contender an entry, in the form of a saved result.
+
+        Args:
+            group: where it belongs.
+            case: its case, direction, dtype and threads.
+            work: what the call costs.
+            info: what else an entry should hold.
+        """
+        shared = dict(zip(("case", "direction", "dtype", "threads"), case)) | work._asdict() | dict(info)
+        return [
+            {
+                "group": group,
+                "stats": statistics_of(self.times[name]),
+                "info": {
+                    **shared,
+                    "contender": name,
+                    **summarise(self.times, name, work),
+                    **known,
+                    "not_run": self.not_run,
+                },
+            }
+            for name, known in self.info.items()
+        ]
 
 
 class BackendsTaken(TorchDispatchMode):
@@ -81,7 +121,11 @@ def synchronise(device: str) -> Callable[[], object]:
 
 
 def prepare(
-    build: Callable[..., Call], names: Sequence[str], arguments: dict[str, str], say: Callable[[str], None]
+    build: Callable[..., Call],
+    names: Sequence[str],
+    arguments: dict[str, str],
+    say: Callable[[str], None],
+    judge: str = EXACT,
 ) -> tuple[dict[str, Call], Measured]:
     """Build and run all contenders once, and compare what they return with the float64 reference.
 
@@ -90,6 +134,7 @@ def prepare(
         names: the contenders.
         arguments: what they share; ``dtype`` and ``device`` are among them.
         say: is told what is being done.
+        judge: a contender that is compared with in place of the reference.
 
     Returns:
         The calls of those that can be timed, and what is known so far.
@@ -97,10 +142,11 @@ def prepare(
     Raises:
         AssertionError: a contender of ours returns something else than the reference.
     """
+    torch.compiler.reset()  # every case counts as the first; not for each contender, or those before compiled again
     calls: dict[str, Call] = {}
     measured = Measured()
-    say("float64 reference")
-    expected = [tensor.cpu() for tensor in build(contender=EXACT, **arguments)()]
+    say("float64 reference" if judge == EXACT else judge)
+    expected = [tensor.cpu() for tensor in build(contender=judge, **arguments)()]
     for name in names:
         say(name)
         try:
@@ -119,13 +165,22 @@ def prepare(
             continue
         error, allowed = largest_error(result, expected), allowed_error(DTYPES[arguments["dtype"]], expected[0].dtype)
         if not error <= allowed:
-            wrong = f"off the float64 reference by {error:.1e} of the maximum, more than {allowed:.0e}"
+            truth = "the float64 reference" if judge == EXACT else judge
+            wrong = f"off {truth} by {error:.1e} of the maximum, more than {allowed:.0e}"
             assert not is_ours(name), f"{name} {arguments}: {wrong}"
             measured.not_run[name] = wrong
             continue
         calls[name] = call
         measured.info[name] = {"error": error} | ({"backend": " and ".join(sorted(backends))} if backends else {})
     return calls, measured
+
+
+def baselines(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+    """Make the calls that tell what the machine has to offer."""
+    calls: dict[str, Callable[[], object]] = {GEMM: gemm(dtype, device), COPY: copy(device)}
+    if device == "cpu" and cpu_limits.why_not() is None:
+        calls |= {FMA: cpu_limits.fma(dtype), EXP: cpu_limits.exponentials(dtype)}
+    return calls
 
 
 def measure(
@@ -137,6 +192,8 @@ def measure(
     seconds: float,
     memory: bool,
     say: Callable[[str], None],
+    traffic: Callable[[], object] | None = None,
+    judge: str = EXACT,
 ) -> Measured:
     """Measure the contenders of a case.
 
@@ -148,22 +205,25 @@ def measure(
         seconds: for each contender, unless the rounds take longer.
         memory: measure peak memory too.
         say: is told what is being done.
+        traffic: reads and writes what the call must, without its arithmetic; is timed beside it.
+        judge: as of :func:`prepare`.
 
     Returns:
         All there is to know.
     """
     if memory:
         start_server()  # meanwhile it gets ready
-    calls, measured = prepare(build, names, arguments, say)
+    calls, measured = prepare(build, names, arguments, say, judge)
     if not calls:
         return measured
     timed = list(calls)
     device = arguments["device"]
     say("rounds")
-    calls |= {GEMM: gemm(DTYPES[arguments["dtype"]], device), COPY: copy(device)}
-    for baseline in BASELINES:
-        calls[baseline]()
-    measured.times = interleave(calls, rounds, seconds * len(timed), synchronise(device))
+    beside = baselines(DTYPES[arguments["dtype"]], device) | ({TRAFFIC: traffic} if traffic else {})
+    for call in beside.values():
+        call()
+    ours = next((name for name in timed if is_ours(name)), None)
+    measured.times = interleave({**calls, **beside}, rounds, seconds * len(timed), synchronise(device), ours)
     calls.clear()
     if memory:
         say("memory")

@@ -23,26 +23,31 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "code -9")  # of the allocators, and of the system
 NO_WORKERS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a process that has threads cannot be forked safely
 
 
-def peak_extra_bytes(builder: str, *, threads: int | None = None, **arguments: object) -> int | None:
+def peak_extra_bytes(
+    builder: str, *, threads: int | None = None, most: int | None = None, **arguments: object
+) -> int | None:
     """Measure the peak extra memory of a call in a new process.
 
     Args:
         builder: ``"module:function"``; the function takes ``arguments`` and returns the callable to measure.
         threads: of torch; None for its own choice.
+        most: bytes that the process may add to what it has before the call (Linux, on a CPU); None for no limit.
         arguments: JSON values; ``device``, if there is one, is where the call runs.
 
     Returns:
         Bytes, or None where the system does not tell.
 
     Raises:
+        MemoryError: the call asked for more than ``most`` bytes, or than there are.
         RuntimeError: the process failed; the message has the end of its error output.
     """
     server = start_server()
     assert server.stdin is not None and server.stdout is not None
-    request = {"path": sys.path, "builder": builder, "threads": threads, "arguments": arguments}
+    request = {"path": sys.path, "builder": builder, "threads": threads, "most": most, "arguments": arguments}
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = server.stdout.readline()
@@ -50,6 +55,8 @@ def peak_extra_bytes(builder: str, *, threads: int | None = None, **arguments: o
         start_server.cache_clear()
         raise RuntimeError(f"{builder} {arguments}: the process that measures memory has ended")
     result = json.loads(answer)
+    if any(sign in result.get("error", "") for sign in OUT_OF_MEMORY):
+        raise MemoryError(f"{builder} {arguments}: out of memory")
     if "error" in result:
         raise RuntimeError(f"{builder} {arguments} failed in its own process:\n{result['error']}")
     return result["bytes"]
@@ -71,6 +78,15 @@ def start_server() -> subprocess.Popen[str]:
     return server
 
 
+def _limit(most: int) -> None:
+    """Let this process add no more than so many bytes to what it has."""
+    import resource
+
+    (has,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(has) * 1024 + most, hard))
+
+
 def _measure(request: dict[str, Any]) -> dict[str, Any]:
     sys.path[:] = request["path"]
     try:
@@ -82,6 +98,8 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
             torch.set_num_threads(request["threads"])
         module, _, function = request["builder"].partition(":")
         call = getattr(importlib.import_module(module), function)(**request["arguments"])
+        if request["most"] is not None:
+            _limit(request["most"])
         call()
         with PeakMemory(request["arguments"].get("device", "cpu")) as memory:
             result = call()

@@ -4,9 +4,8 @@ All of them start from the packed output of the qkv projection (B * T, N, 3, h, 
 (B * T, N, h * d), and for ``forward_backward`` with the gradient of qkv.
 
 ``eager`` is what the module code of X-ViT does: keys and values, split into heads, go to a layout with the channels in
-front, are copied in three slices into zeros and back again; then scores, softmax, context. ``compiled`` is
-``torch.compile`` of it, and ``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``. On a
-GPU there are more, as of attention over time and over space.
+front, are copied in three slices into zeros and back again; then scores, softmax, context. The others are those of
+attention over time and over space.
 
 The contenders of ``temporal_shift`` alone shift (B * T, N, C), tokens with their channels last.
 """
@@ -18,15 +17,34 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 import vidattn
-from benchmarks.calls import EXACT, SDPA, Attend, build_calls, compiled, flash_attention, pinned_sdpa, why_absent
+from benchmarks.calls import (
+    CONTENDERS,
+    EXACT,
+    GPU_CONTENDERS,
+    Attend,
+    build_calls,
+    compiled,
+    contenders,
+    rival,
+    why_absent,
+)
 from benchmarks.shapes import MIXING_CASES, SMOKE_MIXING_CASES, MixingCase
 
+__all__ = [
+    "CONTENDERS",
+    "GPU_CONTENDERS",
+    "SHIFT_CONTENDERS",
+    "build",
+    "build_copies",
+    "build_shift",
+    "contenders",
+    "make_attend",
+    "why_not",
+]
+
 CASES = MIXING_CASES | SMOKE_MIXING_CASES
-CONTENDERS = ("eager", "sdpa", "compiled", "vidattn")
-GPU_CONTENDERS = ("vidattn", "triton", "eager", *SDPA, "flash_attn", "compiled", "flex")
 SHIFT_CONTENDERS = ("eager", "compiled", "vidattn")
 
 
@@ -50,10 +68,6 @@ def _shift_heads(x: Tensor, case: MixingCase) -> Tensor:
     out[:, 1:, fold : 2 * fold] = frames[:, :-1, fold : 2 * fold]
     out[:, :, 2 * fold :] = frames[:, :, 2 * fold :]
     return out.view(-1, case.heads, case.head_dim, case.num_tokens).transpose(2, 3).contiguous()
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def _shifted(qkv: Tensor, case: MixingCase, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -86,17 +100,9 @@ def make_attend(shape: MixingCase, contender: str) -> Attend:
     Returns:
         qkv -> context.
     """
-    eager = partial(_shifted, case=shape, attend=_softmax_attention)
-    if contender == "eager":
-        return eager
-    if contender.startswith("sdpa"):
-        return partial(_shifted, case=shape, attend=pinned_sdpa(contender))
-    if contender == "flash_attn":
-        return partial(_shifted, case=shape, attend=flash_attention)
-    if contender == "compiled":
-        return compiled(eager)
-    if contender == "flex":
-        return compiled(partial(_shifted, case=shape, attend=flex_attention))
+    theirs = rival(contender, partial(_shifted, case=shape))
+    if theirs is not None:
+        return theirs
     return partial(_vidattn, case=shape, backend={EXACT: "reference", "triton": "triton"}.get(contender))
 
 

@@ -1,15 +1,12 @@
-"""Puts what the audit saved last into docs/performance.md: ``python -m benchmarks.predicted``."""
+"""What the audit of GPU kernels saved last, as tables of docs/performance.md, which ``benchmarks.page`` makes."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # What stands in the rows, for each table: title of its first columns, then title, size and case of each row.
 WINDOWS = (
     ("Swin-T stage 1", "392", "swin_t_stage1"),
@@ -80,21 +77,3 @@ def tables(predictions: dict[str, Any]) -> str:
 
 def _shown(microseconds: float) -> str:
     return f"{microseconds:.0f}" if microseconds >= 30 else f"{microseconds:.1f}"
-
-
-def updated(page: str, path: Path) -> str:
-    """Give a page with its tables, and the name of the file that they are from, replaced.
-
-    Args:
-        page: text of docs/performance.md.
-        path: predictions.
-    """
-    new = tables(json.loads(path.read_text()))
-    first, last = new.splitlines()[0], new.splitlines()[-1].split(" | ")[0]
-    pattern = re.escape(first.partition(" | ")[0]) + ".*?^" + re.escape(last) + "[^\n]*"
-    page = re.sub(pattern, lambda _: new, page, count=1, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"predicted-[\w-]+\.json", path.name, page)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(), newest()))

@@ -1,8 +1,11 @@
-"""Tables and a picture of a benchmark run: ``python -m benchmarks.report RESULT.json``.
+"""Tables and pictures of benchmark runs: ``python -m benchmarks.report RESULT.json ...``.
 
-Reads what ``pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`` wrote, prints Markdown tables and draws
-``RESULT.png``. ``--save`` keeps the numbers as ``benchmarks/results/<processor>-<date>.json``, without the name of the
-host, the user or the commit; ``--targets`` compares them with what the project wants to reach.
+Reads what ``pytest benchmarks/ --benchmark-only`` wrote (``--full`` into a file of its own, else by
+``--benchmark-json=RESULT.json``) and what ``python -m benchmarks.growth`` did. Prints Markdown tables and which cases
+are slower than their best rival beyond the noise. ``--pictures FOLDER`` draws; ``--compare OLD NEW`` says what changed;
+``--save`` keeps the numbers under ``benchmarks/results/``, without the name of the host, the user or the commit, from
+which ``python -m benchmarks.page`` makes docs/performance.md; ``--targets`` compares them with what the project wants
+to reach.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ import argparse
 import importlib.util
 import json
 import re
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import growth_report, machine, store
 from benchmarks.shapes import TITLES
 from benchmarks.summary import CONTENDERS, OURS, Group, describe_machine, groups_of
 from benchmarks.targets import judge
+from benchmarks.verdicts import compare, ours_of, slower
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = {
@@ -27,13 +34,17 @@ FAMILIES = {
     "models": "Whole models",
 }
 MEMORY = (OURS, "eager", "sdpa", "compiled")
-
-
-def clean_machine(machine_info: dict[str, Any]) -> dict[str, Any]:
-    """Keep of pytest-benchmark's description of the machine what explains the numbers."""
-    processor = machine_info.get("cpu", {}).get("brand_raw") or machine_info.get("processor") or "unknown"
-    kept = ("cores", "threads", "cpu_isa", "device", "platform", "python_version", "torch", "vidattn")
-    return {"processor": processor} | {key: machine_info[key] for key in kept if key in machine_info}
+LEGEND = (
+    "Pairs are best rounds / median over interleaved rounds; under the name of a rival stands how many times as fast "
+    "vidattn is; memory is what a call adds at its peak, its result included. The limit is what multiply-adds and "
+    "exponentials on registers, or copying each tensor once, take in the same rounds, whichever takes longer."
+)
+SHARES = {
+    "gemm": "share of gemm rate",
+    "copy": "share of copy rate",
+    "traffic": "share of its loads and stores",
+    "limit": "share of the limit",
+}
 
 
 def clean(raw: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +59,7 @@ def clean(raw: dict[str, Any]) -> dict[str, Any]:
     if "machine_info" not in raw:
         return raw
     return {
-        "machine": clean_machine(raw["machine_info"]),
+        "machine": machine.clean(raw["machine_info"]),
         "date": raw["datetime"][:10],
         "benchmarks": [
             {
@@ -61,11 +72,33 @@ def clean(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load(path: Path) -> dict[str, Any]:
+    """Read a result, cleaned, with the name of its ``file``.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        result = store.rounded(clean(json.loads(path.read_text()))) | {"file": path.name}
+        for entry in result["benchmarks"]:  # older results leave out what all or one kind have in common
+            entry["info"] = {"threads": result["machine"].get("threads", 0), "direction": "shift"} | entry["info"]
+        describe_machine(result["machine"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a result of a benchmark, got {path} ({error!r})") from None
+    return result
+
+
+def is_growth(result: dict[str, Any]) -> bool:
+    """Tell whether a result is one of ``benchmarks.growth``."""
+    return any(entry["group"].startswith("growth/") for entry in result["benchmarks"])
+
+
 def file_name(result: dict[str, Any]) -> str:
-    """Name a cleaned result after the processor, the cores and the date: ``amd-epyc-9b14-2-cores-2026-01-31.json``."""
-    machine = result["machine"]
-    words = f"{machine['processor']} {machine.get('cores', '')} cores"
-    return f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{result['date']}.json"
+    """Name a cleaned result after what it was measured on: ``amd-epyc-9b14-avx512-2-threads-2026-01-31.json``."""
+    there = result["machine"]
+    words = f"{there['processor']} {there.get('cpu_isa', '')} {there.get('threads', '')} threads"
+    kind = "growth-" if is_growth(result) else ""
+    return f"{kind}{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}-{result['date']}.json"
 
 
 def _row(group: Group) -> dict[str, str]:
@@ -77,10 +110,11 @@ def _row(group: Group) -> dict[str, str]:
         ratio = info["speedup_over"].get(name)
         if name != OURS:
             row[TITLES.get(name, name)] = f"{ratio['min']:.2f} / {ratio['median']:.2f}" if ratio else ""
-    for rate in ("gemm", "copy"):
-        share = info.get(f"share_of_{rate}")  # results before 2026-11-21 have none of copy
-        counted = share and (info["flops"] or rate == "copy")
-        row[f"share of {rate} rate"] = f"{share['min']:.0%} / {share['median']:.0%}" if counted else ""
+    for rate, heading in SHARES.items():
+        share = info.get(f"share_of_{rate}")
+        counted = share and (info["flops"] or rate != "gemm")
+        row[heading] = f"{share['min']:.0%} / {share['median']:.0%}" if counted else ""
+    row["limit, ms"] = f"{info['limit_seconds'] * 1e3:.3g} ({info['limited_by']})" if "limit_seconds" in info else ""
     peaks = [group[name]["info"].get("peak_extra_bytes") if name in group else None for name in MEMORY]
     shown = ["-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]
     row[f"MiB: {' / '.join(TITLES.get(name, name) for name in MEMORY)}"] = " / ".join(shown) if any(peaks) else ""
@@ -94,58 +128,84 @@ def _table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tables(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any], cases: Collection[str] | None = None) -> str:
     """Write the Markdown tables of a cleaned result.
 
     Args:
         result: what ``clean`` returns.
+        cases: which ones; None for all.
 
     Returns:
-        One table for each family and dtype; pairs of numbers are best rounds / median over the rounds.
+        One table for each family, dtype and number of threads; pairs of numbers are best rounds / median over the
+        rounds.
     """
-    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    rows: dict[tuple[str, str, int], list[dict[str, str]]] = {}
     for name, group in groups_of(result["benchmarks"]).items():
-        if OURS in group:
-            heading = name.partition("/")[0], group[OURS]["info"]["dtype"]
-            rows.setdefault(heading, []).append(_row(group))
-    parts = [
-        f"{describe_machine(result['machine'])}, {result['date']}. Pairs are best rounds / median over interleaved "
-        "rounds; under the name of a rival stands how many times as fast vidattn is; memory is what a call adds at its "
-        "peak, its result included."
-    ]
-    parts += [
-        f"### {FAMILIES.get(family, family)}, {dtype}\n\n{_table(lines)}" for (family, dtype), lines in rows.items()
-    ]
+        if OURS in group and (cases is None or group[OURS]["info"]["case"] in cases):
+            info = group[OURS]["info"]
+            rows.setdefault((name.partition("/")[0], info["dtype"], info["threads"]), []).append(_row(group))
+    return "\n\n".join(
+        f"### {FAMILIES.get(family, family)}, {dtype}, {threads} thread{'s' * (threads != 1)}\n\n{_table(lines)}"
+        for (family, dtype, threads), lines in rows.items()
+    )
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """Write all there is to say of results in Markdown."""
+    parts = [slower([result for result in results if not is_growth(result)])]
+    for result in results:
+        parts.append(f"{describe_machine(result['machine'])}, {result['date']}. {LEGEND}")
+        parts.append(growth_report.tables(result) if is_growth(result) else tables(result))
     return "\n\n".join(parts)
 
 
+def _compare(parser: argparse.ArgumentParser, old: Path, new: Path) -> int:
+    """Print what changed; give the exit status, 1 if a case is slower."""
+    changes = compare(load(old), load(new))
+    if not changes:
+        parser.error(f"--compare: {old} and {new} have no case in common")
+    for case, speed, verdict in changes:
+        print(f"{verdict:>8}  {speed:.2f}x  {case}")
+    found = [verdict.partition(",")[0] for _, _, verdict in changes]
+    counts = {verdict: found.count(verdict) for verdict in ("faster", "slower", "same", "unsure")}
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), "beyond the noise")
+    return int("slower" in found)
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Print, compare, draw or keep results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("result", type=Path, help="JSON file of pytest-benchmark, or one that --save wrote")
+    parser.add_argument("results", type=Path, nargs="*", help="of pytest-benchmark, --full, growth or --save")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="say what is faster or slower")
     parser.add_argument("--save", action="store_true", help=f"keep the cleaned numbers in {RESULTS.name}/")
     parser.add_argument("--targets", action="store_true", help="say which of the project's targets are reached")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="where the picture goes (default: RESULT.png)")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw what the results show")
     options = parser.parse_args(arguments)
+    if bool(options.results) == bool(options.compare):
+        parser.error("expected results, or --compare with two of them")
     try:
-        result = clean(json.loads(options.result.read_text()))
-        print(tables(result))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.exit(2, f"{parser.prog}: expected a result of pytest-benchmark, got {options.result} ({error!r})\n")
+        if options.compare:
+            sys.exit(_compare(parser, *options.compare))
+        results = [load(path) for path in options.results]
+        print(report(results))
+    except ValueError as error:
+        parser.error(str(error))
     if options.targets:
-        ours = [entry["info"] for entry in result["benchmarks"] if entry["info"]["contender"] == OURS]
+        ours = [entry["info"] for result in results for entry in ours_of(result)]
         print("\n" + "\n".join(line for info in ours for line in judge(info)))
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        target = RESULTS / file_name(result)
-        target.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nsaved as {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("\nno picture: matplotlib is not installed")
-        return
-    from benchmarks.picture import draw
+        for result in results:
+            target = RESULTS / file_name(result)
+            store.write(target, result)
+            print(f"\nsaved as {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}")
+    if options.pictures:
+        if importlib.util.find_spec("matplotlib") is None:
+            parser.error("--pictures: expected matplotlib to be installed")
+        from benchmarks.picture import draw_all
 
-    picture = options.picture or options.result.with_suffix(".png")
-    print(f"\npicture: {picture}" if draw(result, picture) else "\nno picture: it has no case with a rival")
+        print(
+            "\npictures: " + (", ".join(map(str, draw_all(results, options.pictures))) or "none, no case has a rival")
+        )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# What the machine has to offer right now, measured in the same rounds: arithmetic, and reading plus writing memory.
-GEMM, COPY = "gemm", "copy"
-BASELINES = (GEMM, COPY)
+from benchmarks.cpu_limits import EXPONENTIALS, FMA_FLOPS
+from benchmarks.shapes import Work
+
+# What the machine has to offer right now, measured in the same rounds: a matrix product, reading plus writing memory,
+# and on a CPU multiply-adds on registers, exponentials, and what a call loads and stores (see cpu_limits.py).
+GEMM, COPY, FMA, EXP, TRAFFIC = "gemm", "copy", "fma", "exp", "traffic"
+BASELINES = (GEMM, COPY, FMA, EXP, TRAFFIC)
+# After so many rounds, rivals that take at least so many times as long as ours are left out, if that saves time.
+LEAVES = {1: 20.0, 5: 4.0}
+WORTH_SECONDS = 0.1
 GEMM_SIZE = 2048
 GEMM_FLOPS = 2 * GEMM_SIZE**3
 COPY_BYTES = 2 * 2**27  # 128 MiB in, as much out: several times a cache
@@ -113,6 +120,7 @@ def interleave(
     min_rounds: int,
     seconds: float,
     wait: Callable[[], object] = lambda: None,
+    ours: str | None = None,
 ) -> dict[str, list[float]]:
     """Time contenders in turn.
 
@@ -121,6 +129,7 @@ def interleave(
         min_rounds: rounds at the least.
         seconds: after ``min_rounds``, rounds go on until this much time has passed since the start.
         wait: waits for the end of what a call has started.
+        ours: a contender; rivals that are much slower leave after some rounds, as ``LEAVES`` says.
 
     Returns:
         Seconds by name; element ``i`` of every list belongs to round ``i``.
@@ -142,45 +151,112 @@ def interleave(
                 times[name].append(time.perf_counter() - start)
                 del result  # freeing is not timed
             done += 1
+            if done in LEAVES and ours in times:
+                longest = max(WORTH_SECONDS, LEAVES[done] * statistics.median(times[ours]))
+                order = [name for name in order if name in BASELINES or statistics.median(times[name]) < longest]
     finally:
         if collecting:
             gc.enable()
     return times
 
 
-def ratio(times: Mapping[str, Sequence[float]], slower: str, faster: str) -> dict[str, float]:
-    """Say how many times as fast ``faster`` is: by the best rounds of both, and as the median over the rounds."""
-    rounds = zip(times[slower], times[faster], strict=True)
+def statistics_of(times: Sequence[float]) -> dict[str, float]:
+    """Sum up the seconds of all rounds."""
+    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return {
-        "min": min(times[slower]) / min(times[faster]),
-        "median": statistics.median(first / second for first, second in rounds),
+        "min": min(times),
+        "median": statistics.median(times),
+        "iqr": quarters[2] - quarters[0],
+        "rounds": len(times),
     }
 
 
-def summarise(times: Mapping[str, Sequence[float]], name: str, flops: int, moved: int) -> dict[str, object]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Give an interval that holds the true median with 95 per cent, whatever the distribution (by order statistics).
+
+    Args:
+        values: of all rounds; of fewer than 6, the interval is all of them.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, rank = 0.0, 0  # how likely no more than `rank` values are below the median
+    while rank < count // 2:
+        outside += math.comb(count, rank) / 2**count
+        if outside > 0.025:
+            break
+        rank += 1
+    first = max(rank - 1, 0)
+    return ordered[first], ordered[count - 1 - first]
+
+
+def _shares(best: float, by_round: Sequence[float]) -> dict[str, float]:
+    low, high = interval(by_round)
+    return {"min": best, "median": statistics.median(by_round), "low": low, "high": high}
+
+
+def ratio(times: Mapping[str, Sequence[float]], slower: str, faster: str) -> dict[str, float]:
+    """Say how many times as fast ``faster`` is.
+
+    Returns:
+        ``min`` by the best rounds of both, ``median`` over the rounds that both have, ``low`` and ``high`` of the
+        interval that this median is known to be in.
+    """
+    rounds = zip(times[slower], times[faster])
+    return _shares(min(times[slower]) / min(times[faster]), [first / second for first, second in rounds])
+
+
+def limit(times: Mapping[str, Sequence[float]], work: Work) -> list[float]:
+    """Give the seconds below which no call can be, round by round.
+
+    Products and exponentials take the same ports, so their times add up; bytes move meanwhile. Scores that a mask
+    separates need neither.
+
+    Args:
+        times: seconds by name; FMA, EXP and COPY are among them.
+        work: what the call costs.
+    """
+    flops = work.flops * work.visible / FMA_FLOPS
+    exponentials, moved = work.exponentials / EXPONENTIALS, work.bytes / COPY_BYTES
+    rounds = zip(times[FMA], times[EXP], times[COPY], strict=True)
+    return [max(flops * fma + exponentials * exp, moved * copied) for fma, exp, copied in rounds]
+
+
+def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> dict[str, object]:
     """Relate one contender to the machine's rates and to all others of the same rounds.
 
     Args:
         times: seconds by name, those of the baselines included.
         name: the contender.
-        flops: its operations.
-        moved: bytes that it reads and writes at least; 0 where nobody has counted.
+        work: what the call costs.
 
     Returns:
-        ``gflops`` (best round), ``share_of_gemm`` and ``share_of_copy`` (of their rates) and ``speedup_over`` (each
-        other contender), the last three with the keys ``min`` (best rounds) and ``median`` (over rounds).
+        ``gflops`` (best round); ``share_of_gemm`` and ``share_of_copy`` (of their rates), where they were measured
+        ``share_of_limit`` and ``share_of_traffic``, and ``speedup_over`` (each other contender), all of which have the
+        keys of :func:`ratio`; ``limit_seconds`` (median), what is the larger part of it, ``limited_by``, and the rates
+        that make it.
     """
 
     def share(baseline: str, factor: float) -> dict[str, float]:
         return {key: value * factor for key, value in ratio(times, baseline, name).items()}
 
-    shares = {"share_of_gemm": share(GEMM, flops / GEMM_FLOPS)}
-    if moved:
-        shares["share_of_copy"] = share(COPY, moved / COPY_BYTES)
+    found: dict[str, object] = {"share_of_gemm": share(GEMM, work.flops / GEMM_FLOPS)}
+    if work.bytes:
+        found["share_of_copy"] = share(COPY, work.bytes / COPY_BYTES)
+    if TRAFFIC in times:
+        found["share_of_traffic"] = ratio(times, TRAFFIC, name)
+    if FMA in times:
+        limits = limit(times, work)
+        best = limit({baseline: [min(times[baseline])] for baseline in (FMA, EXP, COPY)}, work)[0]
+        by_round = [least / taken for least, taken in zip(limits, times[name])]
+        found["share_of_limit"] = _shares(best / min(times[name]), by_round)
+        found["fma_gflops"] = FMA_FLOPS / min(times[FMA]) * 1e-9
+        found["exponentials_per_second"] = EXPONENTIALS / min(times[EXP])
+        found["limit_seconds"] = statistics.median(limits)
+        only_bytes = statistics.median(limit(times, Work(0, work.bytes)))
+        found["limited_by"] = "bytes" if only_bytes >= statistics.median(limits) else "arithmetic"
     return {
-        "gflops": flops / min(times[name]) * 1e-9,
+        "gflops": work.flops / min(times[name]) * 1e-9,
         "gemm_gflops": GEMM_FLOPS / min(times[GEMM]) * 1e-9,
         "copy_gigabytes_per_second": COPY_BYTES / min(times[COPY]) * 1e-9,
-        **shares,
+        **found,
         "speedup_over": {other: ratio(times, other, name) for other in times if other not in (name, *BASELINES)},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,19 +10,11 @@ from benchmarks.shapes import TITLES
 
 OURS = "vidattn"
 # In the order of the columns.
-CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_compiled", "vidattn_float32")
+CONTENDERS = (
+    "eager", "sdpa", "sdpa_prebuilt", "compiled", "compiled_sdpa", "flex", "flash_attn", "xformers", "natten",
+    "vidattn", "vidattn_compiled", "vidattn_float32",
+)  # fmt: skip
 Group = dict[str, dict[str, Any]]
-
-
-def statistics_of(times: Sequence[float]) -> dict[str, float]:
-    """Sum up the seconds of all rounds."""
-    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    return {
-        "min": min(times),
-        "median": statistics.median(times),
-        "iqr": quarters[2] - quarters[0],
-        "rounds": len(times),
-    }
 
 
 def groups_of(entries: Sequence[dict[str, Any]]) -> dict[str, Group]:
@@ -74,10 +65,10 @@ def _cell(group: Group, contender: str) -> list[str]:
     info, median = group[contender]["info"], group[contender]["stats"]["median"]
     times = times_ours(group, contender)
     lines = [f"{short(median * 1e3)} ms" + (f"  {short(times)}x" if times and contender != OURS else "")]
-    share = info.get(f"share_of_{bound_of(group)}")
-    of_rate = f"{share['median']:.0%} of {bound_of(group)}" if share else ""
-    gflops = f"{short(info['flops'] / median * 1e-9)} GFLOP/s" if info["flops"] else ""
-    lines += [line for line in (gflops, of_rate) if line]
+    lines += [f"{short(info['flops'] / median * 1e-9)} GFLOP/s"] if info["flops"] else []
+    for rate in (bound_of(group), "limit"):
+        share = info.get(f"share_of_{rate}")
+        lines += [f"{share['median']:.0%} of {rate}"] if share else []
     peak = info.get("peak_extra_bytes")
     return lines if peak is None else [*lines, f"{short(peak / 2**20)} MiB"]
 
@@ -131,7 +122,8 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
         f"Medians over interleaved rounds; the fastest is {'bold' if bold else 'marked *'}. 2.00x: takes 2.00 times as "
         "long as vidattn in the same round. GFLOP/s and shares count all scores, also those that a shifted window "
         "masks. gemm (2048 x 2048) and copy: the best of the same rounds; a share is of the one that sets "
-        "the limit. MiB: what a call adds to memory at its peak, its result included."
+        "the pace, and of the limit: the time that multiply-adds and exponentials on registers, or copying each tensor "
+        "once, would take. MiB: what a call adds to memory at its peak, its result included."
     )
     reasons = {
         (group, name): reason

@@ -5,16 +5,17 @@ All of them start from the packed output of the qkv projection (B, D, H, W, 3, h
 
 ``eager`` is what the module code of Video Swin does: pad, roll, partition, scores, gathered bias, cached mask, softmax,
 context, reverse. One difference: the modules roll and partition before the projection, a third of the channels.
-``compiled`` is ``torch.compile`` of it. ``sdpa`` replaces scores, softmax and context by
-``F.scaled_dot_product_attention``, with bias plus shift mask as its mask, built in the call: the bias is a parameter.
-``sdpa_prebuilt`` gets that mask ready made, as an inference engine could keep one for each layer.
+``sdpa`` replaces scores, softmax and context by ``F.scaled_dot_product_attention``, with bias plus shift mask as its
+mask, built in the call: the bias is a parameter. ``sdpa_prebuilt`` gets that mask ready made, as an inference engine
+could keep one for each layer. ``compiled`` and ``compiled_sdpa`` are ``torch.compile`` of eager and of sdpa. ``flex``
+is compiled FlexAttention, which gathers the bias from the table in its score_mod and excludes what the shift separates
+by its mask_mod; its block mask is ready made. It has no backward on a CPU.
 
 On a GPU there are more. The kernels of SDPA are pinned, each a contender of its own, and those that take a mask ready
-made too. ``triton`` is ours too, where ``vidattn`` takes the backend "cuda". ``flex`` is compiled FlexAttention, which
-gathers the bias from the table in its score_mod and excludes what the shift separates by its mask_mod; its block mask
-is ready made. ``cuequivariance`` is the triangle attention of that package: one call for plain windows, one for each
-kind of window of a shifted grid, bias and mask dense in float32. ``natten`` computes something less: no bias and no
-shift. Both take part where they are installed. Nobody keeps what it makes of the table from call to call, but for
+made too. ``triton`` is ours too, where ``vidattn`` takes the backend "cuda". ``cuequivariance`` is the triangle
+attention of that package: one call for plain windows, one for each kind of window of a shifted grid, bias and mask
+dense in float32. ``xformers`` takes the mask that SDPA takes. ``natten`` computes something less: no bias and no shift.
+They take part where they are installed. Nobody keeps what it makes of the table from call to call, but for
 ``..._prebuilt``: what a CUDA graph repeats is what a call does without one.
 """
 
@@ -28,24 +29,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vidattn
-from benchmarks.calls import EXACT, SDPA, compiled, pinned_sdpa, why_absent
+from benchmarks.calls import EXACT, SDPA, compiled, installed, pinned_sdpa, why_absent, xformers
 from benchmarks.shapes import SMOKE_CASES, WINDOW_CASES, WindowCase
 from vidattn.geometry import bias_rows, region_mask
 
 CASES = WINDOW_CASES | SMOKE_CASES
-CONTENDERS = ("eager", "sdpa", "sdpa_prebuilt", "compiled", "vidattn", "vidattn_float32")
+CONTENDERS = (
+    "eager", "sdpa", "sdpa_prebuilt", "compiled", "compiled_sdpa", "flex", *installed("xformers", "natten"), "vidattn",
+    "vidattn_float32",
+)  # fmt: skip
 PREBUILT = "_prebuilt"
 GPU_CONTENDERS = (
-    "vidattn", "triton", "eager", *SDPA, "sdpa_efficient_prebuilt", "sdpa_cudnn_prebuilt", "cuequivariance", "natten",
-    "compiled", "flex",
+    "vidattn", "triton", "eager", *SDPA, "sdpa_efficient_prebuilt", "sdpa_cudnn_prebuilt", "cuequivariance", "xformers",
+    "natten", "compiled", "flex",
 )  # fmt: skip
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 
 
 def contenders(direction: str, dtype: str) -> list[str]:
-    """Name those that make sense: nothing prebuilt in training, no second float32 run beside the first."""
-    absent = {"sdpa_prebuilt"} if direction == "forward_backward" else set()
+    """Name those that make sense: nothing prebuilt or without a backward in training, no second float32 run."""
+    absent = {"sdpa_prebuilt", "flex"} if direction == "forward_backward" else set()
     if dtype == "float32":
         absent.add("vidattn_float32")
     return [name for name in CONTENDERS if name not in absent]
@@ -172,7 +176,8 @@ def _natten(qkv: Tensor, table: Tensor, case: WindowCase) -> Tensor:
 
 
 def _vidattn(qkv: Tensor, table: Tensor, case: WindowCase, backend: str | None = None) -> Tensor:
-    return vidattn.window3d_attention(qkv, table, window_size=case.window, shift_size=case.shift, backend=backend)
+    options = {"window_size": case.window, "shift_size": case.shift, "wrap": case.wrap}
+    return vidattn.window3d_attention(qkv, table, **options, backend=backend)
 
 
 def why_not(case: WindowCase, direction: str, dtype: str, contender: str) -> str | None:
@@ -183,7 +188,7 @@ def why_not(case: WindowCase, direction: str, dtype: str, contender: str) -> str
         return "natten has no shifted or padded windows"
     qkv = torch.empty(case.qkv_shape, dtype=getattr(torch, dtype), device="meta")
     table = torch.empty(case.table_shape, device="meta", requires_grad=direction == "forward_backward")
-    options = {"window_size": case.window, "shift_size": case.shift}
+    options = {"window_size": case.window, "shift_size": case.shift, "wrap": case.wrap}
     return why_absent(contender, "window3d_attention", qkv, table, **options)
 
 
@@ -210,12 +215,13 @@ def make_attend(shape: WindowCase, contender: str, table: Tensor) -> Attend:
     eager = partial(_eager, rows=rows, mask=mask, case=shape)
     if contender == "eager":
         return eager
-    if contender.startswith("sdpa"):
-        attend = pinned_sdpa(contender.removesuffix(PREBUILT))
+    if contender in ("xformers", "compiled_sdpa") or contender.startswith("sdpa"):
+        attend = xformers if contender == "xformers" else pinned_sdpa(contender.removesuffix(PREBUILT))
         if contender.endswith(PREBUILT):
             made = _sdpa_mask(table, rows, mask, shape)
             return partial(_sdpa_prebuilt, attention_mask=made, case=shape, attend=attend)
-        return partial(_sdpa, rows=rows, mask=mask, case=shape, attend=attend)
+        in_call = partial(_sdpa, rows=rows, mask=mask, case=shape, attend=attend)
+        return compiled(in_call) if contender.startswith("compiled") else in_call
     if contender == "cuequivariance":
         return _triangle(shape, rows, mask)
     if contender == "natten":
