@@ -237,7 +237,8 @@ def test_benchmarks_run_once_when_disabled():
     printed = run_pytest(
         "benchmarks/bench_models.py", "--smoke", "--dtype=float32", "-k=eager or training", "--benchmark-disable"
     )
-    assert "5 passed" in printed
+    assert "3 passed, 2 skipped" in printed
+    assert "vidattn_compiled: a training step of this depth takes minutes to compile" in printed
 
 
 def test_result_holds_the_measured_rounds(result):
@@ -405,7 +406,8 @@ def test_default_run_is_short():
     for (_, direction, *_), names in contenders_of.items():
         in_model = {"eager", "compiled", "vidattn", "vidattn_compiled"}
         assert set(names) == (in_model if direction == "inference" else {"eager", "sdpa", "compiled", "vidattn"})
-    assert sum(selection.expected_seconds(case, names) for case, names in contenders_of.items()) < 300
+    # On two cores, which the message of a run speaks of.
+    assert sum(selection.expected_seconds((*case[:3], 2), names) for case, names in contenders_of.items()) < 300
 
 
 def test_run_says_what_it_does(run):
