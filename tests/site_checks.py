@@ -133,9 +133,9 @@ def look(site: Path, pages: Iterable[Path]) -> list[str]:
 
     Raises:
         ImportError: playwright is not installed.
-        RuntimeError: there is no Chromium.
+        playwright.sync_api.Error: there is no Chromium.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     wrong: list[str] = []
     with sync_playwright() as play:
@@ -160,13 +160,13 @@ def look(site: Path, pages: Iterable[Path]) -> list[str]:
                     note(f"the picture {picture.get_attribute('src')} does not load")
             if tab.evaluate("document.documentElement.scrollWidth > innerWidth"):
                 note("wider than the window")
-        tab.goto((site / "index.html").resolve().as_uri())
-        tab.locator("[data-md-component=search-query]").fill("window3d_attention")
-        found = tab.locator(".md-search-result__link").first
+        now = site / "index.html"
+        tab.goto(now.resolve().as_uri())
         try:
-            found.wait_for(timeout=20_000)
-        except Exception as error:
-            note(f"the search finds nothing: {error}")
+            tab.locator("[data-md-component=search-query]").fill("window3d_attention")
+            tab.locator(".md-search-result__link").first.wait_for()
+        except Error as error:
+            note(f"the search finds nothing: {error.message.splitlines()[0]}")
         browser.close()
     return wrong
 
