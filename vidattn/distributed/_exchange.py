@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Ranks", "evenly"]
 
@@ -168,6 +169,7 @@ class _SumGradients(torch.autograd.Function):
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         # Which parameters are used does not depend on the rank, so the ranks agree on what is sent.
         summed: list[Tensor | None] = [None] * len(gradients)
