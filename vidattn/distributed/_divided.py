@@ -105,7 +105,7 @@ class ShardedVisionTransformer(ShardedModule):
 
 
 class ShardedTimeSformer(ShardedModel):
-    """:class:`~vidattn.models.timesformer.TimeSformer` whose clip is cut."""
+    """``TimeSformer`` whose clip is cut."""
 
     def parts(self: Any) -> Iterator[Part]:
         """List the modules inside the model that have to change."""
@@ -232,7 +232,7 @@ class _ShardedClassifier(ShardedModel):
 
 
 class ShardedViViT(_ShardedClassifier):
-    """:class:`~vidattn.models.vivit.ViViT` whose clip is cut."""
+    """``ViViT`` whose clip is cut."""
 
     def parts(self: Any) -> Iterator[Part]:
         """List the modules inside the model that have to change."""
@@ -265,7 +265,7 @@ def _maximum(model: ShardedModel, tokens: Tensor) -> Tensor:
 
 
 class ShardedSpaceTimeViViT(_ShardedClassifier):
-    """:class:`~vidattn.models.vivit.SpaceTimeViViT` whose clip is cut.
+    """``SpaceTimeViViT`` whose clip is cut.
 
     Frames are encoded where they are, and what becomes of each is sent to every rank, which encodes the clip.
     """

@@ -124,7 +124,7 @@ class ShardedFrames(ShardedModule):
 
 
 class ShardedXViT(ShardedModel):
-    """:class:`~vidattn.models.xvit.XViT` whose clip is cut. What is classified of each frame is sent to every rank."""
+    """``XViT`` whose clip is cut. What is classified of each frame is sent to every rank."""
 
     def parts(self: Any) -> Iterator[Part]:
         """List the modules inside the model that have to change."""

@@ -1,4 +1,4 @@
-"""What a model is made of whose ranks compute some frames each; :mod:`~vidattn.distributed.frames` puts it together."""
+"""What a model is made of whose ranks compute some frames each; ``frames`` puts it together."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ShardedModule:
     """What a module becomes: a subclass of this one and of what it was.
 
     Attributes:
-        clip: the :class:`~vidattn.distributed.ShardedClip` that it is part of.
+        clip: the ``ShardedClip`` that it is part of.
     """
 
     clip: ClassVar[Any]

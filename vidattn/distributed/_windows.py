@@ -41,7 +41,7 @@ class _Windows(NamedTuple):
         window: effective window.
         shift: effective shift of the shifted blocks.
         padded: this rank's grid, padded to whole windows.
-        mask: float32, of this rank's shifted windows, as :func:`compute_mask` makes it; None if nothing is masked.
+        mask: float32, of this rank's shifted windows, as ``compute_mask`` makes it; None if nothing is masked.
     """
 
     window: Triple
@@ -96,7 +96,7 @@ class ShardedBlock(ShardedModule):
 
 
 class ShardedRecognizer(ShardedModel):
-    """:class:`~vidattn.models.video_swin.Recognizer3D` whose clip is cut."""
+    """``Recognizer3D`` whose clip is cut."""
 
     def parts(self: Any) -> Iterator[Part]:
         """List the modules inside the model that have to change."""

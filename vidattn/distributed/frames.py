@@ -2,8 +2,8 @@
 
 ``shard_frames`` turns the modules of a bundled model that look across frames into subclasses of what they are, in
 place; all others work on a rank's frames as they would on a whole clip. What a subclass does differently is in a file
-for each family: :mod:`~vidattn.distributed._divided`, :mod:`~vidattn.distributed._mixing`,
-:mod:`~vidattn.distributed._windows`.
+for each family: ``_divided``, ``_mixing``,
+``_windows``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Body(nn.Module):
 
 
 class ShardedClip:
-    """What :func:`shard_frames` made of a model: how its clips are cut, and the way back.
+    """What ``shard_frames`` made of a model: how its clips are cut, and the way back.
 
     Attributes:
         mesh: the ranks that hold the parts, in the order of the frames.
@@ -222,12 +222,12 @@ def shard_frames(model: nn.Module, mesh: DeviceMesh) -> ShardedClip:
     in one process, from a seed that the generator of rank 0 gives. Dropout of tokens raises in training, unless its
     rate is 0.
     Parameters, state dict, devices and modes stay as they are. An accelerated model stays accelerated: the kernels
-    attend to what a rank holds. :func:`vidattn.accelerate` may also come afterwards; it then swaps what was not changed
+    attend to what a rank holds. ``vidattn.accelerate`` may also come afterwards; it then swaps what was not changed
     here, which is all attention of Video Swin and of TimeSformer's divided blocks, while attention of ViViT and X-ViT
     that needs other ranks' frames stays plain. Revert in the reverse order.
 
     Args:
-        model: a bundled video classifier, as :func:`vidattn.models.create_model` builds it; the same on all ranks.
+        model: a bundled video classifier, as ``vidattn.models.create_model`` builds it; the same on all ranks.
         mesh: the ranks, a mesh of one dimension on the model's kind of device. Part r of the clip belongs to rank r.
 
     Returns:

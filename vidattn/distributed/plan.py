@@ -44,7 +44,7 @@ class PackedHeads(ParallelStyle):
 
 
 class PackedLinear(nn.Linear):
-    """What :class:`PackedHeads` makes of a linear layer: one that computes the rows of its process."""
+    """What ``PackedHeads`` makes of a linear layer: one that computes the rows of its process."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., in_features) that all processes have to a DTensor (..., out_features)."""
@@ -116,7 +116,7 @@ def parallelize_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelSt
     warning names them with the reason.
 
     Args:
-        model: a model of :mod:`vidattn.models`, or any module with its attention inside.
+        model: a model of ``vidattn.models``, or any module with its attention inside.
         mesh: one-dimensional mesh, ``mesh["tp"]`` of a larger one.
 
     Returns:
