@@ -106,7 +106,7 @@ def points(of: Sequence[Series], threads: int, directions: Sequence[str] = DIREC
 def build(
     case: str, direction: str, dtype: str, contender: str, device: str = "cpu"
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Make inputs and the one call to time, of a case named as by :func:`name_of`."""
+    """Make inputs and the one call to time, of a case named as by ``name_of``."""
     (shape, *_) = (size for growing in series(1) for size in growing.cases.values() if name_of(size) == case)
     family = window3d_contenders if isinstance(shape, WindowCase) else divided_contenders
     return family.build_copies(shape, direction, dtype, contender, device)[0]  # type: ignore[no-any-return,attr-defined]

@@ -206,7 +206,7 @@ def measure(
         memory: measure peak memory too.
         say: is told what is being done.
         traffic: reads and writes what the call must, without its arithmetic; is timed beside it.
-        judge: as of :func:`prepare`.
+        judge: as of ``prepare``.
 
     Returns:
         All there is to know.

@@ -231,7 +231,7 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
     Returns:
         ``gflops`` (best round); ``share_of_gemm`` and ``share_of_copy`` (of their rates), where they were measured
         ``share_of_limit`` and ``share_of_traffic``, and ``speedup_over`` (each other contender), all of which have the
-        keys of :func:`ratio`; ``limit_seconds`` (median), what is the larger part of it, ``limited_by``, and the rates
+        keys of ``ratio``; ``limit_seconds`` (median), what is the larger part of it, ``limited_by``, and the rates
         that make it.
     """
 

@@ -95,7 +95,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """Reads a checkpoint, of any number of processes, into a model and its optimizer.
 
     Args:
-        checkpoint: what :func:`save` wrote.
+        checkpoint: what ``save`` wrote.
         model: as it was then, sharded in any way.
         optimizer: its optimizer.
 
@@ -124,7 +124,7 @@ def train(
     """Trains a model from its last checkpoint on, and writes losses to ``losses.jsonl``, a line a step.
 
     Args:
-        model: distributed by :func:`shard`.
+        model: distributed by ``shard``.
         folder: of the checkpoints.
         steps: steps in all, those that are done included.
         every: steps from one checkpoint to the next.

@@ -31,7 +31,7 @@ def run_group(world_size: int, cases: dict[str, Case], folder: Path, device: str
         device: "cpu" for gloo; "cuda" for NCCL and a GPU for each process.
 
     Returns:
-        What each case returned on rank 0, or :class:`Failed`. Cases after a failed one are not run: the processes may
+        What each case returned on rank 0, or ``Failed``. Cases after a failed one are not run: the processes may
         no longer be at the same place.
     """
     torch.multiprocessing.spawn(_process, (world_size, cases, str(folder), device), nprocs=world_size)
