@@ -336,7 +336,8 @@ def test_batch_and_heads_at_once(tmp_path: Path) -> None:
     found = run_group(4, {name: partial(_on_a_grid, name) for name in names}, tmp_path)
     for name in names:
         (batch, heads), *_ = result(found, name)["placements"]
-        assert largest(found[name]["distances"]) < 1e-13 and batch == "S(0)" and heads.startswith("S"), found[name]
+        assert largest(found[name]["distances"]) < 1e-13 and heads.startswith("S"), found[name]
+        assert batch == ("R" if "as many masks" in name else "S(0)")  # half of those windows have other masks
 
 
 @pytest.mark.slow
