@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from attention_cases import BACKENDS
 
 HERE = Path(__file__).parent
 # What all the processes below begin with. Every call gives its context and gradients as one tensor.
@@ -179,6 +180,28 @@ for _ in range(3):
     used.append(pages(1))
 assert kinds == {"none", "memory"}, kinds
 assert used[-1] - used[0] < 4e6, used
+""")
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cpu", "reference")])
+def test_working_memory_that_is_missing(backend: str) -> None:
+    """Of a thread of a kernel too: what it throws comes out as what it is."""
+    assert_runs(f"""
+backend = {backend!r}
+qkv = torch.randn(1, 20, 20, 20, 3, 1, 64)  # one window, whose keys and values a thread packs
+expected = torch.empty(1, 20, 20, 20, 64)  # as much as the context needs beside that
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+del expected
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, resource.RLIM_INFINITY))
+try:
+    vidattn.window3d_attention(qkv, window_size=20, backend=backend)
+    raise AssertionError("there was enough")
+except MemoryError:
+    assert backend == "cpu"
+except RuntimeError as error:
+    assert backend == "reference" and "memory" in str(error), error
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+check("windows")
 """)
 
 
