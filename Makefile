@@ -26,7 +26,7 @@ SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all test-cuda fuzz lint format demo bench gpu-build gpu-test gpu-bench clean distclean
+.PHONY: help venv build test test-all test-cuda fuzz sanitize lint format demo bench gpu-build gpu-test gpu-bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -65,6 +65,10 @@ test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels, on an emulated G
 
 fuzz: $(VENV)/.built ## compare N random calls of all functions with float64 (N=10000; SEED= of another run)
 	VIDATTN_FUZZ=$(N) $(BIN)/pytest tests/test_fuzz_calls.py -k random --hypothesis-seed=$(strip $(SEED)) $(ARGS)
+
+sanitize: $(VENV)/.installed ## run tests on CPU kernels built with address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m tests.sanitize address
+	$(BIN)/python -m tests.sanitize thread
 
 lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
