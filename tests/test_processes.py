@@ -133,7 +133,8 @@ assert not failed, failed
 
 def test_interrupts() -> None:
     """At any time, in Python or in a kernel: the backend in force and the next call are what they were."""
-    assert_runs("""
+    assert_runs(
+        """
 draw, interrupts = random.Random(0), 0
 names = [name for name in CALLS if name != "product"]
 for _ in range(60):
@@ -147,7 +148,8 @@ for _ in range(60):
     assert vidattn.current_backend() == "auto"
     check(draw.choice(names))
 assert interrupts == 60
-""".replace("draw, interrupts", "signal.signal(signal.SIGALRM, signal.default_int_handler)\ndraw, interrupts", 1))
+""".replace("draw, interrupts", "signal.signal(signal.SIGALRM, signal.default_int_handler)\ndraw, interrupts", 1)
+    )
 
 
 def test_allocations_that_fail() -> None:
