@@ -20,10 +20,14 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.c' -o -name '*.cp
 EMULATOR := $(shell find tests/cuda_emulator -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BENCH_JSON ?= .benchmarks/latest.json
 GPU_OUT ?= build/gpu
+# Of make fuzz: how many calls, and which.
+N ?= 10000
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all test-cuda lint format docs docs-check demo bench gpu-build gpu-test gpu-bench clean distclean
+.PHONY: help venv build test test-all test-cuda fuzz sanitize lint format docs docs-check demo bench gpu-build gpu-test \
+    gpu-bench clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -59,6 +63,13 @@ test-all: $(VENV)/.built ## run the slow sweeps too
 
 test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels, on an emulated GPU
 	$(BIN)/pytest -m "" tests/test_cuda_*.py tests/test_*_cuda*.py $(ARGS)
+
+fuzz: $(VENV)/.built ## compare N random calls of all functions with float64 (N=10000; SEED= of another run)
+	VIDATTN_FUZZ=$(N) $(BIN)/pytest tests/test_fuzz_calls.py -k random --hypothesis-seed=$(strip $(SEED)) $(ARGS)
+
+sanitize: $(VENV)/.installed ## run tests on CPU kernels built with address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m tests.sanitize address
+	$(BIN)/python -m tests.sanitize thread
 
 lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

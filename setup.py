@@ -4,6 +4,8 @@ Only the stable ABIs of LibTorch and CPython are used: one binary serves every t
 
     VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
     VIDATTN_BUILD_CUDA           0 = no CUDA kernels, 1 = require them, unset = build them if nvcc is there and works
+    VIDATTN_SANITIZE             address (undefined behaviour too) or thread: the CPU kernels for one instruction set, that of
+                                 CXXFLAGS, with this sanitizer; see tests/sanitize.py
     CUDA_HOME                    where the CUDA toolkit is; unset = that of the nvcc on the path
     MAX_JOBS                     how many files are compiled at a time
     CXX                          the compiler: g++ or clang++; CXX="ccache g++" works
@@ -48,6 +50,15 @@ FLAGS = [
     "-Icsrc",
 ]
 
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZER = os.environ.get("VIDATTN_SANITIZE", "")
+if SANITIZER:
+    if SANITIZER not in SANITIZERS:
+        raise SystemExit(f"VIDATTN_SANITIZE: expected one of {', '.join(SANITIZERS)}, or nothing, got {SANITIZER!r}")
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", "-DVIDATTN_SANITIZED", *SANITIZERS[SANITIZER]]
 
 # Kernels run on GPUs from sm_80 on; for those after sm_90 the driver compiles them. The CUDA runtime is linked in, so
 # that the extension loads where there is none.
@@ -142,7 +153,8 @@ def sources(cuda: bool) -> list[str]:
     files = sorted(map(str, [*Path().glob("csrc/*.cpp"), *Path().glob("csrc/cpu/*.cpp")]))
     if cuda:
         files += sorted(map(str, [*Path().glob("csrc/cuda/*.cpp"), *Path().glob("csrc/cuda/*.cu")]))
-    return files if platform.machine().lower() in ("x86_64", "amd64") else [f for f in files if not isa_of(f)]
+    has_isas = platform.machine().lower() in ("x86_64", "amd64") and not SANITIZER
+    return files if has_isas else [f for f in files if not isa_of(f)]
 
 
 def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
@@ -162,6 +174,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
     if cuda.home:
         nvcc = str(cuda.home / "bin" / "nvcc")
         libraries += [f"-L{path.parent}" for path in cuda.home.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
+    link_flags = shlex.join(SANITIZERS.get(SANITIZER, ["-s"]))
     lines = [
         f"builddir = {name(build_dir)}",
         f"cxx = {COMPILER}",
@@ -177,7 +190,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared -s {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
+        f"  command = $cxx -shared {link_flags} {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
         "  description = $out",
     ]
     files = sources(cuda.home is not None)

@@ -114,6 +114,59 @@ def test_interrupted_downloads_and_damaged_files(tmp_path: Path) -> None:
         load_checkpoint(tiny(), tmp_path / "missing.pth")
 
 
+class Reduced:
+    """Unpickles to what a function returns."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.reduced = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def test_files_that_lie_about_what_they_hold(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    name = "backbone.patch_embed.proj.weight"
+    itself: dict[str, Any] = {"state_dict": state}
+    itself["itself"] = itself
+    doubled: dict[str, Any] = {"x": 1}
+    for _ in range(40):
+        doubled = {"a": doubled, "b": doubled}
+    new_array = numpy.zeros(1).__reduce__()[0]
+    cases = {
+        "petabytes": (
+            {**state, name: torch.zeros(1).expand(2**48)},
+            f"a file of .* with {name}, which would be {2**50}",
+        ),
+        "array": (
+            {**state, name: Reduced(new_array, numpy.ndarray, (2**20,), b"d")},
+            f"with {name}, which would be 8388608",
+        ),
+        "itself": (itself, "expected a state dict, got more than 64 mappings within each other"),
+        "doubled": (doubled, "expected a state dict, got more than 1000000 entries"),
+        "scalar": ({**state, name: torch.zeros(())}, "got tensors of other shapes|differ in 1 shapes"),
+        "table": (
+            {
+                **state,
+                "backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(2**20, 1, dtype=torch.int8),
+            },
+            "load_checkpoint: path_or_state: .* is not the numbering of Video Swin",
+        ),
+    }
+    for case, (content, expected) in cases.items():
+        (tmp_path / case).write_bytes(saved(content))
+        model = tiny()
+        with pytest.raises(ValueError, match=expected) as caught:
+            load_checkpoint(model, tmp_path / case)
+        assert str(caught.value).startswith("load_checkpoint: ") and "\n" not in str(caught.value)
+        assert_same_weights(model, state)
+    (tmp_path / "huge").write_bytes(saved({**state, name: Reduced(new_array, numpy.ndarray, (2**59,), b"d")}))
+    with pytest.raises(
+        MemoryError, match=r"load_checkpoint: .*huge: expected what fits in memory, got a file of \d+ byt"
+    ):
+        load_checkpoint(tiny(), tmp_path / "huge")
+
+
 @pytest.mark.parametrize("form", ["zip", "old", "npz"])
 def test_arrays_of_numpy_in_files(form: str, tmp_path: Path) -> None:
     source, model = tiny(seed=1), tiny()

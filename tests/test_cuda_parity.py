@@ -31,11 +31,11 @@ JOBS = {
     "mixing": (["test_mixing.py"], f"cuda and {SHORT}", 97),
     "options": (["test_window3d_options.py"], "cuda and not real_windows and not many", 27),
     "golden": (["test_golden.py"], "accelerated", 54),
+    "random": (["test_fuzz_calls.py"], "random", 7),
 }
 SLOW_JOBS = {
     "all_numbers": (PARITY, "cuda", 400),
-    "all_divided": (["test_divided.py"], "cuda and not random", 426),
-    "random_divided": (["test_divided.py"], "cuda and random", 120),
+    "all_divided": (["test_divided.py"], "cuda", 426),
     "all_mixing": (["test_mixing.py"], "cuda", 227),
     "all_options": (["test_window3d_options.py"], "cuda", 34),
     "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),

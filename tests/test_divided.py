@@ -15,8 +15,6 @@ from attention_cases import (
     BACKENDS_WITH_FLOAT32,
     BACKENDS_WITH_FLOAT64,
     DROPOUT_DTYPES,
-    HAS_DROPOUT,
-    MAX_HEAD_DIM,
     about,
     device_of,
     evaluate,
@@ -26,7 +24,7 @@ from attention_cases import (
     to,
     with_head_dims,
 )
-from divided_cases import KINDS_OF, OVER_TIME, SEES_ALL, Case, check, check_against_plain, for_kinds, runs
+from divided_cases import OVER_TIME, SEES_ALL, Case, check, check_against_plain, for_kinds, runs
 from torch import Tensor
 
 import vidattn
@@ -438,29 +436,3 @@ def test_float64_gradcheck(backend: str, kind: str) -> None:
             return case.function()(qkv, **case.options(), backend=backend)
 
         assert torch.autograd.gradcheck(attend, (qkv,))
-
-
-@pytest.mark.slow
-@backends_and_dtypes
-@pytest.mark.parametrize("seed", range(60))
-def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
-    """Random shapes and options together."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=draw))
-
-    kind, heads = KINDS_OF[backend][seed % len(KINDS_OF[backend])], pick(1, 5)
-    case = Case(
-        kind=kind,
-        num_frames=pick(1, 70),
-        num_sites=pick(1, 70),
-        token_order=("thw", "hwt")[pick(0, 1)],
-        batch=pick(1, 3),
-        heads=heads,
-        head_dim=pick(1, MAX_HEAD_DIM[backend]),
-        scale=(None, 0.3)[pick(0, 1)],
-        dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
-        num_temporal_heads=pick(0, heads) if kind == "factorized" else None,
-    )
-    check(case, dtype, backend, apart=pick(0, 1) == 1)

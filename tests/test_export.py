@@ -1,10 +1,14 @@
-"""Models and ops as ONNX programs and as traces: standard operators, the numbers of the model, any batch."""
+"""Models and ops as ONNX programs, traces and files: standard operators, the numbers of the model, any batch."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -12,6 +16,7 @@ import pytest
 import torch
 from model_cases import MODELS, clips, tiny
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.utils._pytree import tree_leaves
 
 import vidattn
@@ -144,3 +149,56 @@ def test_traces_of_every_op(name: str) -> None:
     torch.testing.assert_close(found, expected)
     first, second = (torch.autograd.grad(tree_leaves(y)[-1].square().sum(), x) for y in (found, expected))
     torch.testing.assert_close(first, second)
+
+
+READ = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(program(x), expected, atol=1e-5, rtol=1e-5)
+print("vidattn" in sys.modules)
+"""
+
+
+def read_elsewhere(code: str, *files: Path) -> subprocess.CompletedProcess[str]:
+    """Read an exported program in a process that begins with this Python."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, files)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def exported(name: str) -> tuple[nn.Module, Any, Any]:
+    """Give an accelerated model, its exported program, and that in the operators of PyTorch alone."""
+    fast = tiny(name)
+    assert vidattn.accelerate(fast).swapped
+    with torch.no_grad():
+        program = torch.export.export(fast, (clips(2),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    ops = {node.target for node in program.graph.nodes if "vidattn" in str(node.target)}
+    assert ops
+    plain = program.run_decompositions(get_decompositions(ops))
+    assert not any("vidattn" in str(node.target) for node in plain.graph.nodes)
+    return fast, program, plain
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exported_programs_come_back(name: str, tmp_path: Path) -> None:
+    """From a file, with another batch; in a process that knows nothing of this package if they were decomposed."""
+    fast, program, plain = exported(name)
+    torch.export.save(program, tmp_path / "ops.pt2")
+    torch.export.save(plain, tmp_path / "plain.pt2")
+    with torch.no_grad():
+        expected = fast(clips(3))
+        torch.testing.assert_close(torch.export.load(tmp_path / "ops.pt2").module()(clips(3)), expected)
+    if name != FAMILIES[0]:
+        return
+    torch.save((clips(3), expected), tmp_path / "results")
+    for file, code, said in (
+        ("plain.pt2", READ, "False\n"),
+        ("ops.pt2", f"import vidattn{READ}", "True\n"),
+        ("ops.pt2", READ, None),
+    ):
+        child = read_elsewhere(code, tmp_path / file, tmp_path / "results")
+        if said is None:  # the op is Python, which its process has to import
+            assert child.returncode == 1 and "error when deserializing" in child.stderr, child.stderr
+        else:
+            assert child.returncode == 0 and child.stdout == said, child.stderr

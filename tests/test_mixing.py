@@ -13,8 +13,6 @@ from attention_cases import (
     BACKENDS_WITH_FLOAT32,
     BACKENDS_WITH_FLOAT64,
     DROPOUT_DTYPES,
-    HAS_DROPOUT,
-    MAX_HEAD_DIM,
     assert_same,
     device_of,
     evaluate,
@@ -380,30 +378,3 @@ def test_shift_of_nothing(backend: str) -> None:
         assert out.shape == shape
         (grad,) = torch.autograd.grad(out.sum(), x)
         assert grad.shape == shape
-
-
-@pytest.mark.slow
-@backends_and_dtypes
-@pytest.mark.parametrize("seed", range(60))
-def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
-    """Random shapes and options together."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=draw))
-
-    heads, head_dim, frames = pick(1, 5), pick(1, MAX_HEAD_DIM[backend]), pick(1, 9)
-    cuts = sorted(pick(0, heads * head_dim) for _ in range(6))
-    shifts = tuple((cuts[i], cuts[i + 1], pick(-frames - 1, frames + 1)) for i in (0, 2, 4))
-    case = Case(
-        num_frames=frames,
-        num_tokens=pick(1, 70),
-        shift_div=pick(1, 9),
-        channel_shifts=shifts if pick(0, 2) else None,
-        clips=pick(1, 3),
-        heads=heads,
-        head_dim=head_dim,
-        scale=(None, 0.3)[pick(0, 1)],
-        dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
-    )
-    check(case, dtype, backend, apart=pick(0, 1) == 1)

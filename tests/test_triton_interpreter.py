@@ -70,12 +70,13 @@ JOBS = {
     "mended": (["test_interpreted_bfloat16.py"], "", 5, None),
     "plans": (["test_plans.py"], "triton", 14, None),
     "golden": (["test_golden.py"], "accelerated", 11, "triton"),
+    "random": (["test_fuzz_calls.py"], "random", 7, None),
 }
 SLOW_JOBS = {
-    "everything": (ALL, "triton and not seventy and not random", 250, None),
+    "everything": (ALL, "triton and not seventy", 250, None),
     "everything_options": (["test_window3d_options.py"], "triton", 40, None),
-    "everything_divided": (DIVIDED, "triton and not seventy and not random", 450, None),
-    "everything_mixing": (MIXING, "triton and not seventy and not random", 215, None),
+    "everything_divided": (DIVIDED, "triton and not seventy", 450, None),
+    "everything_mixing": (MIXING, "triton and not seventy", 215, None),
 }
 
 

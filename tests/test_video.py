@@ -420,6 +420,12 @@ def test_files_that_are_no_videos(tmp_path: Path):
         count_frames(tmp_path / "missing.mp4")
 
 
+def test_a_title_in_another_encoding(tmp_path: Path):
+    path = write_video(tmp_path / "clip.mkv", numbered_frames(3), title="Träume")
+    path.write_bytes(path.read_bytes().replace("Träume".encode(), "Träume".encode("latin-1") + b"!"))
+    assert count_frames(path) == 3
+
+
 def test_frames_past_the_end_are_refused(tmp_path: Path):
     path = write_video(tmp_path / "clip.mkv", numbered_frames(3))
     with pytest.raises(VideoError, match="expected a frame 3, got the end of the video"):

@@ -14,8 +14,6 @@ from attention_cases import (
     BACKENDS_WITH_DROPOUT,
     BACKENDS_WITH_FLOAT64,
     DROPOUT_DTYPES,
-    HAS_DROPOUT,
-    MAX_HEAD_DIM,
     SUPPORTED,
     about,
     device_of,
@@ -491,31 +489,3 @@ def test_float64_gradcheck(backend: str) -> None:
 
     for dropout_p in (0.0, 0.4):
         assert torch.autograd.gradcheck(attend, (*leaves, dropout_p))
-
-
-@pytest.mark.slow
-@backends_and_dtypes
-@pytest.mark.parametrize("seed", range(60))
-def test_random_calls(backend: str, dtype: torch.dtype, seed: int) -> None:
-    """Random shapes and options together."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=draw))
-
-    window = (pick(1, 8), pick(1, 8), pick(1, 9))
-    case = Case(
-        grid=(pick(1, 12), pick(1, 12), pick(1, 14)),
-        window=window,
-        shift=(pick(0, window[0] - 1), pick(0, window[1] - 1), pick(0, window[2] - 1)),
-        batch=pick(1, 3),
-        heads=pick(1, 4),
-        head_dim=pick(1, MAX_HEAD_DIM[backend]),
-        bias_index=(None, "prefix", "geometric")[pick(0, 2)],
-        pad=pick(0, 1) == 1,
-        wrap=(pick(0, 1) == 1, pick(0, 1) == 1, pick(0, 1) == 1),
-        mask_value=(-100.0, -math.inf, -5.0)[pick(0, 2)],
-        scale=(None, 0.3)[pick(0, 1)],
-        dropout_p=(0.0, 0.2 * HAS_DROPOUT[backend])[pick(0, 1)],
-    )
-    check(case, dtype, backend, separate=pick(0, 1) == 1)

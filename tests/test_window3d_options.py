@@ -136,6 +136,7 @@ PLAIN_CASES = [
     ),
     Case((1, 2, 2), (2, 3, 4), (1, 2, 3), padding=((0, 0), (1, 0), (1, 1)), pad=False),  # clipped to the padded grid
     Case((1, 2, 3), (4, 3, 2), (3, 2, 1), padding=((3, 4), (0, 1), (0, 1)), padding_order="after_shift"),
+    Case((1, 2, 3), (4, 3, 2), (3, 2, 0), padding=((3, 4), (0, 1), (0, 1)), padding_order="after_shift"),  # moves none
     AFTER,
     replace(AFTER, padding=((1, 0), (0, 1), (1, 1))),
     replace(AFTER, padding=((1, 0), (4, 0), (0, 2)), wrap=(True, False, True), shift=(1, 2, 2)),

@@ -19,10 +19,13 @@ def write_video(
     pixel_format: str = "bgr0",
     rotation: int | None = None,
     options: Mapping[str, str] | None = None,
+    title: str | None = None,
 ) -> Path:
     """Writes uint8 RGB frames (height, width, 3); the default codec (in .mkv) is lossless."""
     with av.open(str(path), "w", options=dict(options or {})) as container:
         stream = None
+        if title is not None:
+            container.metadata["title"] = title
         for frame in frames:
             if stream is None:
                 stream = container.add_stream(codec, rate=25)

@@ -455,7 +455,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
     if not Path(path).exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # a title may be in any encoding
             # FFmpeg has a demuxer that renders plain text as a terminal would: a text file is no video.
             streams = [] if container.format.name == "tty" else list(container.streams.video)
             films = [

@@ -2,6 +2,7 @@
 #pragma once
 #include "arguments.h"
 #include "isa.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace vidattn {
@@ -27,8 +28,7 @@ const Kernels& kernels_for(Element element, const KernelTable<Kernels>* const (&
 template <class Args, class Kernels, class F>
 void run(const Args& args, const Kernels& kernels, bool backward, int64_t tasks, F task_range) {
   const int64_t bytes = kernels.scratch_bytes(args, backward);
-  torch::stable::parallel_for(0, tasks, 1,
-                              [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { task_range(args, begin, end, thread_scratch(bytes)); });
 }
 
 }  // namespace vidattn

@@ -31,7 +31,7 @@ int64_t size_of_shares(const DividedArgs& a) {
 }
 
 void run_part(const DividedArgs& a, DividedKernels::Part part, bool backward, int64_t tasks, int64_t grain) {
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { part(a, backward, begin, end); });
+  parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { part(a, backward, begin, end); });
 }
 
 // Runs one pass for the heads that attend over time, then for those that attend over space.

@@ -16,7 +16,7 @@ struct Isa {
   bool (*runs_here)();
 };
 
-#if defined(__x86_64__)
+#if defined(VIDATTN_HAS_ISAS)
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -30,7 +30,7 @@ bool has_avx512() {
 // The best one last.
 const Isa kIsas[] = {
     {"baseline", [] { return true; }},
-#if defined(__x86_64__)
+#if defined(VIDATTN_HAS_ISAS)
     {"avx2", has_avx2},
     {"avx512", has_avx512},
     {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},

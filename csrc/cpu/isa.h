@@ -4,7 +4,10 @@
 
 // A family's kernels for each instruction set, in the order of the table in isa.cpp: VIDATTN_KERNELS(window3d) lists
 // what window3d_baseline.cpp, window3d_avx2.cpp and so on define.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VIDATTN_SANITIZED)
+#define VIDATTN_HAS_ISAS
+#endif
+#if defined(VIDATTN_HAS_ISAS)
 #define VIDATTN_KERNELS(family) {&family##_baseline, &family##_avx2, &family##_avx512, &family##_avx512bf16}
 #define VIDATTN_DECLARE_KERNELS(family, Kernels) \
   extern const KernelTable<Kernels> family##_baseline, family##_avx2, family##_avx512, family##_avx512bf16

@@ -74,7 +74,7 @@ void temporal_shift(Tensor x, int64_t num_frames, Ints shifts, Tensor out) {
   char* to = static_cast<char*>(out.data_ptr());
   const int64_t rows_at_once = 65536 / (row + 1) + 1;
   const bool long_rows = row > 16384;  // those of channels in front of pixels
-  torch::stable::parallel_for(0, frames * outer, rows_at_once, [&](int64_t begin, int64_t end) {
+  parallel_for(0, frames * outer, rows_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t t = at / outer % num_frames;
       for (const ChannelShift& run : runs) {

@@ -95,7 +95,7 @@ void backward_as(Window3dArgs& a, T* dbias, T* dpad) {
   run(a, kernels(a), true, a.heads * a.chunks, kernels(a).backward);
 
   if (dbias && !direct)
-    torch::stable::parallel_for(0, types * a.heads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, types * a.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t type = plane / a.heads, head = plane % a.heads, first = cuts.of_type[type];
         sum_chunks(dbias_partial.get() + (first * a.heads + head) * a.bias_size, cuts.of_type[type + 1] - first,

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidattn.messages import describe
+from vidattn.messages import describe, shorten
 from vidattn.models.checkpoint_files import read_checkpoint
 from vidattn.models.checkpoint_names import NotRecognisedError, State, convert, join_names, unwrap
 
@@ -156,6 +156,7 @@ def load_checkpoint(
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, or does not fit the model; the message says what it seems to be.
         TypeError: ``model`` is not a bundled model, or ``path_or_state`` neither a path nor a mapping.
+        MemoryError: What the file holds, or says that it does, does not fit in memory.
 
     Example:
         >>> from vidattn.models import create_model
@@ -181,7 +182,18 @@ def convert_checkpoint(
 ) -> Conversion:
     """Bring what a file holds under the names of a model, for ``fill_model``; both as ``load_checkpoint``."""
     converter, configuration = _find_converter(model)
-    conversion, beside, outside = convert(unwrap(content), lambda state: converter(model, state))
+    state = unwrap(content)
+    try:
+        conversion, beside, outside = convert(state, lambda state: converter(model, state))
+    except (IndexError, RuntimeError, TypeError) as error:  # a name promises a number of dimensions
+        raise ValueError(
+            f"load_checkpoint: path_or_state: expected weights of {type(model).__name__}, got tensors of other shapes "
+            f"under its names ({type(error).__name__}: {shorten(str(error))})"
+        ) from error
+    except ValueError as error:
+        if str(error).startswith("load_checkpoint: "):
+            raise
+        raise ValueError(f"load_checkpoint: path_or_state: {error}") from error
     conversion.ignored += beside
     conversion.outside += outside
     if config is not None and configuration is not None:
@@ -318,7 +330,10 @@ def _check_tensor(name: str, theirs: Tensor, ours: Tensor) -> None:
 def _compare(conversion: Conversion, own: Mapping[str, Tensor]) -> str:
     if conversion.describe is None:
         return ""
-    theirs, ours = conversion.describe(conversion.state), conversion.describe(own)
+    try:
+        theirs, ours = conversion.describe(conversion.state), conversion.describe(own)
+    except IndexError:  # a tensor of theirs has fewer dimensions than that of any model
+        return ""
     return "" if theirs == ours else f"The checkpoint is of {theirs}; the model is {ours}. "
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidattn.messages import describe, shorten
-from vidattn.models.flax_trees import is_msgpack, read_msgpack, read_npz
+from vidattn.models.flax_trees import find_arrays, is_msgpack, read_msgpack, read_npz
 
 _INDEX = ".index.json"
 # In the order in which Hugging Face looks for them.
@@ -239,9 +239,9 @@ def _read_torch(path: str) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_arrays()):
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError as error:
+        raise _too_large(path, error) from error
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused is None:
@@ -251,6 +251,20 @@ def _read_torch(path: str) -> Any:
             f"({refused[1]}), which could run code and are not loaded: where you trust the file, save its state dict "
             "alone (torch.save(checkpoint['state_dict'], new_path))"
         ) from error
+    if isinstance(content, Mapping):
+        _check_sizes(path, content)
+    return content
+
+
+def _check_sizes(path: str, content: Mapping[Any, Any]) -> None:
+    """Refuse tensors that are larger than the file, before anything copies one: PyTorch believes what a file says."""
+    size = os.path.getsize(path)
+    for name, value in find_arrays(content):
+        if getattr(value, "is_meta", False):  # which the model will be asked about
+            continue
+        found = value.numel() * value.element_size() if isinstance(value, Tensor) else getattr(value, "nbytes", 0)
+        if found > size:
+            _refuse(path, f"a file of {size} bytes with {shorten(name)}, which would be {found}: it may be damaged")
 
 
 def _numpy_arrays() -> list[Any]:
@@ -273,16 +287,23 @@ def _numpy_arrays() -> list[Any]:
 def _guarded(path: str, reader: Any) -> Any:
     try:
         return reader(path)
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
+    except MemoryError as error:
+        raise _too_large(path, error) from error
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _too_large(path: str, error: MemoryError) -> MemoryError:
+    size = os.path.getsize(path)
+    return MemoryError(f"load_checkpoint: {path}: expected what fits in memory, got a file of {size} bytes ({error})")
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:
     # The text of an unpickling error is a page about trusting files, which is not the matter here.
     text = "" if isinstance(error, pickle.UnpicklingError) else str(error).strip()
-    reason = f": {text.splitlines()[0]}" if text else ""
+    reason = f": {shorten(text.splitlines()[0], 300)}" if text else ""
     return ValueError(
         f"load_checkpoint: {path}: expected weights, but it cannot be read as a PyTorch or safetensors file, it may be "
         f"damaged ({type(error).__name__}{reason})"

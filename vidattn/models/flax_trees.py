@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Where training states keep their parameters, the optimizer's copy first: the rest of such a state has the same names.
 _ROOTS = ("optimizer/target/", "opt/target/", "target/", "params/")
+# A file can have a mapping within itself, or one twice in one that is twice in the next. No training state is so.
+_DEEPEST, _MOST = 64, 1_000_000
 
 
 def flatten_flax_tree(content: Any) -> dict[str, Tensor] | None:
@@ -23,13 +25,16 @@ def flatten_flax_tree(content: Any) -> dict[str, Tensor] | None:
     Returns:
         Floating-point tensors by path, or None for anything that is no such tree.
 
+    Raises:
+        ValueError: mappings lie within mappings without end.
+
     Example:
         >>> flatten_flax_tree({"params": {"head": {"kernel": torch.ones(2, 3)}}})["head/kernel"].shape
         torch.Size([2, 3])
     """
     if not isinstance(content, Mapping):
         return None
-    arrays = dict(_leaves(content, ""))
+    arrays = dict(find_arrays(content))
     if not any(path.endswith("/kernel") for path in arrays):
         return None
     while True:
@@ -41,12 +46,40 @@ def flatten_flax_tree(content: Any) -> dict[str, Tensor] | None:
     return {path: tensor for path, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()}
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def find_arrays(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Go through the tensors and arrays of nested mappings.
+
+    Args:
+        content: The mapping.
+
+    Yields:
+        Paths, with "/" between the names, and what is there.
+
+    Raises:
+        ValueError: mappings lie within mappings without end.
+
+    Example:
+        >>> [path for path, _ in find_arrays({"params": {"head": {"kernel": torch.ones(2, 3)}}, "epoch": 3})]
+        ['params/head/kernel']
+    """
+    for count, (path, value) in enumerate(_leaves(content, "", _DEEPEST)):
+        if count == _MOST:
+            raise _endless(f"more than {_MOST} entries")
+        if isinstance(value, Tensor) or hasattr(value, "__array__"):
+            yield path, value
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str, deeper: int) -> Iterator[tuple[str, Any]]:
+    if deeper == 0:
+        raise _endless(f"more than {_DEEPEST} mappings within each other")
     for name, value in tree.items():
+        yield f"{prefix}{name}", value  # a mapping of mappings counts too
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        elif isinstance(value, Tensor) or hasattr(value, "__array__"):
-            yield f"{prefix}{name}", value
+            yield from _leaves(value, f"{prefix}{name}/", deeper - 1)
+
+
+def _endless(got: str) -> ValueError:
+    return ValueError(f"load_checkpoint: path_or_state: expected a state dict, got {got}")
 
 
 def tensor_of(value: Any) -> Tensor | None:

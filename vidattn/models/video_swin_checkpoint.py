@@ -251,7 +251,8 @@ def _file_window(name: str, rows: int, index: Tensor | None, window: Triple, kno
         raise ValueError(
             f"{name} has {rows} rows, and without {_INDEX} its window cannot be told: window {window} expected"
         )
-    tokens = index.shape[0]
+    # Windows are found by trying the divisors of its length, so that must not be any number.
+    tokens = index.shape[0] if index.ndim == 2 and index.shape[0] == index.shape[1] else 0
     candidates = [window] + [
         (depth, height, tokens // depth // height)
         for depth in range(1, tokens + 1)

@@ -255,7 +255,8 @@ def _without_idle_padding(options: Options, grid: Sequence[int]) -> Options:
                 f"{NAME}: padding: expected whole windows {windows.window} on the padded grid, got one of {whole}"
             )
     if not windows.shift_first:
-        options = options._replace(padding_order="before_shift")
+        if options.padding_order == "after_shift":  # which moved nothing: a roll by all of an axis
+            options = options._replace(padding_order="before_shift", shift_size=(0, 0, 0))
         if windows == _windows(grid, options._replace(padding=())):
             options = options._replace(padding=())
     return options

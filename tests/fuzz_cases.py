@@ -1,0 +1,456 @@
+"""Whole calls of the public functions, drawn at random. Each is a program, and that program is what the tests run."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from attention_cases import BACKENDS, DTYPES, device_of, on_cpu, seed_of, seeds_from_the_host
+from hypothesis import strategies as st
+from tolerance import assert_all_close
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vidattn import reference
+from vidattn.backends import TRITON_INTERPRETED
+from vidattn.geometry import num_bias_rows, resolve_windows
+from vidattn.ops._tensors import keeps_lse
+
+# An interpreter or an emulator takes a thousand times as long, so it gets smaller calls.
+SLOW = TRITON_INTERPRETED or os.environ.get("VIDATTN_BACKEND") == "cuda"
+DEPTH, SIDE, SEQUENCE, HEAD_DIM = (3, 2, 12, 32) if SLOW else (8, 4, 70, 128)
+
+Results = dict[str, Tensor]
+
+DEFINITION = """\
+import torch
+import vidattn
+
+
+def run(attend=vidattn.{function}, all_dtypes=None, device="cpu", **given):
+    def draw(seed, dtype, *shape, size=1.0):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x = (size * x).to(dtype)
+        return x.to(device, all_dtypes if dtype.is_floating_point else None)
+
+    def pick(seed, end, *shape):
+        return torch.randint(end, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+    torch.manual_seed(1)  # of the dropout
+{tensors}
+    out = {call}
+    return {{"out": out.detach()}}{gradients}
+"""
+COMPARISON = """
+
+found, plain = run({where}backend={backend!r}), run(backend="reference")
+exact = run(all_dtypes=torch.float64, backend="reference")
+for name, x in found.items():
+    off, usual = ((y.cpu().to(exact[name].dtype) - exact[name]).abs().sum() for y in (x, plain[name]))
+    print(f"{{name}}: {backend} is off by {{off:.1e}} in sum, plain PyTorch in the same dtype by {{usual:.1e}}")
+"""
+
+
+@dataclass
+class Call:
+    """A call. Tensors are given as Python, so that what a failure prints makes the same ones.
+
+    Attributes:
+        function: name of the public function.
+        dtype: of q, k and v.
+        tensors: by name, how each is made.
+        arguments: the call's arguments.
+        learned: names of the tensors whose gradients are asked for.
+        gradient: how the gradient that comes in is made.
+        group_tokens: tokens of the longest group.
+    """
+
+    function: str
+    dtype: torch.dtype
+    tensors: dict[str, str] = field(default_factory=dict)
+    arguments: list[str] = field(default_factory=list)
+    learned: list[str] = field(default_factory=list)
+    gradient: str = ""
+    group_tokens: int = 0
+
+    def definition(self) -> str:
+        """Python that defines ``run``, which makes the call and returns its results by name."""
+        made = "\n".join(f"    {name} = {source}" for name, source in self.tensors.items())
+        call = f"attend({', '.join(self.arguments)}, **given)"
+        gradients = ""
+        if self.learned:
+            made += f"\n    grad = {self.gradient}"
+            found = f"torch.autograd.grad(out, [{', '.join(self.learned)}], grad)"
+            gradients = f" | dict(zip({self.learned!r}, {found}))"
+        if "cls_token='per_frame'" in self.arguments:
+            call = f"torch.cat({call}, 1)"
+        return DEFINITION.format(function=self.function, tensors=made, call=call, gradients=gradients)
+
+    def program(self, backend: str) -> str:
+        """Python that compares a backend with the float64 reference and prints how far it is off."""
+        where = "" if device_of(backend) == "cpu" else f"device={device_of(backend)!r}, "
+        return self.definition() + COMPARISON.format(backend=backend, where=where)
+
+
+def check(call: Call) -> None:
+    """Compare every backend that runs a call with the float64 reference, and that one with autograd through it."""
+    names: dict[str, Any] = {}
+    exec(call.definition(), names)
+    run: Callable[..., Results] = names["run"]
+    backend = "reference"
+    try:
+        found = {"reference": run(backend=backend)}
+        for backend in BACKENDS:
+            if backend == "reference":
+                continue
+            try:
+                with seeds_from_the_host():
+                    found[backend] = on_cpu(run(device=device_of(backend), backend=backend))  # type: ignore[arg-type]
+            except ValueError as error:
+                if backend == "cpu" or "cannot run this call" not in str(error):
+                    raise
+                continue
+            assert found[backend]["out"].is_contiguous()
+        yardstick = None if call.function == "temporal_shift" else _Yardstick(call, run, found["reference"])
+        for backend, results in found.items():
+            if yardstick is not None:
+                yardstick.compare(results, backend)
+            else:
+                for name, x in results.items():
+                    assert torch.equal(x, found["reference"][name]), name
+    except Exception as error:
+        program = textwrap.indent(call.program(backend), "    ")
+        raise AssertionError(f"{backend}: {error}\n\nThis program makes the call:\n\n{program}") from error
+
+
+class _Yardstick:
+    """What is exact, and how far plain PyTorch is from that by rounding, in the call's dtypes and in float64.
+
+    Nothing measures errors in float64; they are what errors in float32 are, in other digits.
+    """
+
+    def __init__(self, call: Call, run: Callable[..., Results], results: Results) -> None:
+        self.call, self.run, self.results = call, run, results
+        self.wide = run(all_dtypes=torch.float64, backend="reference")
+        self.empty = self.wide["out"].numel() == 0
+        self.exact = self.wide if self.empty else self.differentiated(torch.float64)
+        self.single = run(all_dtypes=torch.float32, backend="reference")
+
+    def compare(self, found: Results, backend: str) -> None:
+        """Compare the results of a backend; those of the reference are compared in float64."""
+        if self.empty:
+            assert all(x.shape == self.exact[name].shape and not x.any() for name, x in found.items())
+            return
+        whole_rows = not keeps_lse(self.call.group_tokens, backend)
+        dtype = self.call.dtype
+        if backend == "reference":
+            found, dtype = self.wide, torch.float64
+        for roundings in (0, 5):
+            try:
+                expected = self.expected(found, dtype, roundings)
+                assert_all_close(found, expected, self.exact, dtype, whole_rows=whole_rows)
+                return
+            except AssertionError:  # plain PyTorch may have been lucky
+                if roundings:
+                    raise
+
+    def expected(self, found: Results, dtype: torch.dtype, roundings: int) -> Results:
+        """Give the least exact of some evaluations in plain PyTorch, with inputs that are rounded anew so often."""
+        for seed in range(roundings):
+            self.single = self.further_off(self.single, self.differentiated(torch.float32, seed))
+        if dtype != torch.float64:
+            plain = self.further_off(self.results, self.differentiated(None))
+            return self.further_off(plain, self.single) if roundings else plain
+        off = {name: (x.double() - self.exact[name]).abs().max() for name, x in self.single.items()}
+        return {name: (x + off[name] * 2.0**-29).to(found[name].dtype) for name, x in self.exact.items()}
+
+    def further_off(self, one: Results, other: Results) -> Results:
+        """Give the less exact of two results, in the dtype of the first."""
+        first, second = (
+            {name: (x[name].double() - true).abs().max() for name, true in self.exact.items()} for x in (one, other)
+        )
+        return {name: x if first[name] > second[name] else other[name].to(x.dtype) for name, x in one.items()}
+
+    def differentiated(self, dtype: torch.dtype | None, seed: int | None = None) -> Results:
+        """Evaluate plain PyTorch, and its gradients by autograd: the formulas of the op have no part in it.
+
+        Args:
+            dtype: of all tensors; None for each its own.
+            seed: rounds each number up or down in its last place; None for as it is.
+        """
+        plain = getattr(reference, self.call.function)
+        generator = torch.Generator().manual_seed(seed or 0)
+
+        def rounded(x: Any) -> Any:
+            if seed is None or not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return x * (1.0 + 2.0**-23 * (torch.randint(2, x.shape, generator=generator) * 2 - 1))
+
+        def attend(*args: Any, **options: Any) -> Any:
+            learned = [x.sum() for x in tree_leaves((args, options)) if isinstance(x, Tensor) and x.requires_grad]
+            nothing = 0.0 * sum(learned)  # connects what has no part in the result, such as padding that is not needed
+            args, options = tree_map(rounded, (args, options))
+            return tree_map(lambda x: rounded(x) + nothing, plain(*args, **options))
+
+        has_dropout = any(text.startswith("dropout_p") for text in self.call.arguments)
+        return self.run(attend=attend, all_dtypes=dtype, **({"seed": seed_of(1)} if has_dropout else {}))
+
+
+# ---- How calls are drawn: what is simplest comes first, because failures shrink to it ----
+
+
+class _Draft:
+    """A call in the making."""
+
+    def __init__(self, draw: st.DrawFn, function: str, dtypes: Sequence[torch.dtype]) -> None:
+        self.draw = draw
+        self.call = Call(function, draw(st.sampled_from(dtypes)))
+
+    def number(self, least: int, most: int) -> int:
+        return self.draw(st.integers(least, most))
+
+    def chance(self) -> bool:
+        return self.draw(st.booleans())
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype | None = None, sizes: Sequence[float] = (1.0,)) -> str:
+        """Draw numbers of one of several sizes, in one of several layouts."""
+        size = self.draw(st.sampled_from(sizes))
+        axis = self.number(0, len(shape) - 1)
+        layout = self.draw(st.sampled_from(("dense", "sliced", "swapped", "behind", "expanded")))
+        held, view = list(shape), ""
+        if layout == "sliced":
+            held[axis] *= 2
+            view = f"[{', '.join([':'] * axis + ['::2'])}]"
+        elif layout == "swapped":
+            held[0], held[axis] = held[axis], held[0]
+            view = f".transpose(0, {axis})"
+        elif layout == "behind":
+            held = [math.prod(shape) + 1]
+            view = f"[1:].view({tuple(shape)})"
+        elif layout == "expanded":
+            held[axis] = 1
+            view = f".expand({tuple(shape)})"
+        seed = len(self.call.tensors)
+        factor = "" if size == 1.0 else f", size={size}"
+        return f"draw({seed}, {dtype or self.call.dtype}, {', '.join(map(str, held))}{factor}){view}"
+
+    def token(self, shape: Sequence[int]) -> str:
+        """Draw q, k, v, or what padding holds: from tiny numbers to those with which each query sees one key."""
+        return self.tensor(shape, sizes=(1.0, 1e-4, 0.01, 5.0, 8.0 if self.call.dtype == torch.float16 else 30.0))
+
+    def score(self, shape: Sequence[int]) -> str:
+        """Draw what is added to scores, in any dtype."""
+        return self.tensor(shape, self.draw(st.sampled_from(DTYPES)) if self.chance() else None, (1.0, 1e-4, 20.0))
+
+    def learn(self, name: str, source: str) -> None:
+        """Add a tensor that may need a gradient."""
+        if self.chance():
+            source += ".requires_grad_()"
+            self.call.learned.append(name)
+        self.call.tensors[name] = source
+
+    def give(self, name: str, source: str) -> None:
+        """Add a tensor as an argument that may need a gradient."""
+        self.learn(name, source)
+        self.call.arguments.append(f"{name}={name}")
+
+    def option(self, name: str, values: st.SearchStrategy[Any]) -> Any:
+        """Draw an option or leave it out."""
+        return self.set(name, self.draw(values)) if self.chance() else None
+
+    def set(self, name: str, value: Any) -> Any:
+        shown = "-float('inf')" if value == -math.inf else repr(value)
+        self.call.arguments.append(f"{name}={shown}")
+        return value
+
+    def numbers(self, name: str, end: int, shape: Sequence[int]) -> None:
+        """Add a tensor of integers."""
+        source = f"pick({len(self.call.tensors)}, {end}, {', '.join(map(str, shape))})"
+        self.call.tensors[name] = source + (".int()" if self.chance() else "")
+        self.call.arguments.append(f"{name}={name}")
+
+    def heads(self) -> tuple[int, int]:
+        """Draw the heads and their dimension."""
+        dims = st.one_of(st.integers(1, 16), st.sampled_from((24, 32, 48, 64, 96, 128)), st.integers(1, HEAD_DIM))
+        return self.number(1, 3), min(self.draw(dims), HEAD_DIM)
+
+    def qkv(self, tokens: Sequence[int], heads: int, head_dim: int) -> None:
+        """Add q, k and v, packed or apart."""
+        if self.chance():
+            for name in "qkv":
+                self.learn(name, self.token((*tokens, heads, head_dim)))
+            self.call.arguments.insert(0, "(q, k, v)")
+        else:
+            self.learn("qkv", self.token((*tokens, 3, heads, head_dim)))
+            self.call.arguments.insert(0, "qkv")
+
+    def finished(self, out: Sequence[int], group_tokens: int = 0) -> Call:
+        """Add what all functions have."""
+        if self.call.function != "temporal_shift":
+            self.option("scale", st.sampled_from((1.0, 0.1, -0.5, 0.0)))
+            self.option("dropout_p", st.sampled_from((0.2, 0.9)))
+        self.call.gradient = self.tensor(out)
+        self.call.group_tokens = group_tokens
+        return self.call
+
+
+def _window3d(draft: _Draft) -> Call:
+    largest = draft.draw(st.permutations((DEPTH, SIDE, SIDE)))
+    window = [draft.number(1, side) for side in largest]
+    grid = [draft.number(1, side + 2) for side in largest]
+    heads, head_dim = draft.heads()
+    batch = draft.draw(st.sampled_from((1, 2, 0)))
+    draft.qkv((batch, *grid), heads, head_dim)
+    draft.set("window_size", tuple(window))
+    shift = draft.option("shift_size", st.tuples(*(st.integers(0, extent - 1) for extent in window)))
+    clip = draft.option("clip_window", st.just(False)) is None
+    after = draft.option("padding_order", st.just("after_shift")) is not None
+    padding = None
+    if draft.chance():
+        padding = draft.set("padding", tuple(map(draft.draw, map(_padding, grid, window, [clip] * 3))))
+    wrap = draft.option("wrap", st.tuples(st.booleans(), st.booleans(), st.booleans()))
+    windows = resolve_windows(
+        grid, window, shift or (0, 0, 0), wrap or (False,) * 3, clip=clip, padding=padding, shift_first=after
+    )
+    if draft.chance():
+        draft.numbers("regions", 2, windows.padded)
+    draft.option("mask_value", st.sampled_from((-math.inf, -5.0, 0.0, 3.0)))
+    if draft.chance():
+        rows, types = num_bias_rows(window), ()
+        if draft.chance():
+            rows = draft.number(1, 9)
+            draft.numbers("bias_index", rows, (windows.num_tokens, windows.num_tokens))
+        else:
+            draft.option("bias_index", st.just("geometric"))
+        if draft.chance():
+            types = (draft.number(1, 3),)
+            draft.numbers("window_types", types[0], (windows.num_windows,))
+        draft.give("bias_table", draft.score((*types, rows, heads)))
+    if draft.chance():
+        draft.give("pad_qkv", draft.token((3, heads, head_dim)))
+    return draft.finished((batch, *grid, heads * head_dim), windows.num_tokens)
+
+
+@st.composite
+def _padding(draw: st.DrawFn, size: int, window: int, clip: bool) -> tuple[int, int]:
+    """Tokens before and behind an axis that fill whole windows."""
+    before = draw(st.integers(0, 3))
+    if clip and before + size <= window:
+        return before, draw(st.integers(0, window - before - size))
+    return before, -(before + size) % window + window * draw(st.integers(0, 1))
+
+
+def _window(draft: _Draft) -> Call:
+    tokens, masks, types = draft.number(1, SEQUENCE), draft.number(1, 3), draft.number(1, 3)
+    heads, head_dim = draft.heads()
+    groups = masks * types * draft.draw(st.sampled_from((1, 2, 0)))
+    draft.qkv((groups, tokens), heads, head_dim)
+    if draft.chance():
+        typed = draft.chance()
+        if typed:
+            draft.numbers("window_types", 2, (types,))
+        draft.give("bias", draft.score((*((2,) if typed else ()), heads, tokens, tokens)))
+    if draft.chance():
+        mask = draft.score((masks, tokens, tokens))
+        hides = draft.chance()  # some rows wholly
+        draft.call.tensors["mask"] = f"torch.where({mask} > 0.3, -float('inf'), 0.0)" if hides else mask
+        draft.call.arguments.append("mask=mask")
+    return draft.finished((groups, tokens, heads * head_dim), tokens)
+
+
+def _clip(draft: _Draft, cls: bool) -> tuple[int, int, int, int, int]:
+    """Add the tokens of a clip, and give the batch, frames, sites, heads and head dimension."""
+    frames, sites = draft.number(1, SEQUENCE), draft.number(1, SEQUENCE)
+    heads, head_dim = draft.heads()
+    batch = draft.draw(st.sampled_from((1, 2, 0)))
+    draft.qkv((batch, cls + frames * sites), heads, head_dim)
+    draft.set("num_frames", frames)
+    draft.option("token_order", st.just("hwt"))
+    return batch, frames, sites, heads, head_dim
+
+
+def _temporal(draft: _Draft) -> Call:
+    cls = draft.option("cls_query", st.just("all")) is not None
+    batch, frames, sites, heads, head_dim = _clip(draft, cls)
+    return draft.finished((batch, cls + frames * sites, heads * head_dim), cls + frames)
+
+
+def _spatial(draft: _Draft) -> Call:
+    kind = draft.draw(st.sampled_from((None, "mean", "per_frame", "all")))
+    if kind is not None:
+        draft.set("cls_query" if kind == "all" else "cls_token", kind)
+    cls = kind is not None
+    batch, frames, sites, heads, head_dim = _clip(draft, cls)
+    rows = frames * sites + (frames if kind == "per_frame" else cls)
+    return draft.finished((batch, rows, heads * head_dim), cls + sites)
+
+
+def _factorized(draft: _Draft) -> Call:
+    batch, frames, sites, heads, head_dim = _clip(draft, False)
+    over_time = st.integers(0, heads)
+    if heads % 2 == 0:
+        draft.option("num_temporal_heads", over_time)
+    else:
+        draft.set("num_temporal_heads", draft.draw(over_time))
+    return draft.finished((batch, frames * sites, heads * head_dim), max(frames, sites))
+
+
+def _mixing(draft: _Draft) -> Call:
+    frames, tokens = draft.number(1, 9), draft.number(1, SEQUENCE)
+    heads, head_dim = draft.heads()
+    clips = draft.draw(st.sampled_from((1, 2, 0)))
+    draft.qkv((clips * frames, tokens), heads, head_dim)
+    draft.set("num_frames", frames)
+    if draft.option("shift_div", st.integers(1, 9)) is None and draft.chance():
+        draft.set("channel_shifts", draft.draw(_channel_shifts(frames, heads * head_dim)))
+    return draft.finished((clips * frames, tokens, heads * head_dim), tokens)
+
+
+def _shift(draft: _Draft) -> Call:
+    frames = draft.number(1, 9)
+    rest = [draft.number(1, 9) for _ in range(draft.number(1, 3))]
+    shape = (frames * draft.draw(st.sampled_from((1, 2, 0))), *rest)
+    made = draft.tensor(shape)
+    if draft.call.dtype.is_floating_point:
+        draft.learn("x", made)
+    else:
+        draft.call.tensors["x"] = made
+    draft.call.arguments.append("x")
+    draft.set("num_frames", frames)
+    axis = draft.number(1, len(rest))
+    draft.set("channel_shifts", draft.draw(_channel_shifts(frames, shape[axis])))
+    draft.set("dim", axis)
+    return draft.finished(shape)
+
+
+@st.composite
+def _channel_shifts(draw: st.DrawFn, frames: int, channels: int) -> list[tuple[int, int, int]]:
+    """Ranges that do not overlap, from frames of the clip and beyond."""
+    cuts = sorted(draw(st.lists(st.integers(0, channels), max_size=6)))
+    offsets = st.one_of(st.integers(-frames - 1, frames + 1), st.sampled_from((2**40, -(2**62))))
+    return [(first, last, draw(offsets)) for first, last in zip(cuts[::2], cuts[1::2], strict=False)]
+
+
+_MOVED = (*DTYPES, torch.int64, torch.uint8, torch.bool, torch.complex64)
+# By function: how a call is made, and how many of 25 calls it gets.
+FUNCTIONS: dict[str, tuple[Callable[[_Draft], Call], int]] = {
+    "window3d_attention": (_window3d, 8),
+    "window_attention": (_window, 3),
+    "temporal_attention": (_temporal, 3),
+    "spatial_attention": (_spatial, 4),
+    "factorized_dot_product_attention": (_factorized, 2),
+    "space_time_mixing_attention": (_mixing, 3),
+    "temporal_shift": (_shift, 2),
+}
+
+
+@st.composite
+def calls(draw: st.DrawFn, function: str) -> Call:
+    """Calls of a public function."""
+    dtypes = _MOVED if function == "temporal_shift" else DTYPES
+    return FUNCTIONS[function][0](_Draft(draw, function, dtypes))
