@@ -94,6 +94,9 @@ def run(kind: str, folder: Path, arguments: list[str], more: dict[str, str]) -> 
         "ASAN_OPTIONS": "malloc_context_size=2",
         "LSAN_OPTIONS": f"suppressions={suppressions}:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        # What OpenMP's threads copy within torch looks like a race: of libraries that were not built for this, nothing
+        # is watched. The extension is, and what it calls.
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "4",
         **more,
     }
