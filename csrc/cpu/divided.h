@@ -21,7 +21,8 @@ class LongSequences final : public Group<P> {
         arena_(base),
         skipped_(args.cls_sees_all),
         engine_(a_.cls + a_.patches, a_.head_dim, a_.scale, {a_.dropout_p, a_.seed}, backward, arena_) {
-    this->queries = a_.cls + a_.patches - skipped_;
+    this->keys = a_.cls + a_.patches;
+    this->queries = this->keys - skipped_;
   }
   int64_t bytes() const { return arena_.used(); }
 

@@ -27,20 +27,6 @@ VIDATTN_INLINE Vec<T> add_across(Vec<T>* rows) {
   return rows[0];
 }
 
-template <int W, class T, int... Lane>
-VIDATTN_INLINE Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (Lane ^ W)...);
-}
-// Combines every run of Size neighbouring lanes by f; all lanes of the run get the result.
-template <int Size, class T, class F, int W = 1>
-VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
-  if constexpr (W < Size) {
-    v = f(v, swap_lanes<W, T>(v, std::make_integer_sequence<int, kLanes<T>>()));
-    return reduce_runs<Size, T, F, 2 * W>(v, f);
-  }
-  return v;
-}
-
 // Sequences of up to L patches; L is a power of two. Missing rows are zeros.
 template <class P, class In, int L, bool Cls>
 class ShortSequences {
