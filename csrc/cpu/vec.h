@@ -72,6 +72,26 @@ VIDATTN_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecTraits<T>::Unaligned*>(p) = v;
 }
 
+// Writes past the caches, to an address that a vector divides. Whole cache lines of it are not read first.
+template <class T>
+VIDATTN_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+// Lets other threads see what has been streamed.
+VIDATTN_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Lanes at and beyond n read as zero and are not touched in memory.
 template <class T>
 VIDATTN_INLINE Vec<T> load_first(const T* p, int64_t n) {
