@@ -56,6 +56,9 @@ struct Window3dArgs {
   const int64_t *order, *chunk_begin;
   void* dbias_partial;  // (chunks, heads, bias_size) or null
   void* dpad_partial;   // (chunks, heads, 2, head_dim) or null
+
+  // Where on an axis of the window at the border the tokens that wrapped around begin.
+  int64_t first_late(int axis) const { return border[axis] % window[axis]; }
 };
 
 }  // namespace vidattn

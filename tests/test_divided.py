@@ -95,6 +95,15 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["temporal", "temporal_all"])
+@pytest.mark.parametrize("num_frames", [8, 24])
+def test_results_that_are_written_past_the_caches(dtype: torch.dtype, kind: str, num_frames: int) -> None:
+    """Those of 4 to 32 MiB in rows of whole cache lines are, the gradients too."""
+    check(Case(kind, num_frames, 8400 // num_frames, batch=1, heads=8, head_dim=32), dtype, "cpu")
+
+
 @pytest.mark.parametrize(
     ("backend", "case"),
     [(backend, case) for backend in BACKENDS for case in PUBLISHED if runs(case, half_precision(backend), backend)],

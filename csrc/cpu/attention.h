@@ -37,6 +37,7 @@ class Group {
   using T = typename P::Acc;
   using Value = typename P::Value;
 
+  int64_t keys = 0;             // positions of this group, at most those that the engine was made for
   int64_t queries = 0;          // of this group
   int64_t head = 0, index = 0;  // numbers of the head and of the group, for the dropout mask
 
@@ -73,23 +74,22 @@ class Attention {
   static constexpr int kWords = 2 * kLanes<T> / P::pack;  // words of a tile's row packed along the keys
   static constexpr int kBlocks = 56 / kQueryRows;         // query blocks that share one pass over the keys backward
   static constexpr T kInfinity = T(__builtin_inf());
+  static constexpr int64_t kFraction = 1 << 20;
 
  public:
   static constexpr int kWidth = 2 * kLanes<T>;        // keys of a tile
   static constexpr int kRows = kBlocks * kQueryRows;  // rows in work at a time, at most
   static constexpr int64_t keys_in_tiles(int64_t keys) { return round_up(keys, kWidth); }
 
-  // Takes its memory from the arena.
+  // For groups of up to `keys` positions; takes its memory from the arena.
   Attention(int64_t keys, int64_t head_dim, double scale, Dropout dropout, bool backward, Arena& arena)
-      : n_(keys),
-        d_(head_dim),
+      : d_(head_dim),
         steps_(ceil_div(d_, P::pack)),
         padded_(round_up(d_, kLanes<Word>)),
-        tiles_(ceil_div(n_, kWidth)),
         panel_rows_(backward ? kRows : kQueryRows),
         scale_(T(scale)),
         dropout_(dropout) {
-    const int64_t lanes = tiles_ * kWidth;
+    const int64_t lanes = keys_in_tiles(keys);
     spare_ = arena.take<Value>((backward && kRows > kWidth ? kRows : kWidth) * kMaxDim);
     keys_in_lanes_ = arena.take<Word>(lanes * steps_);
     (backward ? keys_in_rows_ : values_in_rows_) = arena.take<Word>(lanes / P::pack * padded_);
@@ -109,8 +109,6 @@ class Attention {
   void forward(Group<P>& group);
   void backward(Group<P>& group);
 
-  int64_t tiles() const { return tiles_; }
-
   // Squares of the largest |q| of the first `count` rows in work and of the largest |k|; NaN where one is not finite.
   T longest_query(int64_t count) const;
   T longest_key() const;
@@ -118,6 +116,13 @@ class Attention {
  private:
   static VIDATTN_INLINE Vec<T> add_squares(Vec<Word> words, Vec<T> c) { return P::multiply_add(words, words, c); }
 
+  // Where the column of channel c begins in an operand of `of` rows.
+  template <class W>
+  static VIDATTN_INLINE W* in_column(W* in_rows, int64_t c, int64_t of) {
+    return in_rows + c * (of / P::pack);
+  }
+  VIDATTN_INLINE void row_columns(const Value* const* rows, int64_t count, int64_t first, int64_t of, Word* to) const;
+  void start_group(const Group<P>& group) { n_ = group.keys, tiles_ = ceil_div(n_, kWidth); }
   void pack_in_lanes(const Group<P>& group, Slot slot, Word* to) const;
   void pack_in_rows(const Group<P>& group, Slot slot, Word* to) const;
   void load_rows(const Group<P>& group, Slot slot, int64_t first, int64_t count, int64_t padded, Word* to,
@@ -204,24 +209,28 @@ class Attention {
 
   // Fetches the next share of what the next group will read. Many small shares: a core can wait for few rows at a time.
   void fetch_ahead(const Group<P>& group, Slot last) {
-    const int64_t begin = fetched_;
-    fetched_ = n_ * ++point_ / points_;
-    group.fetch_next(begin, fetched_ < n_ ? fetched_ : n_, last);
+    const int64_t begin = fetched_ / kFraction;
+    fetched_ += share_;
+    const int64_t end = fetched_ / kFraction;
+    if (begin < end) group.fetch_next(begin, end < n_ ? end : n_, last);
   }
-  void start_fetching(int64_t points) { point_ = fetched_ = 0, points_ = points; }
+  // All of it after so many calls. Shares have fractions, because a division takes as long as a part of the product.
+  void start_fetching(int64_t points) { fetched_ = 0, share_ = n_ * kFraction / points + 1; }
   int64_t columns() const { return ceil_div(padded_, kWidth); }
 
   T* panel(T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
   const T* panel(const T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
 
-  const int64_t n_, d_, steps_, padded_, tiles_, panel_rows_;
+  const int64_t d_, steps_, padded_, panel_rows_;
+  int64_t n_ = 0, tiles_ = 0;  // of the group in work
   const T scale_;
   const Dropout dropout_;
   Tiles range_{};
-  Query<T> queries_[kRows];                       // rows in work
-  int64_t point_ = 0, points_ = 1, fetched_ = 0;  // in a group's work, where shares of the next one are fetched
+  Query<T> queries_[kRows];          // rows in work
+  int64_t fetched_ = 0, share_ = 0;  // rows of the next group, in fractions of a row
 
-  // "In lanes" is [tile][step][key of the tile], "in rows" [row / pack][channel], a panel [tile][row in work][kWidth].
+  // "In lanes" is [tile][step][key of the tile], "in rows" [column][row / pack][channel of the column], where a column
+  // is two vectors or the last one: so a product reads one run of memory. A panel is [tile][row in work][kWidth].
   Word *keys_in_lanes_, *values_in_lanes_, *keys_in_rows_, *values_in_rows_;
   Word *q_, *dout_;                  // [row in work][kMaxDim]
   Word *q_in_rows_, *dout_in_rows_;  // rows in work

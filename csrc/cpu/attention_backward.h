@@ -6,6 +6,7 @@ namespace VIDATTN_ISA {
 
 template <class P>
 void Attention<P>::backward(Group<P>& group) {
+  start_group(group);
   pack_in_lanes(group, kK, keys_in_lanes_);
   pack_in_lanes(group, kV, values_in_lanes_);
   pack_in_rows(group, kK, keys_in_rows_);
@@ -151,7 +152,8 @@ void Attention<P>::add_key_gradients(int64_t key, int64_t c, int64_t count) {
 #pragma GCC unroll 2
       for (int n = 0; n < NV; ++n) g[r][n] = load(to + r * padded_ + n * kLanes<T>);
     multiply_tile<P, kKeyRows, NV, 1>((product ? dscores : weights) + key - tile * kWidth, P::pack * kWidth,
-                                      (product ? q_in_rows_ : dout_in_rows_) + c, padded_, ceil_div(count, P::pack), g);
+                                      in_column(product ? q_in_rows_ : dout_in_rows_, c, kRows), NV * kLanes<Word>,
+                                      ceil_div(count, P::pack), g);
 #pragma GCC unroll 16
     for (int r = 0; r < kKeyRows; ++r)
 #pragma GCC unroll 2

@@ -6,6 +6,7 @@ namespace VIDATTN_ISA {
 
 template <class P>
 void Attention<P>::forward(Group<P>& group) {
+  start_group(group);
   pack_in_lanes(group, kK, keys_in_lanes_);
   pack_in_rows(group, kV, values_in_rows_);
   group.keys_packed();

@@ -17,7 +17,21 @@ void Attention<P>::pack_in_lanes(const Group<P>& group, Slot slot, Word* to) con
   }
 }
 
-// [key][channel]: the operand of products summed over the keys.
+// Packs rows, of which one more is zeros, from number `first` on of an operand that has `of` of them.
+template <class P>
+VIDATTN_INLINE void Attention<P>::row_columns(const Value* const* rows, int64_t count, int64_t first, int64_t of,
+                                              Word* to) const {
+  for_each_column([&](int64_t c, auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    Word* column = in_column(to, c, of) + first / P::pack * NV * kLanes<Word>;
+    for (int64_t j = 0; j < count; j += P::pack)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n, column += kLanes<Word>)
+        store(column, P::column_words(rows + j, c + n * kLanes<Word>, d_ - c - n * kLanes<Word>));
+  });
+}
+
+// [column][key][channel of the column]: the operand of products summed over the keys.
 template <class P>
 void Attention<P>::pack_in_rows(const Group<P>& group, Slot slot, Word* to) const {
   for (int64_t first = 0; first < n_; first += kWidth) {
@@ -25,7 +39,7 @@ void Attention<P>::pack_in_rows(const Group<P>& group, Slot slot, Word* to) cons
     const int64_t count = n_ - first < kWidth ? n_ - first : kWidth;
     group.read(slot, first, count, rows, spare_);
     rows[count] = (const Value*)kZeros;
-    for (int64_t j = 0; j < count; j += P::pack, to += padded_) P::column_words(rows + j, d_, padded_, to);
+    row_columns(rows, count, first, tiles_ * kWidth, to);
   }
 }
 
@@ -37,8 +51,7 @@ void Attention<P>::load_rows(const Group<P>& group, Slot slot, int64_t first, in
   group.read(slot, first, count, rows, spare_);
   for (int64_t r = count; r <= padded; ++r) rows[r] = (const Value*)kZeros;
   for (int64_t r = 0; r < padded; ++r) row_words<P>(rows[r], d_, to + r * kMaxDim);
-  if (!in_rows) return;
-  for (int64_t r = 0; r < count; r += P::pack) P::column_words(rows + r, d_, padded_, in_rows + r / P::pack * padded_);
+  if (in_rows) row_columns(rows, count, 0, kRows, in_rows);
 }
 
 // Asks the family about the queries that come next, once their rows are loaded.
@@ -156,11 +169,13 @@ template <class P>
 template <int R, int NV>
 __attribute__((noinline)) void Attention<P>::sum_over_keys(const T* panels, const Word* in_rows, int64_t r, int64_t c,
                                                            const T* factors, T* to) const {
+  constexpr int step = NV * kLanes<Word>;
+  const Word* column = in_column(in_rows, c, tiles_ * kWidth);
   Vec<T> o[R][NV];
   clear(o);
   for (int64_t tile = range_.first; tile < range_.last; ++tile)
-    multiply_tile<P, R, NV, kWidth>((const Word*)panel(panels, tile, r), 1, in_rows + tile * kWords * padded_ + c,
-                                    padded_, steps_in_tile(tile), o);
+    multiply_tile<P, R, NV, kWidth>((const Word*)panel(panels, tile, r), 1, column + tile * kWords * step, step,
+                                    steps_in_tile(tile), o);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2

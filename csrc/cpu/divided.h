@@ -21,7 +21,9 @@ class LongSequences final : public Group<P> {
         arena_(base),
         skipped_(args.cls_sees_all),
         engine_(a_.cls + a_.patches, a_.head_dim, a_.scale, {a_.dropout_p, a_.seed}, backward, arena_) {
-    this->queries = a_.cls + a_.patches - skipped_;
+    for (int slot = kOut; slot < kSlots; ++slot) streams_[slot] = streams_result(a_, Slot(slot));
+    this->keys = a_.cls + a_.patches;
+    this->queries = this->keys - skipped_;
   }
   int64_t bytes() const { return arena_.used(); }
 
@@ -73,6 +75,10 @@ class LongSequences final : public Group<P> {
         T total[kMaxDim];
         for (int64_t c = 0; c < a_.head_dim; ++c) total[c] = from[c] * factor + weight * of_cls[c];
         write_row<P>(a_.element, total, T(1), row(slot, i), a_.head_dim);
+      } else if (streams_[slot]) {
+        alignas(64) char line[kMaxDim * sizeof(T)];
+        write_row<P>(a_.element, from, factor, line, a_.head_dim);
+        stream_row(line, row(slot, i), row_bytes());
       } else {
         write_row<P>(a_.element, from, factor, row(slot, i), a_.head_dim);
       }
@@ -80,6 +86,7 @@ class LongSequences final : public Group<P> {
   }
 
   void fetch_to_write(Slot slot, int64_t first, int64_t count) const override {
+    if (streams_[slot]) return;
     first += is_of_keys(slot) ? 0 : skipped_;
     for (int64_t i = first < a_.cls ? a_.cls : first; i < first + count; ++i)
       fetch_row<true>(row(slot, i), row_bytes());
@@ -147,6 +154,7 @@ class LongSequences final : public Group<P> {
   Attention<P> engine_;
   Rows rows_[kSlots], next_rows_[kDout + 1];
   bool has_next_ = false;
+  bool streams_[kSlots];
   char dcls_[kMaxDim * sizeof(T)];
   T cls_q_[kMaxDim], cls_dout_[kMaxDim];
 };
@@ -155,9 +163,13 @@ class LongSequences final : public Group<P> {
 template <class P, bool backward>
 void run_sequences(const DividedArgs& args, int64_t begin, int64_t end, char* scratch) {
   if constexpr (sizeof(typename P::Acc) != 8)
-    if (args.short_sequences) return run_short_sequences<P>(args, backward, begin, end);
+    if (args.short_sequences) {
+      run_short_sequences<P>(args, backward, begin, end);
+      return end_stream();
+    }
   LongSequences<P> sequences(args, backward, scratch);
   backward ? sequences.backward(begin, end) : sequences.forward(begin, end);
+  end_stream();
 }
 
 template <class P>

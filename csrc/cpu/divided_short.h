@@ -27,18 +27,9 @@ VIDATTN_INLINE Vec<T> add_across(Vec<T>* rows) {
   return rows[0];
 }
 
-template <int W, class T, int... Lane>
-VIDATTN_INLINE Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(v, v, (Lane ^ W)...);
-}
-// Combines every run of Size neighbouring lanes by f; all lanes of the run get the result.
-template <int Size, class T, class F, int W = 1>
-VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
-  if constexpr (W < Size) {
-    v = f(v, swap_lanes<W, T>(v, std::make_integer_sequence<int, kLanes<T>>()));
-    return reduce_runs<Size, T, F, 2 * W>(v, f);
-  }
-  return v;
+// Long sequences are bound by arithmetic, and have nothing from it.
+VIDATTN_INLINE bool streams_result(const DividedArgs& a, Slot slot) {
+  return a.patches <= 64 && streams(a.tensor[slot], a.batch * a.rows(), a.head_dim * bytes_of(a.element));
 }
 
 // Sequences of up to L patches; L is a power of two. Missing rows are zeros.
@@ -59,6 +50,7 @@ class ShortSequences {
         vectors_(ceil_div(n_, kRowsTogether) * kPerRow),
         dropout_{args.dropout_p, args.seed} {
     for (int j = 0; j < L || j < kLanes<T>; ++j) beyond_[j] = j % L < n_ ? T(0) : -T(__builtin_inf());
+    for (int slot = kOut; slot < kSlots; ++slot) streams_[slot] = streams_result(a_, Slot(slot));
     for (auto& row : from_)
       for (auto& p : row) p = (const In*)kZeros;
     for (auto& row : to_)
@@ -89,8 +81,7 @@ class ShortSequences {
 
  private:
   void attend() {
-    find_rows(kOut, to_[0]);
-    fetch_to_write(to_[0]);
+    start_results(kOut, to_[0]);
     Vec<T> p[kVectors], p_cls[kVectors];
     products(kQ, kK, p, kQ, kV);
     if constexpr (Cls) products_with_cls(kQ, kK, p_cls);
@@ -101,20 +92,20 @@ class ShortSequences {
       if constexpr (Cls) store(column_weights_ + w * kLanes<T>, drop(p_cls[w], w));
     }
     sums<L, 1>(weights_, from_[kV], to_[0], {column_weights_, cls_[kV], row_weights_, share(a_.cls_out, 0)});
+    finish_results(kOut);
   }
 
   void differentiate() {
     read_rows(kDout);
-    for (Slot slot : {kDq, kDk, kDv}) find_rows(slot, to_[slot - kDq]);
     Vec<T> p[kVectors], g[kVectors], p_cls[kVectors], g_cls[kVectors];
-    fetch_to_write(to_[0]);
+    start_results(kDq, to_[0]);
     products(kQ, kK, p, kQ, kK);
     if constexpr (Cls) products_with_cls(kQ, kK, p_cls);
     softmax(p, p_cls);
-    fetch_to_write(to_[1]);
+    start_results(kDk, to_[1]);
     products(kDout, kV, g, kV, kDout);
     if constexpr (Cls) products_with_cls(kDout, kV, g_cls);
-    fetch_to_write(to_[2]);
+    start_results(kDv, to_[2]);
     for (int64_t w = 0; w < vectors_; w += kPerRow) {
       Vec<T> delta{};
       for (int64_t i = w; i < w + kPerRow; ++i) {
@@ -136,8 +127,11 @@ class ShortSequences {
     }
     T* const shares[] = {share(a_.cls_gradients, 0), share(a_.cls_gradients, 1), share(a_.cls_gradients, 2)};
     sums<L, 1>(gradients_, from_[kK], to_[0], {column_gradients_, cls_[kK], row_gradients_, shares[0]});
+    finish_results(kDq);
     sums<1, L>(gradients_, from_[kQ], to_[1], {row_gradients_, cls_[kQ], column_gradients_, shares[1]});
+    finish_results(kDk);
     sums<1, L>(weights_, from_[kDout], to_[2], {row_weights_, cls_[kDout], column_weights_, shares[2]});
+    finish_results(kDv);
   }
 
   // s[i][j] = sum over the channels of a[i] b[j]. On the way, rows of the next head are fetched from the tensors
@@ -294,13 +288,26 @@ class ShortSequences {
     }
   }
 
+  // Where rows of a result are written to: fetched, or set aside until whole lines of them can be streamed.
+  VIDATTN_INLINE void start_results(Slot slot, In** rows) {
+    if (streams_[slot]) {
+      for (int64_t i = 0; i < n_; ++i) rows[i] = results_ + i * d_;
+    } else {
+      find_rows(slot, rows);
+      for (int64_t i = 0; i < n_; ++i) fetch_row<true>((const char*)rows[i], d_ * int64_t(sizeof(In)));
+    }
+  }
+  VIDATTN_INLINE void finish_results(Slot slot) const {
+    if (!streams_[slot]) return;
+    char* row = first_row(slot, now_);
+    for (int64_t i = 0; i < n_; ++i, row += row_step(slot))
+      stream_row((const char*)(results_ + i * d_), row, d_ * int64_t(sizeof(In)));
+  }
+
   // Rows of one head are short, and neighbours in time may be far apart: no hardware prefetcher foresees them.
   VIDATTN_INLINE void fetch_next(Slot slot, int64_t begin, int64_t end) const {
     const char* row = first_row(slot, next_);
     for (int64_t i = begin; i < end; ++i) fetch_row(row + i * row_step(slot), d_ * int64_t(sizeof(In)));
-  }
-  VIDATTN_INLINE void fetch_to_write(In* const* rows) const {
-    for (int64_t i = 0; i < n_; ++i) fetch_row<true>((const char*)rows[i], d_ * int64_t(sizeof(In)));
   }
 
   const DividedArgs& a_;
@@ -310,6 +317,8 @@ class ShortSequences {
   const In* from_[kDout + 1][L];
   In* to_[3][L];
   In unused_[kMaxDim];  // where missing rows are written to
+  bool streams_[kSlots];
+  alignas(64) In results_[L * kMaxDim];  // of the one sum in work
   alignas(64) In copies_[kDout + 1][L * kMaxDim];
   alignas(64) T weights_[L * L], gradients_[L * L], keep_[L * L], beyond_[L < kLanes<T> ? kLanes<T> : L];
 

@@ -23,7 +23,7 @@ class MixedFrames final : public Group<P> {
         arena_(base),
         engine_(a_.tokens, a_.head_dim, a_.scale, {a_.dropout_p, a_.seed}, backward, arena_),
         runs_(arena_.template take<Run>(2 * a_.num_shifts + 1)) {
-    this->queries = a_.tokens;
+    this->keys = this->queries = a_.tokens;
   }
   int64_t bytes() const { return arena_.used(); }
 

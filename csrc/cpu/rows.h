@@ -42,6 +42,20 @@ VIDATTN_INLINE void write_row(Element element, const T* from, T factor, char* to
   if constexpr (sizeof(typename P::Value) == 4) element == Element::bfloat16 ? write((bf16*)to) : write((f16*)to);
 }
 
+// Whether a result of so many rows is written past the caches: a store that goes through them reads its line first.
+// Only where rows are whole lines, and more than a core's caches would keep for whoever reads them next. Memory beyond
+// what glibc keeps for reuse comes fresh from the kernel, which has cleared it: its lines are in the caches already.
+VIDATTN_INLINE bool streams(const RowTensor& t, int64_t rows, int64_t head_bytes) {
+  constexpr int64_t kLine = 64, kKept = 4 << 20, kReused = 32 << 20;
+  int64_t places = reinterpret_cast<int64_t>(t.data) | head_bytes;
+  for (int64_t stride : t.stride) places |= stride;
+  const int64_t bytes = rows * t.stride[1];
+  return t.data && places % kLine == 0 && bytes >= kKept && bytes <= kReused;
+}
+VIDATTN_INLINE void stream_row(const char* from, char* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kVectorBytes) stream((float*)(to + i), load((const float*)(from + i)));
+}
+
 // Brings a row into L2, or prepares it to be written.
 template <bool Write = false>
 VIDATTN_INLINE void fetch_row(const char* row, int64_t bytes) {

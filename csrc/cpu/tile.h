@@ -11,7 +11,7 @@ namespace VIDATTN_ISA {
 
 // How numbers are multiplied: the type of a value in a row, of an accumulator, of a packed word, and how many values a
 // word holds along the summed axis. load_words takes a vector of words from a row of values of which n are left;
-// column_words packs the rows[0 .. pack) of n values along the rows, and fills up to `padded` words with zeros.
+// column_words packs a vector of words along rows[0 .. pack), from value c on, of which n are left.
 template <class T>
 struct Plain {
   using Value = T;
@@ -27,8 +27,8 @@ struct Plain {
   static VIDATTN_INLINE Vec<T> load_words(const In* row, int64_t n) {
     return load_wide<T>(row, n);
   }
-  static VIDATTN_INLINE void column_words(const T* const* rows, int64_t n, int64_t padded, Word* to) {
-    for (int64_t i = 0; i < padded; i += kLanes<T>) store(to + i, load_first(rows[0] + i, n - i));
+  static VIDATTN_INLINE Vec<T> column_words(const T* const* rows, int64_t c, int64_t n) {
+    return load_first(rows[0] + c, n);
   }
 };
 
@@ -50,13 +50,10 @@ struct Bf16Pairs {
     const __mmask32 valid = n >= 32 ? ~0u : (1u << (n < 0 ? 0 : n)) - 1;
     return (Vec<float>)_mm512_maskz_loadu_epi16(valid, row);
   }
-  static VIDATTN_INLINE void column_words(const bf16* const* rows, int64_t n, int64_t padded, Word* to) {
-    for (int64_t i = 0; i < padded; i += 16) {
-      const __mmask16 valid = first_lanes(n - i);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[0] + i));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows[1] + i));
-      _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+  static VIDATTN_INLINE Vec<float> column_words(const bf16* const* rows, int64_t c, int64_t n) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), rows[0] + c));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), rows[1] + c));
+    return (Vec<float>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
   // 32 neighbours of a row, rounded, as 16 words.
   static VIDATTN_INLINE Vec<float> narrow(Vec<float> first, Vec<float> second) {

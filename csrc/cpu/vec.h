@@ -72,6 +72,26 @@ VIDATTN_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecTraits<T>::Unaligned*>(p) = v;
 }
 
+// Writes past the caches, to an address that a vector divides. Whole cache lines of it are not read first.
+template <class T>
+VIDATTN_INLINE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+// Lets other threads see what has been streamed.
+VIDATTN_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Lanes at and beyond n read as zero and are not touched in memory.
 template <class T>
 VIDATTN_INLINE Vec<T> load_first(const T* p, int64_t n) {
@@ -87,13 +107,16 @@ VIDATTN_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
+// All bits of the first n lanes.
+template <class T, int... Lane>
+VIDATTN_INLINE auto first_bits(int64_t n, std::integer_sequence<int, Lane...>) {
+  typedef Bits<T> IntVec __attribute__((vector_size(kVectorBytes)));
+  return IntVec{Lane...} < Bits<T>(n);
+}
 // Lanes at and beyond n become `other`.
 template <class T>
 VIDATTN_INLINE Vec<T> keep_first(Vec<T> v, int64_t n, T other) {
-  Vec<T> result = v;
-  for (int i = 0; i < kLanes<T>; ++i)
-    if (i >= n) result[i] = other;
-  return result;
+  return first_bits<T>(n, std::make_integer_sequence<int, kLanes<T>>()) ? v : splat(other);
 }
 
 // The larger of each pair; b where either is NaN (so that a NaN in b survives).
@@ -126,6 +149,11 @@ template <>
 VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
   return _mm256_max_ps(a, b);
 }
+template <>
+VIDATTN_INLINE Vec<float> load_first<float>(const float* p, int64_t n) {
+  if (n >= 8) return load(p);
+  return _mm256_maskload_ps(p, (__m256i)first_bits<float>(n, std::make_integer_sequence<int, 8>()));
+}
 #elif defined(__SSE2__)
 template <>
 VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
@@ -133,29 +161,29 @@ VIDATTN_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
+template <int W, class T, int... Lane>
+VIDATTN_INLINE Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (Lane ^ W)...);
+}
+// Combines every run of Size neighbouring lanes by f; all lanes of the run get the result.
+template <int Size, class T, class F, int W = Size / 2>
+VIDATTN_INLINE Vec<T> reduce_runs(Vec<T> v, F f) {
+  if constexpr (W > 0) {
+    v = f(v, swap_lanes<W, T>(v, std::make_integer_sequence<int, kLanes<T>>()));
+    return reduce_runs<Size, T, F, W / 2>(v, f);
+  }
+  return v;
+}
+
 template <class T>
 VIDATTN_INLINE T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  return reduce_runs<kLanes<T>, T>(v, [](Vec<T> a, Vec<T> b) { return a + b; })[0];
 }
 
 template <class T>
 VIDATTN_INLINE T largest(Vec<T> v) {
-  T top = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) top = top > v[i] ? top : v[i];
-  return top;
+  return reduce_runs<kLanes<T>, T>(v, [](Vec<T> a, Vec<T> b) { return max<T>(a, b); })[0];
 }
-#if defined(__AVX512F__)
-template <>
-VIDATTN_INLINE float sum<float>(Vec<float> v) {
-  return _mm512_reduce_add_ps(v);
-}
-template <>
-VIDATTN_INLINE float largest<float>(Vec<float> v) {
-  return _mm512_reduce_max_ps(v);
-}
-#endif
 
 // One stage of a transposition: blocks of W x W lanes change places across the diagonal.
 template <int W, class T, int... Lane>

@@ -43,8 +43,9 @@ class WindowTokens {
     return token_[i];
   }  // its number in the batch's contiguous token grid; negative for padding
   int64_t query_count() const { return query_count_; }
-  int64_t query(int64_t n) const { return queries_[n]; }  // the n-th token that is not padding
+  const int64_t* queries() const { return queries_; }  // the tokens that are not padding
 
+  int border() const { return border_; }  // bit per axis on which the window holds two regions
   bool has_regions() const { return border_ != 0; }
   int region(int64_t i) const { return region_[i]; }  // 0 to 7; only with has_regions()
 
@@ -104,7 +105,7 @@ class WindowTokens {
   // grid. One bit an axis tells them apart; tokens attend to each other freely when all three bits agree.
   void fill_region_mask() {
     int64_t n = 0, late[3];
-    for (int axis = 0; axis < 3; ++axis) late[axis] = a_.border[axis] % a_.window[axis];
+    for (int axis = 0; axis < 3; ++axis) late[axis] = a_.first_late(axis);
     for (int64_t x = 0; x < a_.window[0]; ++x)
       for (int64_t y = 0; y < a_.window[1]; ++y)
         for (int64_t z = 0; z < a_.window[2]; ++z, ++n) {
@@ -131,7 +132,7 @@ class WindowTokens {
   const Window3dArgs& a_;
   const int64_t padded_tokens_;
   int64_t group_ = 0, batch_ = 0, query_count_ = 0;
-  int border_ = 0;              // bit per axis: the window that holds its two regions
+  int border_ = 0;
   bool has_labels_ = false;     // whether the caller's regions differ in this window
   unsigned known_offsets_ = 0;  // bit per slot
   int64_t *source_[3], *token_, *queries_, *offset_[kSlots];
