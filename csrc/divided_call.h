@@ -20,6 +20,8 @@ inline DividedArgs read_divided_call(Arguments& from, Slot context, const Tensor
   const Tensor& patches = from.tensor();
 
   set_shape(a, tokens.q);
+  STD_TORCH_CHECK(a.temporal_heads >= 0 && a.temporal_heads <= a.heads, "expected 0 to ", a.heads,
+                  " temporal heads, got ", a.temporal_heads);
   a.batch = patches.size(0);
   const int64_t count = patches.size(1) - a.cls_sees_all;
   STD_TORCH_CHECK(a.frames >= 1 && count >= 1 && count % a.frames == 0, "expected num_frames * sites rows");
