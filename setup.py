@@ -4,8 +4,8 @@ Only the stable ABIs of LibTorch and CPython are used: one binary serves every t
 
     VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
     VIDATTN_BUILD_CUDA           0 = no CUDA kernels, 1 = require them, unset = build them if nvcc is there and works
-    VIDATTN_SANITIZE             address (undefined behaviour too) or thread: the CPU kernels for one instruction set, that of
-                                 CXXFLAGS, with this sanitizer; see tests/sanitize.py
+    VIDATTN_SANITIZE             address (undefined behaviour too) or thread: the CPU kernels with this sanitizer, for
+                                 one instruction set, that of CXXFLAGS; see tests/sanitize.py
     CUDA_HOME                    where the CUDA toolkit is; unset = that of the nvcc on the path
     MAX_JOBS                     how many files are compiled at a time
     CXX                          the compiler: g++ or clang++; CXX="ccache g++" works
@@ -174,7 +174,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
     if cuda.home:
         nvcc = str(cuda.home / "bin" / "nvcc")
         libraries += [f"-L{path.parent}" for path in cuda.home.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
-    link_flags = shlex.join(SANITIZERS.get(SANITIZER, ["-s"]))
+    how = shlex.join(SANITIZERS.get(SANITIZER, ["-s"]))
     lines = [
         f"builddir = {name(build_dir)}",
         f"cxx = {COMPILER}",
@@ -190,7 +190,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared {link_flags} {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
+        f"  command = $cxx -shared {how} {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
         "  description = $out",
     ]
     files = sources(cuda.home is not None)
