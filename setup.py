@@ -174,7 +174,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
     if cuda.home:
         nvcc = str(cuda.home / "bin" / "nvcc")
         libraries += [f"-L{path.parent}" for path in cuda.home.glob("lib*/libcudart_static.a")] + CUDA_LIBRARIES
-    link_flags = shlex.join(SANITIZERS.get(SANITIZER, ["-s"]))
+    how = shlex.join(SANITIZERS.get(SANITIZER, ["-s"]))
     lines = [
         f"builddir = {name(build_dir)}",
         f"cxx = {COMPILER}",
@@ -190,8 +190,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared {link_flags} {env['LDFLAGS']} $in {command(*libraries)} "
-        "-Wl,--exclude-libs,ALL -o $out",
+        f"  command = $cxx -shared {how} {env['LDFLAGS']} $in {command(*libraries)} -Wl,--exclude-libs,ALL -o $out",
         "  description = $out",
     ]
     files = sources(cuda.home is not None)

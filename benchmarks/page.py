@@ -259,17 +259,19 @@ def _picture(name: str, result: Result, says: str) -> str:
 
 
 def _cpu(one: Shown) -> list[str]:
-    result, _, growth = one
+    result, one_thread, growth = one
+    models = {*MODEL_CASES, *MODULE_CASES}
+    alone = report.tables(one_thread, models) if one_thread is not None else ""
     parts = [
         f"## On a CPU with {_isa(result)}",
-        f"{describe_machine(result['machine'])}, {result['date']}, from "
-        f"[{result['file']}](../benchmarks/results/{result['file']}). {report.LEGEND}",
+        f"{_source(result)} {report.LEGEND}",
         _picture("cases", result, "Every case beside its best rival"),
         _picture("speed", result, "Some cases against three rivals"),
         _picture("roofline", result, "Operations a second under the roofs of the machine"),
         crossover(result),
         _picture("crossover", result, "Sequences of all lengths against rivals"),
-        report.tables(result, {*MODEL_CASES, *MODULE_CASES}),
+        report.tables(result, models),
+        f"{_source(one_thread)}\n\n{alone}" if one_thread is not None and alone else "",
         report.tables(result, NAMED_CASES),
     ]
     if growth is not None:
@@ -282,6 +284,14 @@ def _cpu(one: Shown) -> list[str]:
         ]
     others = report.tables(result, CASES.keys() - {*NAMED_CASES})
     return [*parts, _folded("All other cases", others) if others else ""]
+
+
+def _source(result: Result) -> str:
+    """Say where numbers come from."""
+    return (
+        f"{describe_machine(result['machine'])}, {result['date']}, from "
+        f"[{result['file']}](../benchmarks/results/{result['file']})."
+    )
 
 
 def _folded(title: str, text: str) -> str:

@@ -50,7 +50,8 @@ for _ in range(3):
 """
 # What Python and the libraries that it loads keep until they end. The names are those of their files.
 LEAKS = "".join(
-    f"leak:{name}\n" for name in ("python", "libtorch", "libc10", "numpy", "ld-linux", "libc.so", "_ctypes")
+    f"leak:{name}\n"
+    for name in ("python", "libtorch", "libc10", "numpy", "libcrypto", "ld-linux", "libc.so", "_ctypes")
 )
 
 
@@ -109,7 +110,7 @@ def test(kind: str, folder: Path, name: str) -> str:
     """Run one selection of tests, and say how it went."""
     files, selection, more = RUNS[name]
     began = time.monotonic()
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    arguments = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     arguments += ["-o", "pythonpath=tests", "-k", selection, *(str(ROOT / file) for file in files)]
     child = run(kind, folder, arguments, more)
     if child.returncode:

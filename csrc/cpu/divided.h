@@ -155,7 +155,7 @@ class LongSequences final : public Group<P> {
   Rows rows_[kSlots], next_rows_[kDout + 1];
   bool has_next_ = false;
   bool streams_[kSlots];
-  char dcls_[kMaxDim * sizeof(T)];
+  alignas(T) char dcls_[kMaxDim * sizeof(T)];
   T cls_q_[kMaxDim], cls_dout_[kMaxDim];
 };
 
