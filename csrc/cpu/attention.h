@@ -214,8 +214,9 @@ class Attention {
     const int64_t end = fetched_ / kFraction;
     if (begin < end) group.fetch_next(begin, end < n_ ? end : n_, last);
   }
-  // All of it after so many calls. Shares have fractions, because a division takes as long as a part of the product.
-  void start_fetching(int64_t points) { fetched_ = 0, share_ = n_ * kFraction / points + 1; }
+  // All of it after so many calls; none come where a group has no query. Shares have fractions, because a division
+  // takes as long as a part of the product.
+  void start_fetching(int64_t points) { fetched_ = 0, share_ = n_ * kFraction / (points > 0 ? points : 1) + 1; }
   int64_t columns() const { return ceil_div(padded_, kWidth); }
 
   T* panel(T* base, int64_t tile, int64_t r) const { return base + (tile * panel_rows_ + r) * kWidth; }
