@@ -198,8 +198,9 @@ def evaluate(function: Callable[..., Tensor], check: str, inputs: dict[str, Tens
 
 def _learnt(check: str, backend: str) -> list[str]:
     """Name the tensors whose gradients are asked for: those that a backend gives."""
-    dense_bias = backend == "cuda"  # which has no gradient of it
-    return [name for name in CHECKS[check].sizes if name != "grad_out" and not (name == "bias" and dense_bias)]
+    given = CHECKS[check]
+    dense = {"bias"} | ({"bias_table"} if given.integers else set())  # which the backend "cuda" has no gradient of
+    return [name for name in given.sizes if name != "grad_out" and not (name in dense and backend == "cuda")]
 
 
 def call_triton(check: str, dtype: str) -> None:
