@@ -73,7 +73,7 @@ JOBS = {
     "random": (["test_fuzz_calls.py"], "random", 7, None),
 }
 SLOW_JOBS = {
-    "everything": (ALL, "triton and not seventy", 250, None),
+    "everything": (ALL, "triton and not seventy", 200, None),
     "everything_options": (["test_window3d_options.py"], "triton", 40, None),
     "everything_divided": (DIVIDED, "triton and not seventy", 450, None),
     "everything_mixing": (MIXING, "triton and not seventy", 215, None),
