@@ -34,9 +34,9 @@ JOBS = {
     "random": (["test_fuzz_calls.py"], "random", 7),
 }
 SLOW_JOBS = {
-    "all_numbers": (PARITY, "cuda", 309),
+    "all_numbers": (PARITY, "cuda", 295),
     "all_divided": (["test_divided.py"], "cuda", 426),
-    "all_mixing": (["test_mixing.py"], "cuda", 124),
+    "all_mixing": (["test_mixing.py"], "cuda", 115),
     "all_options": (["test_window3d_options.py"], "cuda", 34),
     "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),
 }
