@@ -13,6 +13,15 @@ from torch.nn import functional
 from vidattn.models import create_model
 
 CLASSES = 5
+_VIVIT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "mlp_dim": 16,
+    "patches": (8, 8, 1),
+    "num_frames": 4,
+    "image_size": 32,
+}
 # Heads and hidden channels that 2 and 4 processes can share; no dropout, which draws by process.
 BUNDLED: dict[str, tuple[str, dict[str, Any]]] = {
     "video_swin": (
@@ -39,30 +48,8 @@ BUNDLED: dict[str, tuple[str, dict[str, Any]]] = {
             "drop_path_rate": 0.0,
         },
     ),
-    "vivit": (
-        "vivit_b_factorized_self_attention",
-        {
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_heads": 4,
-            "mlp_dim": 16,
-            "patches": (8, 8, 1),
-            "num_frames": 4,
-            "image_size": 32,
-        },
-    ),
-    "vivit_dot_product": (
-        "vivit_b_factorized_dot_product",
-        {
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_heads": 4,
-            "mlp_dim": 16,
-            "patches": (8, 8, 1),
-            "num_frames": 4,
-            "image_size": 32,
-        },
-    ),
+    "vivit": ("vivit_b_factorized_self_attention", _VIVIT),
+    "vivit_dot_product": ("vivit_b_factorized_dot_product", _VIVIT),
     "xvit": (
         "xvit_b16_8f",
         {

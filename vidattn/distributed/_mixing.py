@@ -103,24 +103,11 @@ class ShardedMixing(ShardedModule):
 class ShardedFrames(ShardedModule):
     """X-ViT's network, which sees each frame as an image."""
 
-    def forward_tokens(self: Any, x: Tensor) -> Tensor:
-        """Run everything before the last norm: frames (B * own T, in_chans, H, W) to tokens (B * own T, 1 + N, C)."""
+    def _time_embedding(self: Any, frames: int) -> Tensor:
+        """Give the embedding (1, own T, 1, C) of the times of this rank's frames."""
         layout = self.layout
-        times = self.temp_embed.repeat(1, layout.total // self.num_frames, 1, 1)[:, layout.own]
-        position, side = self._position_embedding()
-        patch = self.patch_embed.patch_size
-        grid = (x.shape[2] // patch, x.shape[3] // patch)
-        if grid != (side, side):
-            raise ValueError(
-                f"frames must give {side} x {side} patches of {patch} pixels, for which img_size={self.img_size} has "
-                f"position embeddings, got {grid[0]} x {grid[1]} patches of frames {x.shape[2]} x {x.shape[3]}"
-            )
-        x = self.patch_embed(x)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + position
-        x = (x.unflatten(0, (-1, times.shape[1])) + times).flatten(0, 1)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        every: Tensor = self.temp_embed.repeat(1, layout.total // self.num_frames, 1, 1)
+        return every[:, layout.own]
 
 
 class ShardedXViT(ShardedModel):

@@ -225,13 +225,18 @@ class VisionTransformer(nn.Module):
         plane = functional.interpolate(plane, scale_factor=factor, mode="bicubic")
         return torch.cat((self.pos_embed[:, :1], plane.flatten(2).transpose(1, 2)), dim=1), plane.shape[-1]
 
+    def _time_embedding(self, frames: int) -> Tensor:
+        """Give the embedding (1, T, 1, C) of the times of as many frames, those of all clips of a batch."""
+        if frames % self.num_frames:
+            raise ValueError(f"frames must be a multiple of num_frames={self.num_frames}, got {frames}")
+        return self.temp_embed
+
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Run everything before the last norm: frames (B * T, in_chans, H, W) to tokens (B * T, 1 + N, C)."""
         patch, channels = self.patch_embed.patch_size, self.patch_embed.in_chans
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"frames must be (batch * frames, {channels}, height, width), got {tuple(x.shape)}")
-        if x.shape[0] % self.num_frames:
-            raise ValueError(f"frames must be a multiple of num_frames={self.num_frames}, got {x.shape[0]}")
+        times = self._time_embedding(x.shape[0])
         position, side = self._position_embedding()
         grid = (x.shape[2] // patch, x.shape[3] // patch)
         if grid != (side, side):
@@ -242,7 +247,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = self.pos_drop(x + position)
-        x = (x.unflatten(0, (-1, self.num_frames)) + self.temp_embed).flatten(0, 1)
+        x = (x.unflatten(0, (-1, times.shape[1])) + times).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
         return x
