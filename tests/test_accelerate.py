@@ -261,21 +261,23 @@ def test_verify_does_not_ask_for_the_luck_of_the_original(monkeypatch: pytest.Mo
         vidattn.accelerate(model, verify=VIDEO, verify_gradients=True)
 
 
-@pytest.mark.parametrize("wrong", ["value", "nan"])
-def test_verify_catches_a_difference(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is left as it was."""
-    model = _model().eval()
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(1.001, torch.float32), (math.nan, torch.float32), (1.1, torch.bfloat16)], ids=str
+)
+def test_verify_catches_a_difference(factor: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is left as it was. A unit in the last place of bfloat16 is nearly a hundredth, and hides no tenth."""
+    model, video = _model().eval().to(dtype), VIDEO.to(dtype)
     part1 = FusedSwinTransformerBlock3D.forward_part1
 
     def off(self: Any, x: Tensor, mask: Any) -> Tensor:
-        return part1(self, x, mask) * (1.001 if wrong == "value" else math.nan)
+        return part1(self, x, mask) * factor
 
     monkeypatch.setattr(FusedSwinTransformerBlock3D, "forward_part1", off)
     with pytest.raises(RuntimeError, match="accelerate: verify: expected output 0 within"):
-        vidattn.accelerate(model, verify=VIDEO)
+        vidattn.accelerate(model, verify=video)
     assert type(model.layers[0]) is BasicLayer
     monkeypatch.undo()
-    model(VIDEO)
+    model(video)
 
 
 def test_hooks_state_and_modes_survive() -> None:

@@ -17,6 +17,9 @@ from vidattn.backends import call_model, tensor_leaves
 __all__ = ["Verification"]
 
 _ROUNDINGS = 8  # runs of the original that say how large its error may be by chance
+# Share of the parameters that move in each: enough for all that follows to be rounded another way, and so few that what
+# they change by themselves is below what rounding does, in 16 bits too.
+_CHANGED = 1 / 64
 
 _Results = dict[str, Tensor]  # outputs and gradients by what they are called in messages
 
@@ -115,7 +118,7 @@ class Verification:
         return allowed
 
     def _roundings(self) -> dict[str, float]:
-        """Measure the largest error that the original makes when its parameters are rounded anew, a few times over.
+        """Measure the largest error that the original makes when some parameters move by one unit in the last place.
 
         A norm over few values enlarges rounding a thousandfold, so one run of the original says little about what
         rounding does to such a model. Call it once: it uses up the copy.
@@ -129,9 +132,11 @@ class Verification:
         for seed in range(_ROUNDINGS):
             generator = torch.Generator().manual_seed(seed)
             for name, row in parameters.items():
-                up = torch.rand(row.shape, generator=generator).to(row.device) < 0.5
+                draws = torch.rand(row.shape, generator=generator).to(row.device)
                 ulp = torch.finfo(row.dtype).eps
-                row.data = torch.where(up, kept[name] * (1 + ulp), kept[name] * (1 - ulp))
+                up, down = draws < _CHANGED / 2, draws > 1 - _CHANGED / 2
+                factor = torch.where(up, 1 + ulp, torch.where(down, 1 - ulp, 1.0)).to(row.dtype)
+                row.data = kept[name] * factor
             for name, moved in _run(original, self.batch, self.gradients).items():
                 largest[name] = max(largest[name], _distance(moved, self.exact[name]))
         return largest

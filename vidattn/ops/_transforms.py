@@ -57,7 +57,7 @@ def call_op(name: str, *args: Any) -> Any:
     Returns:
         What the op returns.
     """
-    if type(args[0]) is not Tensor and "torch.distributed.tensor" in sys.modules:
+    if type(args[0]).__name__ == "DTensor":
         from vidattn.distributed.rules import call_by_heads  # how DTensors are sharded, which takes long to import
 
         found = call_by_heads(name, args)
