@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     if options.targets:
         ours = [entry["info"] for result in results for entry in ours_of(result)]
-        print("\n" + "\n".join(line for info in ours for line in judge(info)))
+        print("\n" + "\n".join(judge(ours)))
     if options.save:
         for result in results:
             target = RESULTS / file_name(result)

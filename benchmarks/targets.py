@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cpu_limits import SHORT_FRAMES
 from benchmarks.shapes import DIVIDED_CASES, MIXING_CASES, WINDOW_CASES, DividedCase, WindowCase
+from benchmarks.store import Key
 from benchmarks.verdicts import best_rival, title
 
 MODELS = {"inference": 2.2, "training": 1.8}  # of Video Swin, whose attention counts; others are never behind
 HALF = 0.95  # of 16 bits where the CPU has no products of them, against our float32
+SHIFTED = 0.85  # of the time of the same windows without the shift, at most
+SCALING = 0.9  # of what more threads bring to gemm
 
 
 def _of_windows(case: WindowCase, direction: str, wide: bool) -> dict[str, float]:
@@ -78,19 +81,41 @@ def reached(ours: Mapping[str, Any], target: str) -> float | None:
     return None if rival is None else rival.median
 
 
-def judge(ours: Mapping[str, Any]) -> list[str]:
-    """Compare vidattn's entry of a case with its targets.
+def _gemm(info: Mapping[str, Any] | None) -> float | None:
+    """Give the share of gemm, the measure in which cases of other rounds and other threads compare."""
+    share = None if info is None else info.get("share_of_gemm")
+    return None if share is None else share["median"]
+
+
+def judge(ours: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Compare vidattn's entries with their targets.
 
     Args:
-        ours: ``info`` of the entry.
+        ours: ``info`` of each entry.
 
     Returns:
         One line for each target that was measured.
     """
+    known: dict[Key, Mapping[str, Any]] = {
+        (info["case"], info["direction"], info["dtype"], info["threads"]): info for info in ours
+    }
     lines = []
-    for target, wanted in targets_of(ours).items():
-        value = reached(ours, target)
-        if value is not None:
-            verdict = "reached" if value >= wanted else "missed"
-            lines.append(f"{title(ours)}: {target} {value:.2f}, target {wanted:.2f}: {verdict}")
+
+    def tell(info: Mapping[str, Any], what: str, value: float, wanted: float, *, most: bool = False) -> None:
+        verdict = "reached" if (value <= wanted if most else value >= wanted) else "missed"
+        lines.append(f"{title(info)}: {what} {value:.2f}, target {wanted:.2f}: {verdict}")
+
+    for (case, direction, dtype, threads), info in known.items():
+        wanted = targets_of(info)
+        for target, least in wanted.items():
+            value = reached(info, target)
+            if value is not None:
+                tell(info, target, value, least)
+        share = _gemm(info)
+        plain = _gemm(known.get((case.removesuffix("_shifted"), direction, dtype, threads)))
+        alone = _gemm(known.get((case, direction, dtype, 1)))
+        if share and plain and case.endswith("_shifted"):
+            tell(info, "time against no shift", plain / share, SHIFTED, most=True)
+        if share and alone and threads > 1 and "copy" not in wanted:
+            tell(info, "scaling against gemm", share / alone, SCALING)
     return lines

@@ -7,6 +7,10 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+
+# Several processes run tests side by side: threads that wait for work give their core to another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from imported_copy import describe, why_refused
 

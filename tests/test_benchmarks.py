@@ -313,15 +313,28 @@ def test_targets_compare_with_the_limit_and_the_best_rival(result):
         entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"
     ]
     ours |= {"share_of_limit": {"median": 0.76}, "cpu_isa": "avx2"}
-    assert targets.judge(ours) == [
+    assert targets.judge([ours]) == [
         "Swin-T stage 1, forward, float32, 1 thread: limit 0.76, target 0.75: reached",
         "Swin-T stage 1, forward, float32, 1 thread: rival 1.50, target 1.60: missed",  # SDPA is the best one
     ]
     del ours["share_of_limit"]
-    assert len(targets.judge(ours)) == 1
+    assert len(targets.judge([ours])) == 1
     half = {**ours, "dtype": "bfloat16", "speedup_over": {"vidattn_float32": {"median": 0.9}}}
-    assert targets.judge(half)[0].endswith("float32 0.90, target 0.95: missed")
-    assert not targets.judge({**half, "cpu_isa": "avx512_bf16"})  # which has products of them
+    assert targets.judge([half])[0].endswith("float32 0.90, target 0.95: missed")
+    assert not targets.judge([{**half, "cpu_isa": "avx512_bf16"}])  # which has products of them
+
+
+def test_targets_compare_cases_with_each_other(result):
+    (ours, *_) = [
+        entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"
+    ]
+    ours |= {"speedup_over": {}, "cpu_isa": "avx2"}
+    shifted = {**ours, "case": "swin_t_stage1_shifted", "share_of_gemm": {"median": 0.8}}
+    threads = {**ours, "threads": 2, "share_of_gemm": {"median": 0.6}}
+    assert [line for line in targets.judge([ours, shifted, threads]) if "against" in line] == [
+        "Swin-T stage 1, shifted, forward, float32, 1 thread: time against no shift 0.88, target 0.85: missed",
+        "Swin-T stage 1, forward, float32, 2 threads: scaling against gemm 0.86, target 0.90: missed",
+    ]
 
 
 @pytest.mark.parametrize(

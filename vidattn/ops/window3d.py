@@ -177,7 +177,7 @@ class Options(NamedTuple):
     scale: float
     dropout_p: float
     clip_window: bool = True
-    padding: Sequence[int] = ()  # before and behind each axis; empty for as needed
+    padding: Sequence[int] | None = None  # before and behind each axis; None for as needed
     padding_order: str = "before_shift"
 
 
@@ -213,7 +213,7 @@ def _validated(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
         arguments.check_scale(NAME, options.scale, head_dim),
         arguments.check_dropout(NAME, options.dropout_p),
         options.clip_window,
-        () if options.padding is None else _flat_padding(options.padding),
+        None if options.padding is None else _flat_padding(options.padding),
         options.padding_order,
     )
     if options.padding or options.padding_order != "before_shift":
@@ -245,7 +245,7 @@ def _without_idle_padding(options: Options, grid: Sequence[int]) -> Options:
     """Check the order, and that padding fills windows; drop what changes nothing: all backends run the call then."""
     arguments.check_choice(NAME, "padding_order", options.padding_order, _PADDING_ORDERS)
     if 0 in grid:
-        return options._replace(padding=(), padding_order="before_shift")
+        return options._replace(padding=None, padding_order="before_shift")
     windows = _windows(grid, options)
     if options.padding:
         pairs = zip(options.padding[::2], options.padding[1::2], strict=True)
@@ -257,8 +257,8 @@ def _without_idle_padding(options: Options, grid: Sequence[int]) -> Options:
     if not windows.shift_first:
         if options.padding_order == "after_shift":  # which moved nothing: a roll by all of an axis
             options = options._replace(padding_order="before_shift", shift_size=(0, 0, 0))
-        if windows == _windows(grid, options._replace(padding=())):
-            options = options._replace(padding=())
+        if windows == _windows(grid, options._replace(padding=None)):
+            options = options._replace(padding=None)
     return options
 
 
@@ -316,7 +316,7 @@ def _grid_options(inputs: Inputs, options: Options) -> tuple[str, ...]:
     return tuple(name for name, given in used.items() if given)
 
 
-def _pairs(padding: Sequence[int]) -> list[Sequence[int]] | None:
+def _pairs(padding: Sequence[int] | None) -> list[Sequence[int]] | None:
     return [padding[axis : axis + 2] for axis in (0, 2, 4)] if padding else None
 
 
@@ -336,7 +336,7 @@ def _windows(grid: Sequence[int], options: Options) -> geo.WindowGeometry:
 
 _OPTIONS = (
     "int[] window_size, int[] shift_size, bool[] wrap, str bias_index, float mask_value, float scale, float dropout_p,"
-    " bool clip_window, int[] padding, str padding_order"
+    " bool clip_window, int[]? padding, str padding_order"
 )
 _INPUTS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? bias_table, Tensor? pad_qkv, Tensor? bias_rows, Tensor? window_types,"
@@ -395,7 +395,7 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         tuple(options.wrap),
         options.bias_index,
         options.clip_window,
-        tuple(options.padding),
+        options.padding and tuple(options.padding),
         options.padding_order,
     )
     bias = tensors.accumulated(inputs.bias_table, q, backend)
@@ -424,7 +424,7 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         if inputs.window_types is None
         else tensors.types_below(inputs.window_types, inputs.bias_table),
         regions=None if inputs.regions is None else inputs.regions.long().contiguous(),
-        padding=options.padding,
+        padding=options.padding or (),
         shift_first=windows.shift_first,
     )
 
