@@ -329,10 +329,10 @@ def test_targets_compare_cases_with_each_other(result):
         entry["info"] for entry in with_measured(result)["benchmarks"] if entry["info"]["contender"] == "vidattn"
     ]
     ours |= {"speedup_over": {}, "cpu_isa": "avx2"}
-    shifted = {**ours, "case": "swin_t_stage1_shifted", "share_of_gemm": {"median": 0.8}}
+    shifted = {**ours, "case": "swin_t_stage1_shifted", "share_of_gemm": {"median": 0.84}}
     threads = {**ours, "threads": 2, "share_of_gemm": {"median": 0.6}}
     assert [line for line in targets.judge([ours, shifted, threads]) if "against" in line] == [
-        "Swin-T stage 1, shifted, forward, float32, 1 thread: time against no shift 0.88, target 0.85: missed",
+        "Swin-T stage 1, shifted, forward, float32, 1 thread: time against no shift 0.83, target 0.85: reached",
         "Swin-T stage 1, forward, float32, 2 threads: scaling against gemm 0.86, target 0.90: missed",
     ]
 
