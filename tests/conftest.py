@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# Several processes run tests side by side: threads that wait for work give their core to another process.
+# Several processes run tests side by side: threads that wait for work give their core to another process. A pytest that
+# a test starts is none of these processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import torch
 from imported_copy import describe, why_refused

@@ -395,7 +395,7 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         tuple(options.wrap),
         options.bias_index,
         options.clip_window,
-        options.padding and tuple(options.padding),
+        tuple(options.padding) if options.padding else None,
         options.padding_order,
     )
     bias = tensors.accumulated(inputs.bias_table, q, backend)
