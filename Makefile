@@ -20,6 +20,9 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.c' -o -name '*.cp
 EMULATOR := $(shell find tests/cuda_emulator -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BENCH_JSON ?= .benchmarks/latest.json
 GPU_OUT ?= build/gpu
+# How many processes run tests side by side; each takes some files whole.
+JOBS ?= 2
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile
 # Of make fuzz: how many calls, and which.
 N ?= 10000
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
@@ -56,13 +59,13 @@ venv: $(VENV)/.built ## create .venv, install everything, build the extension
 build: $(VENV)/.built ## build the extension in place
 
 test: $(VENV)/.built ## run the tests (ARGS="-k window3d" passes arguments to pytest)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.built ## run the slow sweeps too
-	$(BIN)/pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels, on an emulated GPU
-	$(BIN)/pytest -m "" tests/test_cuda_*.py tests/test_*_cuda*.py $(ARGS)
+	$(PYTEST) -m "" tests/test_cuda_*.py tests/test_*_cuda*.py $(ARGS)
 
 fuzz: $(VENV)/.built ## compare N random calls of all functions with float64 (N=10000; SEED= of another run)
 	VIDATTN_FUZZ=$(N) $(BIN)/pytest tests/test_fuzz_calls.py -k random --hypothesis-seed=$(strip $(SEED)) $(ARGS)
