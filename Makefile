@@ -71,11 +71,12 @@ sanitize: $(VENV)/.installed ## run tests on CPU kernels built with address, und
 	$(BIN)/python -m tests.sanitize address
 	$(BIN)/python -m tests.sanitize thread
 
-lint: $(VENV)/.installed ## ruff, mypy, clang-format
+lint: $(VENV)/.installed ## ruff, mypy, clang-format, the schema of the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vidattn/
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.installed ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix .
