@@ -60,7 +60,6 @@ def rewritten(text: str, place: Path) -> str:
     """Make the imports of a file relative and its ops those of the build; raise if something is left."""
     dots = "." * len(place.parts)
     text = re.sub(r"^( *)from vidattn(?:\.(?=\w)|(?= ))", rf"\1from {dots}", text, flags=re.MULTILINE)
-    text = text.replace("import vidattn._C", f"from {dots} import _C")  # which is not there
     before = text
     text = re.sub(r'f"vidattn::\{(\w+)\}"', r"add_op_namespace_prefix(\1)", text)
     text = text.replace('"vidattn::"', 'add_op_namespace_prefix("")')
