@@ -1,6 +1,6 @@
 """What makes the site out of the pages of this folder and of docstrings: hooks of MkDocs and of mkdocstrings.
 
-README, CONTRIBUTING and CHANGELOG are pages of it, and files of the repository that pages link to (results of
+README, CONTRIBUTING, CHANGELOG and SECURITY are pages of it, and files of the repository that pages link to (results of
 benchmarks, examples, licences) lie beside them. So links are written as they work in a clone, and work on the site too,
 wherever that is put.
 """
@@ -18,7 +18,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")  # to a file, without its anchor
 
 
