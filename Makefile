@@ -26,11 +26,11 @@ SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all test-cuda fuzz sanitize lint format docs docs-check demo bench gpu-build gpu-test \
-    gpu-bench clean distclean
+.PHONY: help venv build test test-all test-cuda fuzz sanitize lint format docs docs-check package-test demo bench \
+    gpu-build gpu-test gpu-bench clean distclean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +88,9 @@ docs: $(VENV)/.installed ## build the documentation as a site: open build/site/i
 docs-check: docs ## look at all its pages in a browser: needs Chromium (apt-get install chromium)
 	$(BIN)/pip install --quiet -c constraints.txt playwright
 	$(BIN)/python -m tests.site_checks build/site
+
+package-test: $(VENV)/.built ## build sdist and wheels, install and use them (ARGS="3.13:2.13.0:triton --cuda" chooses)
+	$(BIN)/python -m tests.package_checks $(ARGS)
 
 demo: $(VENV)/.built ## compare reference and accelerated model on a clip (CLIP=, MODEL=, CHECKPOINT=)
 	$(BIN)/python -m vidattn.demo $(if $(CLIP),--clip "$(CLIP)") $(if $(MODEL),--model "$(MODEL)") \

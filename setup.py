@@ -1,6 +1,6 @@
-"""Builds vidattn._C, the native kernels; everything else about the package stands in pyproject.toml.
+"""Builds vidattn/_C.so, the native kernels; everything else about the package stands in pyproject.toml.
 
-Only the stable ABIs of LibTorch and CPython are used: one binary serves every torch >= 2.11 and every Python >= 3.10.
+It knows nothing of Python, and of torch only the stable ABI: one binary serves every torch >= 2.11 and every Python.
 
     VIDATTN_BUILD_EXT            0 = pure Python, 1 = require the extension, unset = build it if there is a C++ compiler
     VIDATTN_BUILD_CUDA           0 = no CUDA kernels, 1 = require them, unset = build them if nvcc is there and works
@@ -21,13 +21,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 COMPILER = os.environ.get("CXX", "c++")
 
@@ -45,7 +46,6 @@ FLAGS = [
     "-Wall",
     "-Wno-uninitialized",  # g++ 12 warns about its own AVX-512 header
     "-DNDEBUG",
-    "-DPy_LIMITED_API=0x030a0000",  # 3.10
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11
     "-Icsrc",
 ]
@@ -168,7 +168,7 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
 
     env = {key: os.environ.get(key, "").replace("$", "$$") for key in ("CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
-    includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
     nvcc = "nvcc"
     if cuda.home:
@@ -209,8 +209,28 @@ def ninja_file(cuda: Cuda, library: Path, build_dir: Path) -> str:
     return "\n".join(lines)
 
 
+# By library, the newest version that manylinux_2_28 and all later ones have.
+VERSIONS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def manylinux(library: Path) -> str:
+    """Name the oldest manylinux, from 2_28 on, that has all a binary asks for; "" if none, or no objdump to see it."""
+    _, text = run(["objdump", "-p", str(library)])
+    glibc = 0
+    for name, version in re.findall(r" ([A-Z]+)_(\S+)$", text.partition("Version References")[2], re.MULTILINE):
+        numbers = tuple(map(int, version.split("."))) if re.fullmatch(r"[\d.]+", version) else ()
+        if name == "GLIBC" and numbers:
+            glibc = max(glibc, 28, numbers[1])
+        elif not numbers or numbers > VERSIONS.get(name, ()):
+            return ""
+    return f"manylinux_2_{glibc}" if glibc else ""
+
+
 class BuildWithNinja(build_ext):
     """Compiles what has changed, the files of all instruction sets in one run, and shows how far it is."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"  # it is of no Python
 
     def build_extension(self, ext: Extension) -> None:
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
@@ -255,9 +275,25 @@ class BuildWithNote(build_py):
             note.write_text("Installed with VIDATTN_BUILD_EXT=0: the reference runs, and no warning says so.\n")
 
 
-native = {
-    "ext_modules": [Extension("vidattn._C", sources(cuda=False), py_limited_api=True)],
-    "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-}
-commands = {"build_ext": BuildWithNinja, "build_py": BuildWithNote}
-setup(cmdclass=commands, **(native if wants_extension() else {}))
+class TaggedWheel(bdist_wheel):
+    """A wheel for every Python, tagged with what its binary asks of Linux: a static CUDA runtime asks for more."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform_tag = super().get_tag()[2]
+        built = Path(self.bdist_dir, "vidattn", "_C.so")
+        return "py3", "none", re.sub("^linux(?=_)", manylinux(built) or "linux", platform_tag)
+
+
+class SdistWithLink(sdist):
+    """Keeps vidattn/kernels the link that it is: setuptools would put the files of kernels/ there a second time."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        link = Path(base_dir, "vidattn", "kernels")
+        shutil.rmtree(link)
+        link.symlink_to(Path("..", "kernels"))
+
+
+commands = {"build_ext": BuildWithNinja, "build_py": BuildWithNote, "bdist_wheel": TaggedWheel, "sdist": SdistWithLink}
+native = [Extension("vidattn._C", sources(cuda=False))] if wants_extension() else []
+setup(cmdclass=commands, ext_modules=native)

@@ -21,6 +21,7 @@ from benchmarks.gpu_steps import Results, Skip, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vidattn"
+LIBRARY = "_C.so"
 NAME = "build"
 SECONDS = {"extension": 480.0, "program": 120.0, "kernels": 240.0, "rival": 240.0}  # limits of its tasks
 ERROR_CHARACTERS = 1500
@@ -61,7 +62,8 @@ class Cache:
 
     def library(self) -> Path | None:
         """Find the extension that was built last."""
-        return next(iter((self.extension / "lib" / "vidattn").glob("_C*.so")), None)
+        built = self.extension / "lib" / "vidattn" / LIBRARY
+        return built if built.is_file() else None
 
     def results(self, code: str, again: bool) -> Results:
         """Open the list of what is in the cache; an extension that has been removed since is not."""
@@ -130,7 +132,7 @@ def build_extension(folder: Path, processes: int) -> dict[str, Any]:
     library = folder / "lib"
     command = [sys.executable, "setup.py", "build_ext", f"--build-temp={folder / 'temp'}", f"--build-lib={library}"]
     _run(command, {"VIDATTN_BUILD_EXT": "1", "VIDATTN_BUILD_CUDA": "1", "MAX_JOBS": str(processes)})
-    (built,) = (library / "vidattn").glob("_C*.so")
+    built = library / "vidattn" / LIBRARY
     if not _is_installed(built):
         partial = PACKAGE / f"{built.name}.partial"
         shutil.copy2(built, partial)

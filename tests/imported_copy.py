@@ -19,14 +19,14 @@ import torch
 
 import vidattn
 import vidattn.ops
-from vidattn.installation import is_checkout
+from vidattn.installation import EXTENSION, is_checkout
 
 BUILD = "python setup.py build_ext --inplace"
 
 
 def has_extension(package: Path) -> bool:
     """Tell whether a folder of the package holds the compiled extension."""
-    return any(package.glob("_C*.so")) or any(package.glob("_C*.pyd"))
+    return (package / EXTENSION.name).is_file()
 
 
 def installed_copies() -> list[Path]:
@@ -73,11 +73,5 @@ def describe() -> str:
     """Say in one line which copy was imported and what its kernels are."""
     package = Path(vidattn.__file__).parent
     reasons = vidattn.why_not("window3d_attention", backend="cpu")
-    if reasons:
-        kernels = f"no compiled kernels ({reasons[0]})"
-    else:
-        # An editable installation lends its extension to a clone that has none.
-        extension = Path(sys.modules["vidattn._C"].__file__ or "")
-        origin = "" if extension.parent == package else f" OF ANOTHER COPY, {extension}"
-        kernels = f"CPU kernels for {torch.ops.vidattn._cpu_isa()}{origin}"
+    kernels = f"no compiled kernels ({reasons[0]})" if reasons else f"CPU kernels for {torch.ops.vidattn._cpu_isa()}"
     return f"vidattn {vidattn.__version__} from {package}: {kernels}; backend {vidattn.current_backend()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import vidattn
 from vidattn import backends, installation
 from vidattn.backends import AttentionCall, choose_backend
+from vidattn.installation import EXTENSION
 from vidattn.ops import _library
 
 QKV = torch.randn(1, 2, 4, 4, 3, 2, 8)
@@ -49,11 +49,11 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_cpu_backend_is_there_when_the_extension_is_built() -> None:
-    built = importlib.util.find_spec("vidattn._C") is not None
+    built = EXTENSION.is_file()
     for op in ("window3d_attention", "window_attention"):
         reasons = vidattn.why_not(op, backend="cpu")
         assert (not reasons) == built
-        assert built or "vidattn._C" in reasons[0]
+        assert built or "vidattn/_C.so is not built" in reasons[0]
     assert choose_backend(CALL) == ("cpu" if built else "reference")
 
 
@@ -302,8 +302,8 @@ def test_compiled_code_takes_the_answers_about_gpus_as_constants(
 
 def test_why_the_cuda_kernels_are_missing_is_told() -> None:
     (reason, *_) = vidattn.why_not("window3d_attention", backend="cuda") or [""]
-    if importlib.util.find_spec("vidattn._C") is None:
-        assert "vidattn._C" in reason
+    if not EXTENSION.is_file():
+        assert "vidattn/_C.so is not built" in reason
     elif not torch._C._dispatch_has_kernel_for_dispatch_key("vidattn::_window3d_attention_forward", "CUDA"):
         assert "VIDATTN_BUILD_CUDA" in reason
     elif not torch.cuda.is_available():

@@ -277,7 +277,7 @@ import os, pathlib, sys
 assert sys.argv[1] == "build_ext" and os.environ["VIDATTN_BUILD_CUDA"] == "1"
 folder = pathlib.Path(next(word for word in sys.argv if "--build-lib=" in word).partition("=")[2]) / "vidattn"
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "_C.abi3.so").write_text("built with " + os.environ["MAX_JOBS"])
+(folder / "_C.so").write_text("built with " + os.environ["MAX_JOBS"])
 """)
     monkeypatch.setattr(gpu_build, "ROOT", root)
     monkeypatch.setattr(gpu_build, "PACKAGE", root / "vidattn")
@@ -287,14 +287,14 @@ folder.mkdir(parents=True, exist_ok=True)
 
 def test_the_extension_goes_into_the_cache_and_the_package(package, tmp_path):
     cache = gpu_build.Cache(tmp_path / "out")
-    (package / "_C.abi3.so").write_text("an old one")
+    (package / "_C.so").write_text("an old one")
     found = gpu_build.build_extension(cache.extension, 7)
-    assert (package / "_C.abi3.so").read_text() == "built with 7" and found["bytes"] == len("built with 7")
-    assert cache.library().read_text() == "built with 7" and os.listdir(package) == ["_C.abi3.so"]
+    assert (package / "_C.so").read_text() == "built with 7" and found["bytes"] == len("built with 7")
+    assert cache.library().read_text() == "built with 7" and os.listdir(package) == ["_C.so"]
     cache.results("code", False).add("build", "extension", {"status": "passed", "found": found})
     assert cache.results("code", False).find("build", "extension")
     assert f"took {found['build_s']} s" in gpu_report.extension(cache.results("code", False).find("build", "extension"))
-    (package / "_C.abi3.so").write_text("that of somebody else")
+    (package / "_C.so").write_text("that of somebody else")
     assert not cache.results("code", False).find("build", "extension")  # it is built, and put there, again
 
 

@@ -22,7 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PACKAGES = ("triton", "av", "numpy", "rich", "matplotlib", "safetensors", "transformers")
 # What the reasons of the backends say, and the few words for a table.
 _SHORT = (
-    ("vidattn._C is not built", "not built"),
+    ("vidattn/_C.so is not built", "not built"),
+    ("does not load", "broken"),
     ("built without", "not built"),
     ("built from other sources", "stale build"),
     ("this version has no", "no kernels"),

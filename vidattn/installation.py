@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+# The compiled extension. An installation may link the other files to a source tree, but not this one.
+EXTENSION = Path(__file__).parent / "_C.so"
 # setup.py leaves this file in an installed copy for which VIDATTN_BUILD_EXT=0 was set.
 PURE_BY_CHOICE = "pure_by_choice.txt"
 
@@ -41,15 +43,15 @@ def build_command() -> str:
 
 
 def _source() -> str:
-    """Return what pip installed this copy from, or "." for a clone that is the current folder."""
+    """Return where pip finds the sources of this copy; "." for a clone that is the current folder."""
     try:
-        text = importlib.metadata.distribution("vidattn").read_text("direct_url.json")
+        distribution = importlib.metadata.distribution("vidattn")
     except importlib.metadata.PackageNotFoundError:
-        text = None
-    if not text:
         return "."
-    found = json.loads(text)
-    url = found["url"]
+    found = json.loads(distribution.read_text("direct_url.json") or "{}")
+    url = found.get("url", ".whl")
+    if url.endswith(".whl"):  # of an index, or a file: it has no sources, but the index has
+        return f"--no-binary vidattn vidattn=={distribution.version}"
     if "vcs_info" in found:
         url = f"{found['vcs_info']['vcs']}+{url}@{found['vcs_info']['commit_id']}"
     return shlex.quote(url)

@@ -15,6 +15,13 @@
 
 #define VIDATTN_INLINE inline __attribute__((always_inline))
 
+// glibc 2.29 has a log that differs from the older one in errno alone; with that one, the extension loads with 2.28.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver log, log@GLIBC_2.17");
+#endif
+
 namespace vidattn {
 namespace VIDATTN_ISA {
 

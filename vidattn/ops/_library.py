@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vidattn.backends import TRITON_INTERPRETED, AttentionCall, choose_backend, register_kernel, register_op
+from vidattn.installation import EXTENSION
 from vidattn.ops._arguments import draw_seed
 from vidattn.ops._tensors import fake_sum, new_gradients
 from vidattn.ops._transforms import WITH_NUMBERS, call_op, call_with_numbers, gradients, register_transforms
@@ -51,18 +52,25 @@ LIBRARY.define("_cuda_build() -> str")
 LIBRARY.define("_cpu_isa() -> str")
 LIBRARY.define("_cpu_isas() -> str")
 
-_extension_error: str | None = None
-try:
-    import vidattn._C  # type: ignore[import-not-found]  # noqa: F401  # importing it registers its kernels
-except ImportError as error:
-    _extension_error = f"the compiled extension vidattn._C is not built or does not load ({error})"
-else:
+
+def _load_extension() -> str | None:
+    """Load the extension, which registers its kernels, and say what is wrong with it, if anything is."""
+    if not EXTENSION.is_file():
+        return f"the compiled extension vidattn/{EXTENSION.name} is not built"
     try:
-        _stale = torch.ops.vidattn._native_version() != _NATIVE_VERSION
+        torch.ops.load_library(EXTENSION)
+    except OSError as error:  # torch names the file, and what it was raised from the reason
+        return f"the compiled extension vidattn/{EXTENSION.name} does not load ({error.__cause__ or error})"
+    try:
+        version = torch.ops.vidattn._native_version()
     except NotImplementedError:
-        _stale = True
-    if _stale:
-        _extension_error = "the compiled extension vidattn._C was built from other sources; build it again"
+        version = None
+    if version != _NATIVE_VERSION:
+        return f"the compiled extension vidattn/{EXTENSION.name} was built from other sources; build it again"
+    return None
+
+
+_extension_error = _load_extension()
 
 
 def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
