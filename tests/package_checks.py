@@ -207,7 +207,7 @@ def check_environment(name: str, wheel: Path, pure: Path, cuda: bool) -> str:
     # The index of torches without CUDA is passed over where it cannot be reached.
     install = [venv / "bin" / "pip", "--disable-pip-version-check", "install", "--quiet"]
     wanted = ["torch" if torch == "newest" else f"torch=={torch}"]
-    wanted += ["--retries=0", f"--extra-index-url={INDEX}"]
+    wanted += ["--retries=1", f"--extra-index-url={INDEX}"]
     report = json.loads(run([*install, *wanted, "--dry-run", "--report=-"]).stdout)
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     libraries = [package for package in found if package.startswith(("nvidia-", "cuda-"))]
