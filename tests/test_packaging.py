@@ -69,16 +69,20 @@ def wheel(tree, tmp_path_factory) -> Path:
 
 
 def test_the_sdist_holds_the_repository(sdist, tree):
-    """All that is tracked; where there is no git, as in an sdist, all that is here."""
+    """All that is tracked, and nothing that is ignored; where there is no git, as in an sdist, all that is here."""
+    tracked = others = listed(tree)
     if (ROOT / ".git").exists():
-        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"]
-        tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-        expected = {name for name in tracked if (ROOT / name).exists()}
-    else:
-        expected = listed(tree)
+        tracked, others = git_files("--cached"), git_files("--others", "--exclude-standard")
     made = {"PKG-INFO", "setup.cfg"}
-    assert listed(sdist) - made == expected - made
+    assert tracked - made - listed(sdist) == set()
+    assert listed(sdist) - made - tracked - others == set()
     assert os.readlink(sdist / "vidattn" / "kernels") == os.path.join("..", "kernels")
+
+
+def git_files(*which: str) -> set[str]:
+    command = ["git", "ls-files", "--deduplicate", *which]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name for name in names if os.path.lexists(ROOT / name)}
 
 
 def listed(folder: Path) -> set[str]:
