@@ -34,6 +34,8 @@ ENVIRONMENTS = (
     "3.14:newest",
     "3.14t:newest:triton",
 )
+# No other copy of the package is to be in reach.
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 USE = """
 import subprocess, sys
@@ -56,7 +58,7 @@ CALLS = {
     "spatial_attention": ([qkv], {"num_frames": 4, "cls_token": "mean"}),
     "factorized_dot_product_attention": ([qkv[:, 1:]], {"num_frames": 4}),
     "space_time_mixing_attention": ([torch.randn(8, 10, 3, 2, 16)], {"num_frames": 4}),
-    "temporal_shift": ([torch.randn(8, 16, 5)], {"num_frames": 4, "channel_shifts": [(0, 4, 1), (4, 8, -1)]}),
+    "temporal_shift": ([torch.randn(8, 5, 16)], {"num_frames": 4, "channel_shifts": [(0, 4, 1), (4, 8, -1)]}),
 }
 
 def results(name, backend, dtype):
@@ -72,13 +74,13 @@ for name in CALLS:
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
     assert has_triton != ("triton is not installed" in str(vidattn.why_not(name, backend="triton"))), name
     assert vidattn.why_not(name, backend="triton") and vidattn.why_not(name, backend="cuda"), name
-    if backend == "reference":
+    if backend == "reference" and name != "temporal_shift":  # which is plain PyTorch on a CPU anyway
         assert "vidattn/_C.so is not built" in vidattn.why_not(name, backend="cpu")[0]
 
 model = create_model("video_swin_t", embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5).eval()
 video = torch.randn(1, 3, 4, 32, 32)
 report = vidattn.accelerate(model, verify=video)
-assert len(report.swapped) == 4 and not report.skipped, report
+assert report.swapped and not report.skipped and report.max_difference < 1e-5, report
 
 told = subprocess.run([Path(sys.executable).with_name("vidattn"), "info"], capture_output=True, text=True)
 assert told.returncode == 0, told.stderr
@@ -93,7 +95,7 @@ class Failed(Exception):
 
 
 def run(
-    command: Sequence[str | Path], cwd: Path = ROOT, environment: Mapping[str, str] = os.environ
+    command: Sequence[str | Path], cwd: Path = ROOT, environment: Mapping[str, str] = CLEAN
 ) -> subprocess.CompletedProcess[str]:
     """Run a command, which must not fail."""
     words = list(map(str, command))
@@ -127,12 +129,12 @@ def build() -> tuple[Path, Path, Path]:
     tree = OUT / archive.name.removesuffix(".tar.gz")
     say("sdist", f"{archive.name}, {archive.stat().st_size / 1e6:.1f} MB", began)
     began = time.monotonic()
-    run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, os.environ | {"VIDATTN_BUILD_EXT": "1"})
+    run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, CLEAN | {"VIDATTN_BUILD_EXT": "1"})
     say("extension, from the sdist", "built", began)
     wheels = []
     for name, wanted in (("native", "1"), ("pure", "0")):
         began = time.monotonic()
-        run([*module, "--wheel", "--outdir", OUT / name, tree], OUT, os.environ | {"VIDATTN_BUILD_EXT": wanted})
+        run([*module, "--wheel", "--outdir", OUT / name, tree], OUT, CLEAN | {"VIDATTN_BUILD_EXT": wanted})
         (wheel,) = (OUT / name).glob("*.whl")
         wheels.append(Path(shutil.move(wheel, OUT / "dist")))
         say(f"{name} wheel", f"{wheel.name}, {wheels[-1].stat().st_size / 1e6:.1f} MB", began)
@@ -161,12 +163,12 @@ def check_tag(wheel: Path) -> None:
 def check_tree(tree: Path) -> None:
     """Run tests and collect benchmarks in the unpacked sdist."""
     for name, arguments in (
-        ("tests", ["tests/test_window3d.py", "tests/test_packaging.py", "-k", "cpu or packaging", "-x"]),
+        ("tests", ["tests/test_packaging.py", "tests/test_window3d.py", "-k", "packaging or padding or strides"]),
         ("benchmarks", ["benchmarks", "--collect-only"]),
     ):
         began = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        child = run(command, tree, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+        child = run(command, tree)
         say(f"{name} of the sdist", child.stdout.splitlines()[-1].strip("= "), began)
 
 
@@ -205,7 +207,7 @@ def check_environment(name: str, wheel: Path, pure: Path, cuda: bool) -> str:
     # The index of torches without CUDA is passed over where it cannot be reached.
     install = [venv / "bin" / "pip", "--disable-pip-version-check", "install", "--quiet"]
     wanted = ["torch" if torch == "newest" else f"torch=={torch}"]
-    wanted += ["--retries=0", f"--extra-index-url={INDEX}"]
+    wanted += ["--retries=1", f"--extra-index-url={INDEX}"]
     report = json.loads(run([*install, *wanted, "--dry-run", "--report=-"]).stdout)
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     libraries = [package for package in found if package.startswith(("nvidia-", "cuda-"))]
@@ -221,7 +223,7 @@ def check_environment(name: str, wheel: Path, pure: Path, cuda: bool) -> str:
     environment = {"HOME": "/proc", "CUDA_VISIBLE_DEVICES": "", "PATH": os.defpath}
     told = []
     for backend, one in (("cpu", wheel), ("reference", pure)):
-        run([*install, "--no-deps", "--force-reinstall", one])
+        run([*install, "--force-reinstall", "--no-deps", one])
         child = run([venv / "bin" / "python", "-I", "-c", USE, backend, *more], folder, environment)
         told.append(child.stdout.strip())
     return f"torch {found['torch']}, {' and '.join(told)}"
