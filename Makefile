@@ -80,6 +80,7 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format, the schema of the workflow
 	$(BIN)/mypy vidattn/
 	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATOR))
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
 format: $(VENV)/.installed ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix .
