@@ -1,7 +1,8 @@
 """Makes docs/performance.md, and its pictures, from the results that are kept: ``python -m benchmarks.page``.
 
-Of the CPU the newest result of each instruction set is shown, on the most threads, beside the newest on one thread and
-the newest growth; of GPUs the newest predictions. The words around the numbers are in ``page.md``, the next steps here.
+Of the CPU the newest result of each instruction set is shown, on the most threads, beside the newest on one thread of
+each processor and the newest growth; of GPUs the newest predictions. The words around the numbers are in ``page.md``,
+the next steps here.
 """
 
 from __future__ import annotations
@@ -95,22 +96,25 @@ Result = Mapping[str, Any]
 
 
 class Shown(NamedTuple):
-    """What the page shows of one instruction set: all threads, one thread, growth."""
+    """What the page shows of one instruction set: all threads, one thread of each processor, growth."""
 
     result: Result
-    one_thread: Result | None
+    one_thread: list[Result]
     growth: Result | None
 
 
 def shown(results: Sequence[Result]) -> list[Shown]:
     """Pick what to show: of each instruction set the newest."""
     newest: dict[tuple[str, str], Result] = {}
+    alone: dict[str, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: (result["date"], len(result["benchmarks"]))):
         isa = "avx512" if result["machine"]["cpu_isa"].startswith("avx512") else result["machine"]["cpu_isa"]
-        kind = "growth" if report.is_growth(result) else "one" if result["machine"]["threads"] == 1 else "all"
-        newest[isa, kind] = result
+        if result["machine"]["threads"] == 1 and not report.is_growth(result):
+            alone.setdefault(isa, {})[result["machine"]["processor"]] = result
+        else:
+            newest[isa, "growth" if report.is_growth(result) else "all"] = result
     return [
-        Shown(newest[isa, "all"], newest.get((isa, "one")), newest.get((isa, "growth")))
+        Shown(newest[isa, "all"], [*alone.get(isa, {}).values()], newest.get((isa, "growth")))
         for isa in sorted({isa for isa, kind in newest if kind == "all"}, reverse=True)
     ]
 
@@ -261,7 +265,7 @@ def _picture(name: str, result: Result, says: str) -> str:
 def _cpu(one: Shown) -> list[str]:
     result, one_thread, growth = one
     models = {*MODEL_CASES, *MODULE_CASES}
-    alone = report.tables(one_thread, models) if one_thread is not None else ""
+    alone = [(other, report.tables(other, models)) for other in one_thread]
     parts = [
         f"## On a CPU with {_isa(result)}",
         f"{_source(result)} {report.LEGEND}",
@@ -271,7 +275,7 @@ def _cpu(one: Shown) -> list[str]:
         crossover(result),
         _picture("crossover", result, "Sequences of all lengths against rivals"),
         report.tables(result, models),
-        f"{_source(one_thread)}\n\n{alone}" if one_thread is not None and alone else "",
+        *(f"{_source(other)}\n\n{tables}" for other, tables in alone if tables),
         report.tables(result, NAMED_CASES),
     ]
     if growth is not None:
@@ -307,7 +311,7 @@ def render(results: Sequence[Result], predictions: Path) -> str:
     """
     chosen = shown(results)
     of_gpu = json.loads(predictions.read_text())
-    compared = [result for one in chosen for result in (one.result, one.one_thread) if result]
+    compared = [result for one in chosen for result in (one.result, *one.one_thread)]
     return WORDS.read_text().format(
         in_short=in_short(chosen),
         slower=slower(compared),
