@@ -283,7 +283,10 @@ def triton_cache(tmp_path_factory):
         yield
 
 
-compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: the interpreter does not compile")
+def compiles(test):
+    """Leave a test of compiled kernels, which takes minutes, to make test-cuda, and out where Triton is interpreted."""
+    reason = "TRITON_INTERPRET is set: the interpreter does not compile"
+    return pytest.mark.slow(pytest.mark.skipif(INTERPRETED, reason=reason)(test))
 
 
 @dataclasses.dataclass
