@@ -96,8 +96,8 @@ def run(kind: str, folder: Path, arguments: list[str], more: dict[str, str]) -> 
         "LSAN_OPTIONS": f"suppressions={suppressions}:print_suppressions=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # What OpenMP's threads copy within torch looks like a race: of libraries that were not built for this, nothing
-        # is watched. The extension is, and what it calls. Workers of a data loader start threads after a fork.
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:die_after_fork=0",
+        # is watched. The extension is, and what it calls.
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "4",
         **more,
     }
