@@ -151,17 +151,17 @@ def test_saturated_softmax(backend: str, spread: float) -> None:
 
 @backends
 def test_large_logits(backend: str) -> None:
-    """Most of several inputs hold: where two keys tie, the rounding of their scores decides, in the reference too.
+    """Most of 21 inputs hold: where two keys tie, the rounding of their scores decides, in the reference too.
 
     Without multiply-adds the kernels err less than the reference on average, yet for one input in seven more than twice
     as much, because the reference was lucky.
     """
     held = 0
-    for tokens in range(17, 26):
+    for tokens in range(10, 31):
         with contextlib.suppress(AssertionError):
             check(Case(3, tokens, head_dim=16, spread=60.0), single_precision(backend), backend)
             held += 1
-    assert held >= 6
+    assert held >= 11
 
 
 @backends
