@@ -19,6 +19,7 @@ def details(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_isa": cpu_isa(),
         "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "vidattn": vidattn.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -30,7 +31,7 @@ def details(device: str = "cpu") -> dict[str, Any]:
 def clean(machine_info: dict[str, Any]) -> dict[str, Any]:
     """Keep of pytest-benchmark's description of the machine what explains the numbers."""
     processor = machine_info.get("cpu", {}).get("brand_raw") or machine_info.get("processor") or "unknown"
-    kept = ("cores", "threads", "cpu_isa", "device", "platform", "python_version", "torch", "vidattn")
+    kept = ("cores", "threads", "cpu_isa", "device", "platform", "python_version", "torch", "torch_isa", "vidattn")
     return {"processor": processor} | {key: machine_info[key] for key in kept if key in machine_info}
 
 

@@ -96,27 +96,33 @@ Result = Mapping[str, Any]
 
 
 class Shown(NamedTuple):
-    """What the page shows of one instruction set: all threads, one thread of each processor, growth."""
+    """What the page shows of one instruction set: the main result, those of other processors and threads, growth."""
 
     result: Result
-    one_thread: list[Result]
+    others: list[Result]
     growth: Result | None
 
 
 def shown(results: Sequence[Result]) -> list[Shown]:
-    """Pick what to show: of each instruction set the newest."""
-    newest: dict[tuple[str, str], Result] = {}
-    alone: dict[str, dict[str, Result]] = {}
-    for result in sorted(results, key=lambda result: (result["date"], len(result["benchmarks"]))):
-        isa = "avx512" if result["machine"]["cpu_isa"].startswith("avx512") else result["machine"]["cpu_isa"]
-        if result["machine"]["threads"] == 1 and not report.is_growth(result):
-            alone.setdefault(isa, {})[result["machine"]["processor"]] = result
+    """Pick what to show: the newest of each processor, and first of an instruction set the newest on all threads."""
+    kept: dict[str, dict[tuple[str, str, int], Result]] = {}
+    grown: dict[str, Result] = {}
+    for result in sorted(results, key=_age):
+        machine = result["machine"]
+        isa = "avx512" if machine["cpu_isa"].startswith("avx512") else machine["cpu_isa"]
+        if report.is_growth(result):
+            grown[isa] = result
         else:
-            newest[isa, "growth" if report.is_growth(result) else "all"] = result
-    return [
-        Shown(newest[isa, "all"], [*alone.get(isa, {}).values()], newest.get((isa, "growth")))
-        for isa in sorted({isa for isa, kind in newest if kind == "all"}, reverse=True)
-    ]
+            kept.setdefault(isa, {})[machine["processor"], machine["cpu_isa"], machine["threads"]] = result
+    chosen = []
+    for isa in sorted(kept, reverse=True):
+        *others, result = sorted(kept[isa].values(), key=lambda one: (one["machine"]["threads"] > 1, _age(one)))
+        chosen.append(Shown(result, others, grown.get(isa)))
+    return chosen
+
+
+def _age(result: Result) -> tuple[str, int]:
+    return result["date"], len(result["benchmarks"])
 
 
 def kind_of(shape: WindowCase | DividedCase | MixingCase | None, shift: bool) -> str | None:
@@ -143,7 +149,7 @@ def _infos(result: Result) -> list[dict[str, Any]]:
 
 def _isa(result: Result) -> str:
     isa: str = result["machine"]["cpu_isa"]
-    return ISAS.get(isa, isa)
+    return ISAS.get(isa, isa) + (", 1 thread" if result["machine"]["threads"] == 1 else "")
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -263,9 +269,8 @@ def _picture(name: str, result: Result, says: str) -> str:
 
 
 def _cpu(one: Shown) -> list[str]:
-    result, one_thread, growth = one
+    result, others, growth = one
     models = {*MODEL_CASES, *MODULE_CASES}
-    alone = [(other, report.tables(other, models)) for other in one_thread]
     parts = [
         f"## On a CPU with {_isa(result)}",
         f"{_source(result)} {report.LEGEND}",
@@ -275,7 +280,6 @@ def _cpu(one: Shown) -> list[str]:
         crossover(result),
         _picture("crossover", result, "Sequences of all lengths against rivals"),
         report.tables(result, models),
-        *(f"{_source(other)}\n\n{tables}" for other, tables in alone if tables),
         report.tables(result, NAMED_CASES),
     ]
     if growth is not None:
@@ -286,8 +290,10 @@ def _cpu(one: Shown) -> list[str]:
             _picture("growth-memory", growth, "How peak memory grows"),
             _folded("Fitted exponents beside the expected ones", growth_report.tables(growth)),
         ]
-    others = report.tables(result, CASES.keys() - {*NAMED_CASES})
-    return [*parts, _folded("All other cases", others) if others else ""]
+    parts.append(_folded("All other cases", report.tables(result, CASES.keys() - {*NAMED_CASES})))
+    for other in others:
+        parts += [_source(other), report.tables(other, models), _folded("All ops", report.tables(other, {*CASES}))]
+    return parts
 
 
 def _source(result: Result) -> str:
@@ -299,7 +305,7 @@ def _source(result: Result) -> str:
 
 
 def _folded(title: str, text: str) -> str:
-    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 def render(results: Sequence[Result], predictions: Path) -> str:
@@ -311,7 +317,7 @@ def render(results: Sequence[Result], predictions: Path) -> str:
     """
     chosen = shown(results)
     of_gpu = json.loads(predictions.read_text())
-    compared = [result for one in chosen for result in (one.result, *one.one_thread)]
+    compared = [result for one in chosen for result in (one.result, *one.others)]
     return WORDS.read_text().format(
         in_short=in_short(chosen),
         slower=slower(compared),

@@ -26,6 +26,10 @@ from benchmarks.targets import judge
 from benchmarks.verdicts import compare, ours_of, slower
 
 RESULTS = Path(__file__).parent / "results"
+OF_A_RIVAL = (
+    *("case", "direction", "dtype", "threads", "contender"),
+    *("error", "peak_extra_bytes", "not_run"),
+)
 FAMILIES = {
     "window3d": "Attention in (shifted) windows",
     "divided": "Attention over time and over space",
@@ -86,6 +90,18 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a result of a benchmark, got {path} ({error!r})") from None
     return result
+
+
+def without_repeats(result: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a rival's ``info`` what vidattn's own says of the case."""
+    groups = groups_of(result["benchmarks"])
+    entries = [
+        {**entry, "info": {key: value for key, value in entry["info"].items() if key in OF_A_RIVAL}}
+        if OURS in groups[entry["group"]] and entry["info"]["contender"] != OURS
+        else entry
+        for entry in result["benchmarks"]
+    ]
+    return {**result, "benchmarks": entries}
 
 
 def is_growth(result: dict[str, Any]) -> bool:
@@ -196,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.save:
         for result in results:
             target = RESULTS / file_name(result)
-            store.write(target, result)
+            store.write(target, without_repeats(result))
             print(f"\nsaved as {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}")
     if options.pictures:
         if importlib.util.find_spec("matplotlib") is None:

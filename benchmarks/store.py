@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # What must be the same for results to stand in one file.
-SAME = ("processor", "cores", "threads", "cpu_isa", "device", "torch", "vidattn")
+SAME = ("processor", "cores", "threads", "cpu_isa", "device", "torch", "torch_isa", "vidattn")
 
 
 Key = tuple[str, str, str, int]  # case, direction, dtype, threads

@@ -28,9 +28,10 @@ def groups_of(entries: Sequence[dict[str, Any]]) -> dict[str, Group]:
 def describe_machine(machine: Mapping[str, Any]) -> str:
     """Name processor, threads and versions in one line."""
     device = f"{machine['device']}, beside " if "device" in machine else ""
+    torch_isa = f" for {machine['torch_isa']}" if "torch_isa" in machine else ""
     return (
         f"{device}{machine['processor']}, {machine.get('threads', '?')} threads of {machine.get('cores', '?')} cores, "
-        f"{machine.get('cpu_isa', '?')} kernels, torch {machine.get('torch', '?')}, "
+        f"{machine.get('cpu_isa', '?')} kernels, torch {machine.get('torch', '?')}{torch_isa}, "
         f"Python {machine.get('python_version', '?')}, vidattn {machine.get('vidattn', '?')}"
     )
 
