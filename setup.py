@@ -35,7 +35,12 @@ COMPILER = os.environ.get("CXX", "c++")
 # A source named *_<suffix>.cpp is compiled with these flags and runs only where the CPU has them (csrc/cpu/isa.cpp).
 # They are spelled out rather than -march=...: the same object on every vendor's machine.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
-ISA_FLAGS = {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+ISA_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512bf16": f"{AVX512} -mavx512bf16",
+}
 
 FLAGS = [
     "-std=c++20",

@@ -2,7 +2,8 @@
 // sequences without their arithmetic. Compiled with the flags of the instruction set that the kernels run on, so that
 // vectors, and the exponential, are theirs.
 #define VIDATTN_ISA limits
-#include "vec.h"
+#include "call.h"
+#include "tile.h"
 
 #include <omp.h>
 
@@ -65,7 +66,19 @@ void fma32(int64_t flops, int threads) {
 
 // The same of pairs of bfloat16, where there are products of them; false where there are none.
 bool fma_bf16(int64_t flops, int threads) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  constexpr int kTileFlops = 2 * Bf16Tiles::kRows * 16 * 2 * Bf16Tiles::kWords;
+  spread(flops / (4 * kTileFlops), threads, [](int64_t begin, int64_t end) {
+    TileRegisters registers;
+    for (int64_t i = begin; i < end; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  });
+  return true;
+#elif defined(__AVX512BF16__)
   const int64_t turns = flops / (4 * kLanes<float> * kSums);
   spread(turns, threads, [](int64_t begin, int64_t end) {
     __m512 sums[kSums] = {};

@@ -33,6 +33,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 # One call of each loop, some 10 ms on two cores.
 FMA_FLOPS = 2 * 10**9
@@ -62,8 +63,8 @@ def _library() -> ctypes.CDLL:
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"there is no {compiler[0]}, which measures what the CPU does at best")
     command = [*compiler, "-std=c++20", "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC", "-fopenmp"]
-    command += [*flags.split(), f"-I{INCLUDE}", str(SOURCE), "-Wl,--as-needed", *_openmp()]
-    sources = b"".join(path.read_bytes() for path in (SOURCE, INCLUDE / "vec.h"))
+    command += [*flags.split(), f"-I{INCLUDE}", f"-I{INCLUDE.parent}", str(SOURCE), "-Wl,--as-needed", *_openmp()]
+    sources = b"".join(path.read_bytes() for path in (SOURCE, INCLUDE / "vec.h", INCLUDE / "tile.h"))
     name = hashlib.sha256(" ".join(command).encode() + sources).hexdigest()[:16]
     library = LIBRARIES / f"cpu_limits-{name}.so"
     if not library.exists():
@@ -87,12 +88,13 @@ def why_not() -> str | None:
     return None
 
 
-def fma(dtype: torch.dtype) -> Callable[[], object]:
-    """Give a loop of ``FMA_FLOPS`` operations: of products of a 16-bit type where the kernels have them."""
+def fma(dtype: torch.dtype, direction: str) -> Callable[[], object]:
+    """Give a loop of ``FMA_FLOPS`` operations: of products of a 16-bit type where a direction's kernels have them."""
     loops = _library()
     flops = ctypes.c_int64(FMA_FLOPS)
     loop = loops.fma32
-    if dtype == torch.bfloat16 and loops.fma_bf16(ctypes.c_int64(0), 1):
+    in_float32 = cpu_isa() == "avx512_amx" and direction not in ("forward", "inference")
+    if dtype == torch.bfloat16 and not in_float32 and loops.fma_bf16(ctypes.c_int64(0), 1):
         loop = loops.fma_bf16
     return lambda: loop(flops, torch.get_num_threads())
 

@@ -175,11 +175,11 @@ def prepare(
     return calls, measured
 
 
-def baselines(dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
+def baselines(dtype: torch.dtype, direction: str, device: str) -> dict[str, Callable[[], object]]:
     """Make the calls that tell what the machine has to offer."""
     calls: dict[str, Callable[[], object]] = {GEMM: gemm(dtype, device), COPY: copy(device)}
     if device == "cpu" and cpu_limits.why_not() is None:
-        calls |= {FMA: cpu_limits.fma(dtype), EXP: cpu_limits.exponentials(dtype)}
+        calls |= {FMA: cpu_limits.fma(dtype, direction), EXP: cpu_limits.exponentials(dtype)}
     return calls
 
 
@@ -219,7 +219,8 @@ def measure(
     timed = list(calls)
     device = arguments["device"]
     say("rounds")
-    beside = baselines(DTYPES[arguments["dtype"]], device) | ({TRAFFIC: traffic} if traffic else {})
+    beside = baselines(DTYPES[arguments["dtype"]], arguments["direction"], device)
+    beside |= {TRAFFIC: traffic} if traffic else {}
     for call in beside.values():
         call()
     ours = next((name for name in timed if is_ours(name)), None)

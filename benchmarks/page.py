@@ -44,7 +44,7 @@ PICTURES = PAGE.with_suffix("")
 README_PICTURE = PAGE.with_name("speed.png")
 CASES = {**WINDOW_CASES, **DIVIDED_CASES, **MIXING_CASES}
 GPU_CASES = {**GPU_WINDOW_CASES, **GPU_OTHER_WINDOW_CASES, **GPU_DIVIDED_CASES, **GPU_MIXING_CASES}
-ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16 products"}
+ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16 products", "avx512_amx": "AMX"}
 DIRECTIONS = ("forward", "forward_backward")
 # Kinds of ops in the order of the tables, and the next step of each, by backend.
 NEXT = {

@@ -56,7 +56,7 @@ def targets_of(ours: Mapping[str, Any]) -> dict[str, float]:
     name, direction, dtype, isa = (ours[key] for key in ("case", "direction", "dtype", "cpu_isa"))
     wide = isa.startswith("avx512")
     if dtype != "float32":
-        has_products = dtype == "bfloat16" and isa == "avx512_bf16"
+        has_products = dtype == "bfloat16" and isa in ("avx512_bf16", "avx512_amx")
         return {} if has_products or name not in WINDOW_CASES else {"float32": HALF}
     if direction == "shift":
         return {"copy": 0.8}

@@ -37,8 +37,8 @@ struct Kernels {
   void (*backward)(const Args&, int64_t begin, int64_t end, char* scratch);
 };
 
-// Those of an instruction set, by what they compute with. float32 takes tensors of 16 bits too. What is null is left to
-// the instruction set before.
+// Those of an instruction set, by what they compute with. float32 takes tensors of 16 bits too. What is null, also one
+// direction alone, is left to the next best instruction set.
 template <class Kernels>
 struct KernelTable {
   Kernels float32, float64, bfloat16;

@@ -96,9 +96,10 @@ def test_limits_are_compiled_for_the_instruction_set_of_the_kernels():
     setup = (ROOT / "setup.py").read_text()
     assert f'AVX512 = "{cpu_limits.AVX512}"' in setup and f'"avx2": "{cpu_limits.ISA_FLAGS["avx2"]}"' in setup
     assert cpu_limits.why_not() is None
-    for loop in (cpu_limits.fma, cpu_limits.exponentials):
-        for dtype in DTYPES.values():
-            loop(dtype)()
+    for dtype in DTYPES.values():
+        cpu_limits.exponentials(dtype)()
+        for direction in DIRECTIONS:
+            cpu_limits.fma(dtype, direction)()
 
 
 def test_without_a_compiler_there_are_no_limits(monkeypatch):

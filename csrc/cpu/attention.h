@@ -84,7 +84,7 @@ class Attention {
   // For groups of up to `keys` positions; takes its memory from the arena.
   Attention(int64_t keys, int64_t head_dim, double scale, Dropout dropout, bool backward, Arena& arena)
       : d_(head_dim),
-        steps_(ceil_div(d_, P::pack)),
+        steps_(words_of<P>(d_)),
         padded_(round_up(d_, kLanes<Word>)),
         panel_rows_(backward ? kRows : kQueryRows),
         scale_(T(scale)),
@@ -193,6 +193,7 @@ class Attention {
 
   template <int R, int NV>
   void multiply_rows(const Word* rows, const Word* lanes, int64_t r, int64_t tile, T* panels, Vec<T>* top) const;
+  VIDATTN_INLINE Vec<T> finish_row(int64_t r) const;
   template <int R, int NV>
   VIDATTN_INLINE void finish_scores(int64_t r, int64_t tile, Vec<T> (&s)[R][NV]) const;
   void add_rows(const T* Query<T>::* which, int64_t r, int64_t tile, int count, int vectors, T* scores) const;
@@ -241,16 +242,21 @@ class Attention {
   Value* spare_;                     // [row][kMaxDim]: rows that a family puts together
 };
 
-// The kernels of a family: of a class that lays out scratch memory and runs ranges of tasks.
-template <class Family, class Args>
+// The kernels of a family: of a class that lays out scratch memory and runs ranges of tasks. There are none backward on
+// tile registers: the products of keys would need queries packed once more.
+template <class P, class Family, class Args>
 constexpr Kernels<Args> kernels_of() {
-  return {[](const Args& args, bool backward) { return Family(args, backward, nullptr).bytes(); },
-          [](const Args& args, int64_t begin, int64_t end, char* scratch) {
-            Family(args, false, scratch).forward(begin, end);
-          },
-          [](const Args& args, int64_t begin, int64_t end, char* scratch) {
-            Family(args, true, scratch).backward(begin, end);
-          }};
+  Kernels<Args> kernels = {[](const Args& args, bool backward) { return Family(args, backward, nullptr).bytes(); },
+                           [](const Args& args, int64_t begin, int64_t end, char* scratch) {
+                             [[maybe_unused]] Registers<P> registers;
+                             Family(args, false, scratch).forward(begin, end);
+                           },
+                           nullptr};
+  if constexpr (!P::tiles)
+    kernels.backward = [](const Args& args, int64_t begin, int64_t end, char* scratch) {
+      Family(args, true, scratch).backward(begin, end);
+    };
+  return kernels;
 }
 
 }  // namespace VIDATTN_ISA

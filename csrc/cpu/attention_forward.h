@@ -29,6 +29,8 @@ void Attention<P>::forward_block(Group<P>& group, int64_t first) {
     fetch_ahead(group, kV);
     this->template multiply_rows<R, decltype(vectors)::value>(q_, keys_in_lanes_, 0, tile, scores_, top);
   });
+  if constexpr (P::tiles)
+    for (int r = 0; r < count; ++r) top[r] = finish_row(r);
   // Three loops, so that the latency of one row's reductions hides behind the other rows'.
   T m[R], total[R], inverse[R] = {};
   for (int r = 0; r < count; ++r) {

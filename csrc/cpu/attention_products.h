@@ -36,10 +36,10 @@ template <class P>
 void Attention<P>::pack_in_rows(const Group<P>& group, Slot slot, Word* to) const {
   for (int64_t first = 0; first < n_; first += kWidth) {
     const Value* rows[kWidth + 1];
-    const int64_t count = n_ - first < kWidth ? n_ - first : kWidth;
+    const int64_t count = n_ - first < kWidth ? n_ - first : kWidth, padded = P::tiles ? kWidth : count;
     group.read(slot, first, count, rows, spare_);
-    rows[count] = (const Value*)kZeros;
-    row_columns(rows, count, first, tiles_ * kWidth, to);
+    for (int64_t row = count; row <= padded; ++row) rows[row] = (const Value*)kZeros;
+    row_columns(rows, padded, first, tiles_ * kWidth, to);
   }
 }
 
@@ -90,11 +90,17 @@ typename P::Acc Attention<P>::longest_key() const {
 }
 
 // Products of rows [r, r + R) with the keys of a tile, summed over head_dim. With `top` they become scores, -inf beyond
-// the last key, and their maxima are kept there.
+// the last key, and their maxima are kept there; those of tile registers do so in finish_row.
 template <class P>
 template <int R, int NV>
 __attribute__((noinline)) void Attention<P>::multiply_rows(const Word* rows, const Word* lanes, int64_t r, int64_t tile,
                                                            T* panels, Vec<T>* top) const {
+  if constexpr (P::tiles) {
+    P::template clear<NV>();
+    P::template multiply<NV>(rows + r * kMaxDim, kMaxDim, lanes + tile * kWidth * steps_, kWidth, steps_);
+    P::template store_rows<NV>(panel(panels, tile, r), kWidth);
+    return;
+  }
   Vec<T> s[R][NV];
   clear(s);
   multiply_tile<P, R, NV, kMaxDim>(rows + r * kMaxDim, 1, lanes + tile * kWidth * steps_, kWidth, steps_, s);
@@ -110,6 +116,26 @@ __attribute__((noinline)) void Attention<P>::multiply_rows(const Word* rows, con
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int n = 0; n < NV; ++n) store(to + i * kWidth + n * kLanes<T>, s[i][n]);
+}
+
+// Makes scores of the products of a row with all tiles, as they lie in the panels, and gives their maxima.
+template <class P>
+VIDATTN_INLINE Vec<typename P::Acc> Attention<P>::finish_row(int64_t r) const {
+  Vec<T> top = splat(-kInfinity);
+  for_each_tile([&](int64_t tile, auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    T* to = panel(scores_, tile, r);
+    Vec<T> s[1][NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) s[0][n] = load(to + n * kLanes<T>);
+    finish_scores<1, NV>(r, tile, s);
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      top = max<T>(top, s[0][n]);
+      store(to + n * kLanes<T>, s[0][n]);
+    }
+  });
+  return top;
 }
 
 // The bias comes last, not as the start of the sums: a large one would round every partial sum.
@@ -171,6 +197,18 @@ __attribute__((noinline)) void Attention<P>::sum_over_keys(const T* panels, cons
                                                            const T* factors, T* to) const {
   constexpr int step = NV * kLanes<Word>;
   const Word* column = in_column(in_rows, c, tiles_ * kWidth);
+  if constexpr (P::tiles) {
+    alignas(64) T o[P::kRows][NV * kLanes<T>];
+    P::template clear<NV>();
+    for (int64_t tile = range_.first; tile < range_.last; ++tile)
+      P::template multiply<NV>((const Word*)panel(panels, tile, r), kWidth, column + tile * kWords * step, step,
+                               kWords);
+    P::template store_rows<NV>(o[0], NV * kLanes<T>);
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) store(to + i * padded_ + c + n * kLanes<T>, load(o[i] + n * kLanes<T>) * factors[i]);
+    return;
+  }
   Vec<T> o[R][NV];
   clear(o);
   for (int64_t tile = range_.first; tile < range_.last; ++tile)

@@ -9,8 +9,8 @@
 namespace vidattn {
 namespace {
 
-const DividedKernels& kernels(const DividedArgs& a) {
-  return kernels_for<DividedKernels>(a.element, VIDATTN_KERNELS(divided));
+const DividedKernels& kernels(const DividedArgs& a, bool backward) {
+  return kernels_for<DividedKernels>(a.element, backward, VIDATTN_KERNELS(divided));
 }
 
 DividedArgs read_call(Arguments& from, Slot context) {
@@ -36,7 +36,7 @@ void run_part(const DividedArgs& a, DividedKernels::Part part, bool backward, in
 
 // Runs one pass for the heads that attend over time, then for those that attend over space.
 void run_axes(DividedArgs& a, bool backward) {
-  const DividedKernels& cpu = kernels(a);
+  const DividedKernels& cpu = kernels(a, backward);
   Numbers weights;
   if (a.cls_sees_all) {
     weights = new_numbers(a, 2 * a.batch * a.heads * a.cls_stride());
@@ -49,7 +49,7 @@ void run_axes(DividedArgs& a, bool backward) {
     const bool cls_asks = a.cls && !a.cls_sees_all;
     a.short_sequences = !cls_asks && a.patches <= kShortSequence && a.element != Element::float64;
     a.tasks = a.batch * a.groups * (a.short_sequences ? 1 : a.num_heads);
-    run(a, cpu, backward, a.tasks, backward ? cpu.backward : cpu.forward);
+    run(a, cpu, backward, a.tasks);
   }
   if (!a.cls || (!backward && !a.cls_sees_all && !a.cls_mean.data)) return;
   const int64_t grain = ceil_div(32768, a.groups * a.head_dim);  // heads that are worth a thread

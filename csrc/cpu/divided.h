@@ -167,20 +167,26 @@ void run_sequences(const DividedArgs& args, int64_t begin, int64_t end, char* sc
       run_short_sequences<P>(args, backward, begin, end);
       return end_stream();
     }
+  [[maybe_unused]] Registers<P> registers;
   LongSequences<P> sequences(args, backward, scratch);
-  backward ? sequences.backward(begin, end) : sequences.forward(begin, end);
+  if constexpr (backward)
+    sequences.backward(begin, end);
+  else
+    sequences.forward(begin, end);
   end_stream();
 }
 
 template <class P>
 constexpr DividedKernels divided_kernels() {
-  return {{[](const DividedArgs& args, bool backward) {
-             return args.short_sequences ? 0 : LongSequences<P>(args, backward, nullptr).bytes();
-           },
-           run_sequences<P, false>, run_sequences<P, true>},
-          cls_scores<P>,
-          cls_softmax<P>,
-          add_groups<P>};
+  DividedKernels kernels = {{[](const DividedArgs& args, bool backward) {
+                               return args.short_sequences ? 0 : LongSequences<P>(args, backward, nullptr).bytes();
+                             },
+                             run_sequences<P, false>, nullptr},
+                            cls_scores<P>,
+                            cls_softmax<P>,
+                            add_groups<P>};
+  if constexpr (!P::tiles) kernels.backward = run_sequences<P, true>;
+  return kernels;
 }
 
 }  // namespace VIDATTN_ISA

@@ -9,8 +9,8 @@
 namespace vidattn {
 namespace {
 
-const MixingKernels& kernels(const MixingArgs& a) {
-  return kernels_for<MixingKernels>(a.element, VIDATTN_KERNELS(mixing));
+const MixingKernels& kernels(const MixingArgs& a, bool backward) {
+  return kernels_for<MixingKernels>(a.element, backward, VIDATTN_KERNELS(mixing));
 }
 
 // ---- Attention ----
@@ -28,7 +28,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   MixingArgs a = read_call(from, shifts);
   a.tensor[kOut] = row_tensor(from.tensor(), a.head_dim);
   STD_TORCH_CHECK(!from.maybe_tensor(), "the CPU's backward pass needs no log-sum-exp");
-  run(a, kernels(a), false, a.frames * a.heads, kernels(a).forward);
+  run(a, kernels(a, false), false, a.frames * a.heads);
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -38,7 +38,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   a.tensor[kDout] = row_tensor(from.tensor(), a.head_dim);
   from.maybe_tensor(), from.maybe_tensor();  // out and lse: here a query's scores are at hand all at once
   for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
-  run(a, kernels(a), true, a.frames * a.heads, kernels(a).backward);
+  run(a, kernels(a, true), true, a.frames * a.heads);
 }
 
 // ---- Shift ----

@@ -145,7 +145,7 @@ class MixedFrames final : public Group<P> {
 
 template <class P>
 constexpr MixingKernels mixing_kernels() {
-  return kernels_of<MixedFrames<P>, MixingArgs>();
+  return kernels_of<P, MixedFrames<P>, MixingArgs>();
 }
 
 }  // namespace VIDATTN_ISA

@@ -19,6 +19,7 @@ struct Plain {
   using Word = T;
   using Exp = typename ExpOf<T>::type;
   static constexpr int pack = 1;
+  static constexpr bool tiles = false;  // whether it computes on tile registers
 
   static VIDATTN_INLINE Vec<T> multiply_add(Word a, Vec<T> b, Vec<T> c) { return splat(a) * b + c; }
   static VIDATTN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
@@ -39,6 +40,7 @@ struct Bf16Pairs {
   using Word = float;  // 32 bits that hold two bfloat16, the first in the low half; only ever copied
   using Exp = ExpBf16;
   static constexpr int pack = 2;
+  static constexpr bool tiles = false;
 
   static VIDATTN_INLINE Vec<float> multiply_add(Word a, Vec<float> b, Vec<float> c) {
     return multiply_add(_mm512_set1_ps(a), b, c);
@@ -67,6 +69,78 @@ struct Bf16Pairs {
   }
 };
 #endif
+
+#if defined(__AMX_BF16__)
+// Pairs too, multiplied on tile registers: 16 rows of 16 words with 16 rows of 16 lanes in one instruction. C (16 rows,
+// NV vectors) lies in registers 0 and 1.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr bool tiles = true;
+  static constexpr int kRows = 16, kWords = 16;
+
+  template <int NV>
+  static VIDATTN_INLINE void clear() {
+    __asm__ volatile("" ::: "memory");  // loads of tiles do not tell the compiler what they read
+    _tile_zero(0);
+    if constexpr (NV == 2) _tile_zero(1);
+  }
+  // As multiply_tile: rows of A are a_row words apart, and steps whole tiles.
+  template <int NV>
+  static VIDATTN_INLINE void multiply(const Word* a, int64_t a_row, const Word* b, int64_t b_step, int64_t steps) {
+    for (int64_t s = 0; s < steps; s += kWords, a += kWords, b += kWords * b_step) {
+      _tile_loadd(2, a, a_row * 4);
+      _tile_loadd(3, b, b_step * 4);
+      _tile_dpbf16ps(0, 2, 3);
+      if constexpr (NV == 2) {
+        _tile_loadd(4, b + kWords, b_step * 4);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+    }
+  }
+  template <int NV>
+  static VIDATTN_INLINE void store_rows(float* to, int64_t step) {
+    _tile_stored(0, to, step * 4);
+    if constexpr (NV == 2) _tile_stored(1, to + kWords, step * 4);
+  }
+};
+
+// Sets up the tile registers of this thread, and leaves them as they were.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    Layout whole{};
+    whole.palette = 1;
+    for (int i = 0; i < 8; ++i) whole.row_bytes[i] = Bf16Tiles::kWords * 4, whole.rows[i] = Bf16Tiles::kRows;
+    _tile_storeconfig(&before_);
+    __asm__ volatile("" ::"r"(&whole) : "memory");  // the next one does not tell either, beyond eight bytes
+    _tile_loadconfig(&whole);
+  }
+  ~TileRegisters() { _tile_loadconfig(&before_); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+
+ private:
+  struct alignas(64) Layout {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Layout before_;
+};
+#endif
+
+// Registers that products need set up, while it lives.
+template <class P>
+struct Registers {};
+#if defined(__AMX_BF16__)
+template <>
+struct Registers<Bf16Tiles> : TileRegisters {};
+#endif
+
+// Words of a row along the summed axis, of n values: products on tile registers take whole tiles.
+template <class P>
+constexpr int64_t words_of(int64_t n) {
+  return P::tiles ? round_up(ceil_div(n, P::pack), 16) : ceil_div(n, P::pack);
+}
 
 // The n values of a row as words, up to a whole vector.
 template <class P>
@@ -113,7 +187,7 @@ VIDATTN_INLINE void transpose(const typename P::Value* const* rows, int64_t lane
       exchange_rows<1, Word>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
-        if (c + i * P::pack < n) store(to + (c / P::pack + i) * to_step + lane, block[i]);
+        if (c / P::pack + i < words_of<P>(n)) store(to + (c / P::pack + i) * to_step + lane, block[i]);
     }
 }
 

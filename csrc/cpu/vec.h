@@ -27,8 +27,12 @@ namespace VIDATTN_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
+#if defined(__AMX_BF16__)
+constexpr int kQueryRows = 16;  // of a tile register
+#else
 constexpr int kQueryRows =
     14;  // 14 x 2 accumulators + 2 key vectors of the 32 registers; the query rides along as an embedded broadcast
+#endif
 constexpr int kKeyRows = 8;  // rows of the key-major products (dK, dV); divides a tile of 2 vectors
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;

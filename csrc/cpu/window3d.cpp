@@ -11,8 +11,8 @@
 namespace vidattn {
 namespace {
 
-const Window3dKernels& kernels(const Window3dArgs& a) {
-  return kernels_for<Window3dKernels>(a.element, VIDATTN_KERNELS(window3d));
+const Window3dKernels& kernels(const Window3dArgs& a, bool backward) {
+  return kernels_for<Window3dKernels>(a.element, backward, VIDATTN_KERNELS(window3d));
 }
 
 Window3dArgs read_call(Arguments& from) {
@@ -65,7 +65,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   Window3dArgs a = read_call(from);
   a.tensor[kOut] = token_tensor(from.tensor(), a.head_dim);
   a.lse = from.tensor().data_ptr();
-  run(a, kernels(a), false, a.heads * a.groups, kernels(a).forward);
+  run(a, kernels(a, false), false, a.heads * a.groups);
 }
 
 // to[i] = sum over the chunks of from[chunk][i], in order.
@@ -92,7 +92,7 @@ void backward_as(Window3dArgs& a, T* dbias, T* dpad) {
   if (dpad) dpad_partial.reset(new T[a.chunks * a.heads * 2 * a.head_dim]);
   a.dbias_partial = direct ? dbias : dbias_partial.get();
   a.dpad_partial = dpad_partial.get();
-  run(a, kernels(a), true, a.heads * a.chunks, kernels(a).backward);
+  run(a, kernels(a, true), true, a.heads * a.chunks);
 
   if (dbias && !direct)
     parallel_for(0, types * a.heads, 1, [&](int64_t begin, int64_t end) {

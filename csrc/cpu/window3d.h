@@ -352,7 +352,7 @@ class Window3d final : public Group<P> {
 
 template <class P>
 constexpr Window3dKernels window3d_kernels() {
-  return kernels_of<Window3d<P>, Window3dArgs>();
+  return kernels_of<P, Window3d<P>, Window3dArgs>();
 }
 
 }  // namespace VIDATTN_ISA
