@@ -98,3 +98,11 @@ def test_unknown_instruction_set() -> None:
     result = _run(["-c", call], "mmx")
     assert result.returncode != 0
     assert re.search(r"VIDATTN_CPU_ISA: expected one of baseline.*, got mmx", result.stderr)
+
+
+def test_pytorch_multiplies_the_same_before_and_after() -> None:
+    """Where bfloat16 is multiplied on tile registers, PyTorch's own products use them too."""
+    x, qkv = torch.randn(256, 256).bfloat16(), torch.randn(1, 4, 49, 3, 2, 32).flatten(1, 2).bfloat16()
+    before = x @ x
+    vidattn.spatial_attention(qkv, num_frames=4)
+    assert torch.equal(x @ x, before)
