@@ -219,7 +219,7 @@ def measure(
     timed = list(calls)
     device = arguments["device"]
     say("rounds")
-    beside = baselines(DTYPES[arguments["dtype"]], arguments["direction"], device)
+    beside = baselines(DTYPES[arguments["dtype"]], arguments.get("direction", "forward"), device)
     beside |= {TRAFFIC: traffic} if traffic else {}
     for call in beside.values():
         call()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,15 +142,26 @@ def _kind(info: Mapping[str, Any]) -> str | None:
 
 
 def _infos(result: Result) -> list[dict[str, Any]]:
-    """Give vidattn's float32 entries on all threads."""
-    threads = result["machine"]["threads"]
+    """Give vidattn's entries on all threads, in float32 or, without any, in what it was measured in."""
+    threads, dtype = result["machine"]["threads"], _dtype(result)
     infos = [entry["info"] for entry in ours_of(result)]
-    return [info for info in infos if info["dtype"] == "float32" and info["threads"] == threads]
+    return [info for info in infos if info["dtype"] == dtype and info["threads"] == threads]
+
+
+def _dtype(result: Result) -> str:
+    dtypes = {entry["info"]["dtype"] for entry in ours_of(result)}
+    return min(dtypes - {"float32"}) if dtypes and "float32" not in dtypes else "float32"
 
 
 def _isa(result: Result) -> str:
     isa: str = result["machine"]["cpu_isa"]
     return ISAS.get(isa, isa) + (", 1 thread" if result["machine"]["threads"] == 1 else "")
+
+
+def _cpu_name(result: Result) -> str:
+    processor = re.sub(r" ?[(]R[)]| Processor", "", result["machine"]["processor"])
+    dtype = _dtype(result)
+    return f"{processor}, {_isa(result)}" + (f", {dtype}" if dtype != "float32" else "")
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -172,15 +184,15 @@ def _speeds(rivals: Sequence[Rival]) -> str:
     return short(mean) + (f" ({short(least.median)} to {short(most.median)})" if len(rivals) > 1 else "")
 
 
-def in_short(results: Sequence[Shown]) -> str:
+def in_short(results: Sequence[Result]) -> str:
     """Write the table for two minutes: each kind of op against its best rivals, and beside its limit."""
     lines = []
-    for result, *_ in results:
+    for result in results:
         kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (*NEXT, "whole models")}
         for info in _infos(result):
             kinds[_kind(info) or "whole models"].append(info)
         for kind, infos in kinds.items():
-            cells = [_isa(result), kind]
+            cells = [_cpu_name(result), kind]
             cells.append(str(len({info["case"] for info in infos})))
             for direction in DIRECTIONS:
                 of = [info for info in infos if _is(info, direction)]
@@ -199,18 +211,18 @@ def _is(info: Mapping[str, Any], direction: str) -> bool:
     return info["direction"] in same[direction]
 
 
-def limits(results: Sequence[Shown], predictions: Mapping[str, Any]) -> str:
+def limits(results: Sequence[Result], predictions: Mapping[str, Any]) -> str:
     """Write what limits each op on each backend, how near it comes, and the next step."""
     lines = []
     for kind, steps in NEXT.items():
-        for result, *_ in results:
+        for result in results:
             infos = [info for info in _infos(result) if _kind(info) == kind and "limited_by" in info]
             both = [
                 [(info["limited_by"], info["share_of_limit"]["median"]) for info in infos if _is(info, direction)]
                 for direction in DIRECTIONS
             ]
             if infos:
-                lines.append([kind, f"cpu, {_isa(result)}", *_bounds(both), steps["cpu"]])
+                lines.append([kind, f"cpu, {_cpu_name(result)}", *_bounds(both), steps["cpu"]])
         for backend in ("cuda", "triton"):
             found = [
                 case
@@ -292,7 +304,8 @@ def _cpu(one: Shown) -> list[str]:
         ]
     parts.append(_folded("All other cases", report.tables(result, CASES.keys() - {*NAMED_CASES})))
     for other in others:
-        parts += [_source(other), report.tables(other, models), _folded("All ops", report.tables(other, {*CASES}))]
+        ops = _folded("All ops", report.tables(other, {*CASES}))
+        parts += [_source(other), crossover(other), report.tables(other, models), ops]
     return parts
 
 
@@ -317,11 +330,11 @@ def render(results: Sequence[Result], predictions: Path) -> str:
     """
     chosen = shown(results)
     of_gpu = json.loads(predictions.read_text())
-    compared = [result for one in chosen for result in (one.result, *one.others)]
+    everything = [result for one in chosen for result in (one.result, *one.others)]
     return WORDS.read_text().format(
-        in_short=in_short(chosen),
-        slower=slower(compared),
-        limits=limits(chosen, of_gpu),
+        in_short=in_short(everything),
+        slower=slower(everything),
+        limits=limits(everything, of_gpu),
         cpus="\n\n".join(part for one in chosen for part in _cpu(one) if part),
         short_frames=SHORT_FRAMES,
         aliases="; ".join(f"{TITLES[first]} is {', '.join(others)} too" for first, others in ALIASES.items()),
