@@ -111,10 +111,13 @@ class TileRegisters {
     whole.palette = 1;
     for (int i = 0; i < 8; ++i) whole.row_bytes[i] = Bf16Tiles::kWords * 4, whole.rows[i] = Bf16Tiles::kRows;
     _tile_storeconfig(&before_);
-    __asm__ volatile("" ::"r"(&whole) : "memory");  // the next one does not tell either, beyond eight bytes
+    touch(&before_), touch(&whole);
     _tile_loadconfig(&whole);
   }
-  ~TileRegisters() { _tile_loadconfig(&before_); }
+  ~TileRegisters() {
+    touch(&before_);
+    _tile_loadconfig(&before_);
+  }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 
@@ -124,6 +127,9 @@ class TileRegisters {
     uint16_t row_bytes[16];
     uint8_t rows[16];
   };
+  // The instructions tell the compiler of the first eight bytes alone.
+  static VIDATTN_INLINE void touch(Layout* layout) { __asm__ volatile("" ::"r"(layout) : "memory"); }
+
   Layout before_;
 };
 #endif
