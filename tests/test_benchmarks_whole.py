@@ -450,11 +450,15 @@ def test_the_page_is_current():
 def test_the_page_shows_the_newest_of_each_instruction_set(result, grown):
     older = {**made_up.few(slow=1.5), "date": "2025-01-31", "file": "older.json"}
     results = [older, {**result, "file": "ops.json"}, {**made_up.few(threads=1), "file": "one.json"}]
+    held = made_up.few(threads=1)
+    results.append({**held, "machine": {**held["machine"], "cpu_isa": "avx2"}, "file": "avx2.json"})
     text = page.render([*results, {**grown, "file": "growth.json"}], predicted.newest())
     assert "older.json" not in text and "(../benchmarks/results/ops.json)" in text
     windows = sum(name in WINDOW_CASES for name in OPS)
     speeds = "2.00 (2.00 to 2.00) | 50%"
     assert f"| Made up CPU, AVX-512 | windows | {windows} | {speeds} | {speeds} |" in text
+    assert "| Made up CPU, AVX2, 1 thread | windows |" in text and "## On a CPU with AVX2, 1 thread" in text
+    assert "(../benchmarks/results/one.json)" in text  # of the same processor, below
     assert "on 1 thread and" in text
     assert "| windows | cpu, Made up CPU, AVX-512 | products and exponentials" in text
     assert "Plain sequences of 8 to 1152 tokens; forward: behind at no length" in text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +102,32 @@ def test_unknown_instruction_set() -> None:
     assert re.search(r"VIDATTN_CPU_ISA: expected one of baseline.*, got mmx", result.stderr)
 
 
-def test_pytorch_multiplies_the_same_before_and_after() -> None:
-    """Where bfloat16 is multiplied on tile registers, PyTorch's own products use them too."""
-    x, qkv = torch.randn(256, 256).bfloat16(), torch.randn(1, 4, 49, 3, 2, 32).flatten(1, 2).bfloat16()
-    before = x @ x
-    vidattn.spatial_attention(qkv, num_frames=4)
-    assert torch.equal(x @ x, before)
+TILES = """
+#include <immintrin.h>
+extern "C" void load(const void* layout) { _tile_loadconfig(layout); }
+extern "C" void store(void* layout) { _tile_storeconfig(layout); }
+"""
+
+
+def test_tile_registers_are_left_as_they_were(tmp_path: Path) -> None:
+    """Another library may have them set up for its own products. Without AMX there are none."""
+    if not BUILT or torch.ops.vidattn._cpu_isa() != "avx512_amx":
+        return
+    source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
+    source.write_text(TILES)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    subprocess.run([*compiler, "-O1", "-mamx-tile", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    tiles = ctypes.CDLL(str(library))
+    wanted = bytes([1]).ljust(16, b"\0") + bytes([32, 0]).ljust(32, b"\0") + bytes([8]).ljust(16, b"\0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for layout in (wanted, bytes(64)):  # one register of 8 rows of 32 bytes; none
+            found = ctypes.create_string_buffer(64)
+            tiles.load(layout)
+            vidattn.spatial_attention(torch.randn(1, 49, 3, 2, 32).bfloat16(), num_frames=1)
+            tiles.store(found)
+            assert found.raw == layout
+    finally:
+        tiles.load(bytes(64))
+        torch.set_num_threads(threads)
