@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,40 @@ def spoil(mistake: str, file: str, pattern: str, spoiled: str) -> Callable[[str]
         return changed
 
     return edit
+
+
+def one_kernel(kernel: str, function: str = "kernel_for") -> Callable[[str], str]:
+    """Give the edit that leaves the one instance that a case runs, which compiles in a fraction of the time."""
+
+    def edit(text: str) -> str:
+        text, found = re.subn(rf"(?s)(\b{function}\([^)]*\) \{{).*?\n\}}", rf"\1\n  return {kernel};\n}}", text)
+        if not found:
+            raise ValueError(f"one_kernel: expected {function}, got none")
+        return text.replace(f"{function}<__half>", f"{function}<__nv_bfloat16>")
+
+    return edit
+
+
+def without(*families: str) -> Edits:
+    """Leave out files of csrc/cuda by how their names begin: who changes what families share compiles all anew."""
+    names = (path.name for path in (build.CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+    return {name: lambda text: "" for name in names if name.startswith(families)}
+
+
+def together(*each: Edits) -> Edits:
+    """Put edits together: of one file they are done one after the other."""
+    found: Edits = {}
+    for name, edit in (item for edits in each for item in edits.items()):
+        found[name] = functools.partial(_both, found[name], edit) if name in found else edit
+    return found
+
+
+def _both(first: Callable[[str], str], second: Callable[[str], str], text: str) -> str:
+    return second(first(text))
+
+
+WINDOWS_ALONE: Edits = without("divided", "mixing", "sequences")
+SEQUENCES_ALONE: Edits = without("window3d")
 
 
 def chosen_mistakes(request: pytest.FixtureRequest) -> list[str]:

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, spoil
+from cuda_mistakes import (
+    WINDOWS_ALONE,
+    Edits,
+    check_gradients,
+    chosen_mistakes,
+    compile_all,
+    one_kernel,
+    spoil,
+    together,
+)
 
 import tests.cuda_emulator as emulated
 
@@ -166,38 +175,45 @@ DEFAULT = (
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
 
 
-def one_kernel(text: str) -> str:
-    """Leave the one instance that the case runs, which compiles in a fraction of the time. Make it two shares."""
-    text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", r"\1\n  return window_backward<__nv_bfloat16, 32>;\n}", text)
-    text = re.sub("kernel_for<__half>", "kernel_for<__nv_bfloat16>", text)
+USUAL, SHORT, DEPTH = (f"window3d_backward{name}.cu" for name in ("", "_short", "_depth"))
+KERNELS: dict[bool, Edits] = {  # by whether windows are short
+    short: {
+        **WINDOWS_ALONE,
+        USUAL: one_kernel("nullptr" if short else "window_backward<__nv_bfloat16, 32>"),
+        SHORT: one_kernel("short_window_backward<__nv_bfloat16, kWholeRowTokens>")
+        if short
+        else one_kernel("nullptr", "short_window_kernel"),
+        DEPTH: one_kernel("nullptr", "depth_fastest_kernel"),
+    }
+    for short in (False, True)
+}
+
+
+def two_shares(text: str) -> str:
+    """Make it several windows a share."""
     return re.sub(r"(?s)a.shares = backward_shares\(.*?\);", "a.shares = 2;", text)
 
 
-def edits(mistake: str | None) -> Edits:
+def is_short(mistake: str) -> bool:
+    return mistake.startswith("short")
+
+
+def edits(mistake: str | None, short: bool) -> Edits:
     """Give what is done to the files."""
-    fewer = {"window3d_backward.cu": one_kernel, "window3d_backward_short.cu": one_short_kernel}
+    kernels = together({USUAL: two_shares}, KERNELS[short])
     if mistake is None:
-        return fewer
+        return kernels
     _, file, pattern, spoiled = MISTAKES[mistake]
-    edit = spoil(mistake, file, pattern, spoiled)
-    if file == "window3d_backward.cu":
-        return fewer | {file: lambda text: one_kernel(edit(text))}
-    return fewer | {file: edit}
+    return together({file: spoil(mistake, file, pattern, spoiled)}, kernels)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
-    compile_all(map(edits, (None, *chosen_mistakes(request))))
+    chosen = [edits(mistake, is_short(mistake)) for mistake in chosen_mistakes(request)]
+    compile_all([edits(None, False), edits(None, True), *chosen])
     yield
     emulated.uninstall()
-
-
-def one_short_kernel(text: str) -> str:
-    """The same of short windows."""
-    only = r"\1\n  return short_window_backward<__nv_bfloat16, kWholeRowTokens>;\n}"
-    text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", only, text)
-    return re.sub("kernel_for<__half>", "kernel_for<__nv_bfloat16>", text)
 
 
 def differentiate_short(mistake: str | None) -> None:
@@ -205,7 +221,7 @@ def differentiate_short(mistake: str | None) -> None:
     torch.manual_seed(0)
     given = [torch.randn(1, 2, 7, 9, 3, 2, 24).bfloat16(), torch.randn(9 * 9, 2), torch.randn(3, 2, 24).bfloat16()]
     dout = torch.randn(1, 2, 7, 9, 2 * 24).bfloat16()
-    check_gradients(edits(mistake), given, dout, window_size=(1, 5, 5), shift_size=(0, 2, 2))
+    check_gradients(edits(mistake, True), given, dout, window_size=(1, 5, 5), shift_size=(0, 2, 2))
 
 
 def differentiate(mistake: str | None) -> None:
@@ -218,7 +234,7 @@ def differentiate(mistake: str | None) -> None:
     given = [torch.randn(1, 5, 7, 10, 3, 2, 24).bfloat16(), torch.randn(7 * 9 * 9, 2), torch.randn(3, 2, 24).bfloat16()]
     dout = torch.randn(1, 5, 7, 10, 2 * 24).bfloat16()
     options = {"window_size": (4, 5, 5), "shift_size": (0, 2, 2)}
-    check_gradients(edits(mistake), given, dout, controls={"shared_limit": 52 * 1024}, **options)
+    check_gradients(edits(mistake, False), given, dout, controls={"shared_limit": 52 * 1024}, **options)
 
 
 def test_the_kernel_without_a_mistake_passes() -> None:
@@ -229,4 +245,4 @@ def test_the_kernel_without_a_mistake_passes() -> None:
 @pytest.mark.parametrize("mistake", CHOICES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
-        differentiate_short(mistake) if mistake.startswith("short") else differentiate(mistake)
+        differentiate_short(mistake) if is_short(mistake) else differentiate(mistake)

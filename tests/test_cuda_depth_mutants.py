@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, spoil
+from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, one_kernel, spoil
 
 import tests.cuda_emulator as emulated
 from tests.cuda_emulator import build
@@ -71,13 +71,21 @@ def two_shares(text: str) -> str:
     return re.sub(r"(?s)a.shares = backward_shares\(.*?\);", "a.shares = 2;", text)
 
 
+KERNEL: Edits = {
+    "window3d_backward.cu": lambda text: one_kernel("nullptr")(two_shares(text)),
+    "window3d_backward_depth.cu": one_kernel(
+        "depth_fastest_window_backward<__nv_bfloat16, 32>", "depth_fastest_kernel"
+    ),
+}
+
+
 def edits(mistake: str | None) -> Edits:
     """Give what is done to the files."""
     if mistake is None:
-        return {"window3d_backward.cu": two_shares}
+        return KERNEL
     _, pattern, spoiled = MISTAKES[mistake]
     file = next((name for name in FILES if re.search(pattern, (build.CSRC / "cuda" / name).read_text())), FILES[0])
-    return {"window3d_backward.cu": two_shares, file: spoil(mistake, file, pattern, spoiled)}
+    return KERNEL | {file: spoil(mistake, file, pattern, spoiled)}
 
 
 @pytest.fixture(autouse=True, scope="module")

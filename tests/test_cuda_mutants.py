@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cuda_mistakes import Edits, chosen_mistakes, compile_all, spoil
+from cuda_mistakes import WINDOWS_ALONE, Edits, chosen_mistakes, compile_all, one_kernel, spoil, together, without
 from tolerance import OUTPUT_FACTOR, assert_close
 
 import tests.cuda_emulator as emulated
@@ -162,12 +162,6 @@ MISTAKES: dict[str, tuple[str, ...]] = {
 }
 
 
-def one_kernel(name: str) -> Callable[[str], str]:
-    """Give the edit that leaves the one instance that a case runs, which compiles in a fraction of the time."""
-    only = rf"\1\n  return {name}<__nv_bfloat16, 32>;\n}}"
-    return lambda text: re.sub(r"(?s)(auto kernel_for\(.*?\{).*?\n\}", only, text)
-
-
 def no_backward(text: str) -> str:
     """Leave out the backward pass, which would be compiled anew with every change of what both passes share."""
     return """#include "window3d_cuda.h"
@@ -178,8 +172,10 @@ const char* window3d_backward(const Window3dArgs&, const SharedGradients&, float
 """
 
 
-NO_BACKWARD: Edits = {"window3d_backward.cu": no_backward} | {
-    f"window3d_backward_{name}.cu": lambda text: "" for name in ("depth", "short")
+FORWARD_ALONE: Edits = {
+    **WINDOWS_ALONE,
+    **without("window3d_backward"),
+    "window3d_backward.cu": no_backward,
 }
 
 
@@ -188,16 +184,17 @@ def case_of(mistake: str | None) -> str:
     return entry[4] if len(entry) > 4 else "width fastest"
 
 
+def kernel_of(case: str) -> Callable[[str], str]:
+    return one_kernel(f"{CASES[case].kernel}<__nv_bfloat16, 32>")
+
+
 def edits(mistake: str | None, case: str) -> Edits:
     """Give what is done to the files."""
-    kernel = one_kernel(CASES[case].kernel)
+    kernel = FORWARD_ALONE | {"window3d.cu": kernel_of(case)}
     if mistake is None:
-        return NO_BACKWARD | {"window3d.cu": kernel}
+        return kernel
     _, file, pattern, spoiled = MISTAKES[mistake][:4]
-    edit = spoil(mistake, file, pattern, spoiled)
-    if file == "window3d.cu":
-        return NO_BACKWARD | {file: lambda text: kernel(edit(text))}
-    return NO_BACKWARD | {"window3d.cu": kernel, file: edit}
+    return together({file: spoil(mistake, file, pattern, spoiled)}, kernel)
 
 
 # The others take as long again.
@@ -262,19 +259,19 @@ def test_rows_that_are_not_rotated_share_banks() -> None:
     before = conflicts()
     attend(None, "width fastest")
     assert conflicts() == before
-    with emulated.edited(NO_BACKWARD | {"window3d.cu": one_kernel("window_forward"), "rows.cuh": aligned}):
+    with emulated.edited(FORWARD_ALONE | {"window3d.cu": kernel_of("width fastest"), "rows.cuh": aligned}):
         vidattn.window3d_attention(torch.randn(1, 4, 4, 4, 3, 1, 32).bfloat16(), window_size=(4, 4, 4), backend="cuda")
     assert conflicts() > before
 
 
 def test_who_shares_the_queries_leaves_the_bits() -> None:
-    kernel = one_kernel("depth_fastest_window_forward")
+    kernel = kernel_of("depth fastest")
     qkv = torch.randn(1, 16, 10, 7, 3, 1, 32).bfloat16()
     found, blocks = [], []
     for many in (False, True):  # blocks, as it looks: then none is split
         before = emulated.blocks_run()
         pretend = {"plan.h": lambda text: text.replace("kManyBlocks = 264", "kManyBlocks = 1")}
-        with emulated.edited({"window3d.cu": kernel, **(pretend if many else {})}):
+        with emulated.edited({**FORWARD_ALONE, "window3d.cu": kernel, **(pretend if many else {})}):
             found.append(vidattn.window3d_attention(qkv, window_size=(8, 5, 7), shift_size=(4, 1, 0), backend="cuda"))
         blocks.append(emulated.blocks_run() - before)
     assert blocks == [12, 4]

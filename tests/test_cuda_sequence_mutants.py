@@ -5,15 +5,14 @@ As in test_cuda_mutants.py, whoever changes a statement that a mistake spoils ch
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import divided_cases
 import mixing_cases
 import pytest
 import torch
-from cuda_mistakes import Edits, chosen_mistakes, compile_all, spoil
+from cuda_mistakes import SEQUENCES_ALONE, Edits, chosen_mistakes, compile_all, one_kernel, spoil, together
 from sequence_cases import BF16, KB, judge
 from tolerance import OUTPUT_FACTOR, assert_close
 
@@ -322,27 +321,6 @@ DEFAULT = (
 CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
 
 
-def one_kernel(kernel: str) -> Callable[[str], str]:
-    """Give the edit that leaves the one instance that the cases run, which compiles in a fraction of the time."""
-
-    def edit(text: str) -> str:
-        text = re.sub(r"(?s)(kernel_for\([^)]*\) \{).*?\n\}", rf"\1\n  return {kernel};\n}}", text)
-        return text.replace("kernel_for<__half>", "kernel_for<__nv_bfloat16>")
-
-    return edit
-
-
-def no_windows(text: str) -> str:
-    """Leave out the kernels of windows, which share files with those of sequences."""
-    return """#include "window3d_cuda.h"
-namespace vidattn::cuda {
-const char* window3d_forward(const Window3dArgs&, void*) { return "left out"; }
-int64_t window3d_backward_floats(const Window3dArgs&, bool, bool) { return 0; }
-const char* window3d_backward(const Window3dArgs&, const SharedGradients&, float*, void*) { return "left out"; }
-}  // namespace vidattn::cuda
-"""
-
-
 def no_backward(text: str) -> str:
     """Leave out the backward pass."""
     return """#include "sequences_host.h"
@@ -353,12 +331,6 @@ const char* launch_sequences_backward(SequenceArguments, int64_t, Element, float
 """
 
 
-NO_WINDOWS: Edits = {
-    "window3d.cu": no_windows,
-    **dict.fromkeys(
-        ("window3d_backward.cu", "window3d_backward_depth.cu", "window3d_backward_short.cu"), lambda text: ""
-    ),
-}
 FORWARD_KERNEL: Edits = {"sequences.cu": one_kernel("sequence_forward<__nv_bfloat16, 32>")}
 NO_BACKWARD: Edits = {"sequences_backward.cu": no_backward, "sequences_backward_walk.cu": lambda text: ""}
 # For what has no room for two sequences, and for all else.
@@ -379,17 +351,16 @@ def edits(mistake: str | None, case: str) -> Edits:
     if mistake is None:
         return kernels
     file, pattern, spoiled = MISTAKES[mistake][2:]
-    edit = spoil(mistake, file, pattern, spoiled)
+    edit = {file: spoil(mistake, file, pattern, spoiled)}
     if mistake in OTHERS:
-        return {file: edit}
+        return edit
     if (
         file.startswith("sequence") and mistake in BACKWARD and file != "sequences.cuh"
     ):  # which no forward pass includes
         kernels = backward
     if file in ("forward.cuh", "backward.cuh"):
-        kernels = kernels | NO_WINDOWS
-    before = kernels.get(file, lambda text: text)
-    return kernels | {file: lambda text: before(edit(text))}
+        kernels = kernels | SEQUENCES_ALONE
+    return together(edit, kernels)
 
 
 @pytest.fixture(autouse=True, scope="module")
