@@ -24,6 +24,7 @@ from benchmarks.rounds import (
     allowed_error,
     copy,
     gemm,
+    has_fast_gemm,
     interleave,
     largest_error,
     statistics_of,
@@ -177,7 +178,9 @@ def prepare(
 
 def baselines(dtype: torch.dtype, direction: str, device: str) -> dict[str, Callable[[], object]]:
     """Make the calls that tell what the machine has to offer."""
-    calls: dict[str, Callable[[], object]] = {GEMM: gemm(dtype, device), COPY: copy(device)}
+    calls: dict[str, Callable[[], object]] = {COPY: copy(device)}
+    if device != "cpu" or has_fast_gemm(dtype):
+        calls[GEMM] = gemm(dtype, device)
     if device == "cpu" and cpu_limits.why_not() is None:
         calls |= {FMA: cpu_limits.fma(dtype, direction), EXP: cpu_limits.exponentials(dtype)}
     return calls

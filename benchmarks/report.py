@@ -172,7 +172,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         parts.append(f"{describe_machine(result['machine'])}, {result['date']}. {LEGEND}")
         parts.append(growth_report.tables(result) if is_growth(result) else tables(result))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _compare(parser: argparse.ArgumentParser, old: Path, new: Path) -> int:

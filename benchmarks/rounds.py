@@ -8,11 +8,13 @@ a clock of their own, so that its table, statistics, JSON and comparisons work a
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import random
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -29,6 +31,7 @@ BASELINES = (GEMM, COPY, FMA, EXP, TRAFFIC)
 LEAVES = {1: 20.0, 5: 4.0}
 WORTH_SECONDS = 0.1
 GEMM_SIZE = 2048
+GEMM_TRIAL_SIZE, GEMM_TIMES_FLOAT32 = 512, 5.0
 GEMM_FLOPS = 2 * GEMM_SIZE**3
 COPY_BYTES = 2 * 2**27  # 128 MiB in, as much out: several times a cache
 
@@ -63,6 +66,17 @@ def gemm(dtype: torch.dtype, device: str = "cpu") -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(device, dtype) for _ in range(2))
     return lambda: left @ right
+
+
+@functools.cache
+def has_fast_gemm(dtype: torch.dtype) -> bool:
+    """Say whether this processor's matrix product is a yardstick; a plain loop stands in for what it does not know."""
+
+    def seconds(of: torch.dtype) -> float:
+        left, right = (torch.ones(GEMM_TRIAL_SIZE, GEMM_TRIAL_SIZE, dtype=of) for _ in range(2))
+        return min(timeit.repeat(lambda: left @ right, repeat=4, number=1))
+
+    return dtype.itemsize > 2 or seconds(dtype) < GEMM_TIMES_FLOAT32 * seconds(torch.float32)
 
 
 def copy(device: str = "cpu") -> Callable[[], Tensor]:
@@ -229,7 +243,7 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
         work: what the call costs.
 
     Returns:
-        ``gflops`` (best round); ``share_of_gemm`` and ``share_of_copy`` (of their rates), where they were measured
+        ``gflops`` (best round); ``share_of_copy`` (of its rate), where they were measured ``share_of_gemm``,
         ``share_of_limit`` and ``share_of_traffic``, and ``speedup_over`` (each other contender), all of which have the
         keys of ``ratio``; ``limit_seconds`` (median), what is the larger part of it, ``limited_by``, and the rates
         that make it.
@@ -238,7 +252,10 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
     def share(baseline: str, factor: float) -> dict[str, float]:
         return {key: value * factor for key, value in ratio(times, baseline, name).items()}
 
-    found: dict[str, object] = {"share_of_gemm": share(GEMM, work.flops / GEMM_FLOPS)}
+    found: dict[str, object] = {}
+    if GEMM in times:
+        found["gemm_gflops"] = GEMM_FLOPS / min(times[GEMM]) * 1e-9
+        found["share_of_gemm"] = share(GEMM, work.flops / GEMM_FLOPS)
     if work.bytes:
         found["share_of_copy"] = share(COPY, work.bytes / COPY_BYTES)
     if TRAFFIC in times:
@@ -255,7 +272,6 @@ def summarise(times: Mapping[str, Sequence[float]], name: str, work: Work) -> di
         found["limited_by"] = "bytes" if only_bytes >= statistics.median(limits) else "arithmetic"
     return {
         "gflops": work.flops / min(times[name]) * 1e-9,
-        "gemm_gflops": GEMM_FLOPS / min(times[GEMM]) * 1e-9,
         "copy_gigabytes_per_second": COPY_BYTES / min(times[COPY]) * 1e-9,
         **found,
         "speedup_over": {other: ratio(times, other, name) for other in times if other not in (name, *BASELINES)},

@@ -54,7 +54,7 @@ def times_ours(group: Group, contender: str) -> float | None:
 def bound_of(group: Group) -> str:
     """Name the rate that a case is measured by: the one of "gemm" and "copy" at which its minimum takes longer."""
     info = next(iter(group.values()))["info"]
-    least_gemm = info["flops"] / (info["gemm_gflops"] * 1e9)
+    least_gemm = info["flops"] / (info["gemm_gflops"] * 1e9) if "gemm_gflops" in info else 0.0
     least_copy = info.get("bytes", 0) / (info.get("copy_gigabytes_per_second", 1.0) * 1e9)
     return "copy" if least_copy > least_gemm else "gemm"
 
@@ -106,7 +106,8 @@ def render(entries: Sequence[dict[str, Any]], machine: Mapping[str, Any], *, bol
             cells.append(Text("\n".join([time, *rest])))
             if bold and name == fastest:
                 cells[-1].stylize("bold", 0, len(time))
-        rates = f"{short(info['gemm_gflops'])}\nGFLOP/s", f"{short(info['copy_gigabytes_per_second'])}\nGB/s"
+        gemm = f"{short(info['gemm_gflops'])}\nGFLOP/s" if "gemm_gflops" in info else ""
+        rates = gemm, f"{short(info['copy_gigabytes_per_second'])}\nGB/s"
         table.add_row(f"{case}\n{direction}\n{info['dtype']}", *cells, *rates)
 
     worst: dict[str, float] = {}

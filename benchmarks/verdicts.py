@@ -65,7 +65,7 @@ def slower(results: Sequence[Mapping[str, Any]]) -> str:
         results: what ``report.clean`` gives; of a case that several have on the same machine the first counts.
 
     Returns:
-        Markdown: a line for each such case, and how many were compared on how many threads.
+        Markdown: a line for each such case, and how many were compared on how many threads; empty if none was.
     """
     compared: dict[int, int] = {}
     lines, unsure, seen = [], [], set()
@@ -83,11 +83,14 @@ def slower(results: Sequence[Mapping[str, Any]]) -> str:
                 lines.append(line)
             elif rival.high < 1:
                 unsure.append(f"{line}, in {entry['stats']['rounds']} rounds only")
-    counted = " and ".join(
+    if not compared:
+        return ""
+    counted = ", ".join(
         f"{count} on {threads} thread{'s' * (threads > 1)}" for threads, count in sorted(compared.items())
     )
     head = (
-        f"Slower than the best rival, beyond the noise of {ENOUGH_ROUNDS} rounds: {len(lines) or 'none'} of {counted}."
+        f"Slower than the best rival, beyond the noise of {ENOUGH_ROUNDS} rounds: {len(lines) or 'none'} of "
+        f"{sum(compared.values())} cases ({counted})."
     )
     parts = [head, *lines]
     if unsure:

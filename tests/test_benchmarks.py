@@ -29,7 +29,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.calls import COMPILED, EXACT
-from benchmarks.measure import backends_taken, measure
+from benchmarks.measure import backends_taken, baselines, measure
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.shapes import (
     DEFAULT_CASES,
@@ -231,6 +231,19 @@ def test_ratios_are_taken_within_rounds():
     assert summary["share_of_gemm"]["median"] == summary["share_of_gemm"]["low"] == 0.5
     assert summary["share_of_copy"]["min"] == summary["share_of_copy"]["high"] == 0.125
     assert list(summary["speedup_over"]) == ["slow"]
+    del times["gemm"]
+    assert not {"share_of_gemm", "gemm_gflops"} & set(rounds.summarise(times, "fast", Work(1, 1)))
+
+
+def test_a_matrix_product_that_is_a_plain_loop_is_no_yardstick(monkeypatch):
+    assert rounds.has_fast_gemm(torch.float32) and rounds.has_fast_gemm(torch.float64)
+    for dtype, taken, fast in ((torch.bfloat16, 0.5, True), (torch.float16, 80.0, False)):
+        seconds = iter([[taken], [1.0]])  # of this dtype, and of float32
+        monkeypatch.setattr(rounds.timeit, "repeat", lambda *_, seconds=seconds, **__: next(seconds))
+        rounds.has_fast_gemm.cache_clear()
+        assert rounds.has_fast_gemm(dtype) is fast
+        assert ("gemm" in baselines(dtype, "forward", "cpu")) is fast
+    rounds.has_fast_gemm.cache_clear()
 
 
 def test_benchmarks_run_once_when_disabled():
@@ -462,6 +475,8 @@ def test_table_names_the_fastest_and_what_did_not_run():
     assert "25.0 ms  2.50x" in table and "10.0 ms *" in table
     assert "100 GFLOP/s" in table and "50% of gemm" in table and "3.00 MiB" in table
     assert "Not run: window3d/swin_t_stage3, compiled: no [C++] compiler" in table
+    del shared["share_of_gemm"], shared["gemm_gflops"]  # as where a matrix product is a plain loop
+    assert "50% of" not in summary.render([entry("vidattn", 0.010)], {"processor": "Fast CPU"}, bold=False)
     assert "\x1b[1m10.0 ms\x1b[0m" in summary.render(entries, {"processor": "Fast CPU"}, bold=True)
 
 

@@ -363,12 +363,12 @@ def test_growth_is_told_with_exponents_and_where_memory_ends(grown):
 
 def test_cases_behind_a_rival_are_named(result):
     every, few = 2 * len(OPS), 2 * len(made_up.FEW)
-    assert f"beyond the noise of 15 rounds: none of {every} on 2 threads." in slower([result])
+    assert f"beyond the noise of 15 rounds: none of {every} cases ({every} on 2 threads)." in slower([result])
     behind = made_up.few(slow=2.1)  # SDPA takes 2.0
     assert slower([result, behind]) == slower([result])  # a case counts once
     behind["machine"]["cpu_isa"] = "avx2"
     text = slower([result, behind, made_up.few(threads=1)])
-    assert f"15 rounds: {few} of {few} on 1 thread and {every + few} on 2 threads." in text
+    assert f"15 rounds: {few} of {every + 2 * few} cases ({few} on 1 thread, {every + few} on 2 threads)." in text
     assert "- Swin-T stage 1, forward, float32, 2 threads: 0.95 (0.95 to 0.95) times as fast as SDPA" in text
     assert ": none of" in slower([made_up.few(slow=2.0)])
     assert "Slower in too few rounds to tell:" in slower([made_up.few(slow=2.1, count=5)])
