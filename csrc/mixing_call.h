@@ -42,4 +42,25 @@ inline MixingArgs read_mixing_call(Arguments& from, std::vector<ChannelShift>& s
   return a;
 }
 
+// What ShiftArgs tell of a temporal shift.
+struct ShiftCall {
+  std::vector<ChannelShift> shifts;
+  int64_t frames, outer, channels;
+  int64_t channel_bytes;  // of one channel, all that is inner
+};
+
+// Of x and out: (frames, ...), contiguous, of any dtype, with the channels in dimension `dim`.
+inline ShiftCall read_shift_call(const Tensor& x, int64_t num_frames, const Ints& shifts, int64_t dim,
+                                 const Tensor& out) {
+  STD_TORCH_CHECK(1 <= dim && dim < x.dim(), "expected channels in a dimension behind the frames");
+  STD_TORCH_CHECK(x.is_contiguous() && out.is_contiguous() && x.numel() == out.numel(),
+                  "expected contiguous tensors of one size");
+  ShiftCall call{channel_shifts(shifts, x.size(dim)), x.size(0), 1, x.size(dim),
+                 static_cast<int64_t>(x.element_size())};
+  for (int64_t i = 1; i < dim; ++i) call.outer *= x.size(i);
+  for (int64_t i = dim + 1; i < x.dim(); ++i) call.channel_bytes *= x.size(i);
+  STD_TORCH_CHECK(num_frames >= 1 && call.frames % num_frames == 0, "expected whole segments of frames");
+  return call;
+}
+
 }  // namespace vidattn

@@ -39,9 +39,11 @@ def backward(
     plans.run(plan_backward, call, dout, out, lse, dq, dk, dv)
 
 
-def temporal_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], out: Tensor) -> None:
-    """Shift; arguments as of ``plan_shift``, the result in ``out``."""
-    plans.run(plan_shift, x, num_frames, channel_shifts, out)
+def temporal_shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, out: Tensor) -> None:
+    """Shift (frames, ...), with channels in dimension ``dim``; else as ``plan_shift``, the result in ``out``."""
+    size = x.shape
+    shape = (size[0], size[1:dim].numel(), size[dim], size[dim + 1 :].numel())
+    plans.run(plan_shift, x.view(shape), num_frames, channel_shifts, out.view(shape))
 
 
 def plan_forward(call: MixingCall, out: Tensor, lse: Tensor | None, *, arch: str | None = None) -> list[Launch]:

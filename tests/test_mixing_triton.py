@@ -134,7 +134,7 @@ def test_words_are_those_that_the_address_allows(first: int, offset: int, width:
     assert base.data_ptr() % 16 == out.data_ptr() % 16 == 0 and x.storage_offset() == offset
     (launch,) = mixing.plan_shift(x, 2, [0, 4, 1], out)
     assert launch.arguments["TOGETHER"] * launch.arguments["WORD"].primitive_bitwidth == 8 * width
-    mixing.temporal_shift(x, 2, [0, 4, 1], out)
+    mixing.temporal_shift(x, 2, [0, 4, 1], 2, out)
     expected = reference.temporal_shift(x[..., 0].cpu(), 2, [(0, 4, 1)], dim=2)
     assert torch.equal(out[..., 0].cpu(), expected)
 
@@ -206,9 +206,8 @@ def test_guards_around_a_shift(shape: tuple[int, ...], start: int) -> None:
     source, storage = (torch.full((64 + x.numel(),), 255, dtype=torch.uint8, device=device_of("triton")) for _ in "io")
     inner = slice(start, start + x.numel())
     source[inner] = x.flatten()
-    mixing.temporal_shift(
-        source[inner].view(shape), 3, [value for shift in shifts for value in shift], storage[inner].view(shape)
-    )
+    flat = [value for shift in shifts for value in shift]
+    mixing.temporal_shift(source[inner].view(shape), 3, flat, 2, storage[inner].view(shape))
     assert torch.equal(storage[inner].view(shape).cpu(), reference.temporal_shift(x, 3, shifts, dim=2))
     storage[inner] = 255
     assert (storage == 255).all()
@@ -218,7 +217,7 @@ def test_guards_around_a_shift(shape: tuple[int, ...], start: int) -> None:
 def test_lines_that_32_bits_do_not_count_are_shifted_alike() -> None:
     x = torch.randn(4, 3, 24, 5, device=device_of("triton"))
     expected, out = torch.empty_like(x), torch.empty_like(x)
-    mixing.temporal_shift(x, 2, [0, 8, 1, 8, 16, -1], expected)
+    mixing.temporal_shift(x, 2, [0, 8, 1, 8, 16, -1], 2, expected)
     (launch,) = mixing.plan_shift(x, 2, [0, 8, 1, 8, 16, -1], out)
     assert not launch.arguments["LONG"]
     replace(launch, arguments={**launch.arguments, "LONG": True}).run()

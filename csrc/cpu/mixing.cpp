@@ -43,17 +43,18 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
 
 // ---- Shift ----
 
-// Copies the part of a row that comes from one frame: a few cache lines, for which a call of memcpy takes long. Those
-// of another frame no hardware prefetcher foresees, so they are fetched `ahead` bytes before, if that is not 0. Half a
-// line at a time where the processor can, whatever VIDATTN_CPU_ISA says: a copy has no numbers that could differ.
+// Copies the part of a row that comes from one frame: a few cache lines, for which a call of memcpy takes long, and
+// which end before a hardware prefetcher has seen where they lead. So those `ahead` bytes on are fetched, on both
+// sides. Half a line at a time where the processor can, whatever VIDATTN_CPU_ISA says: a copy has no numbers that could
+// differ.
 #if defined(VIDATTN_HAS_ISAS)
 __attribute__((target_clones("avx2", "default")))
 #endif
 void copy_part(char* __restrict to, const char* __restrict from, int64_t bytes, int64_t ahead) {
   typedef char Vector __attribute__((vector_size(32), aligned(1), may_alias));
   constexpr int64_t kVector = sizeof(Vector), kLine = 2 * kVector;
-  if (ahead != 0)
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + ahead + i);
+  for (int64_t i = 0; i < bytes; i += kLine)
+    __builtin_prefetch(from + ahead + i), __builtin_prefetch(to + ahead + i, 1);
   int64_t i = 0;
   for (; i + kLine <= bytes; i += kLine) {
     const Vector first = *reinterpret_cast<const Vector*>(from + i);
@@ -64,27 +65,25 @@ void copy_part(char* __restrict to, const char* __restrict from, int64_t bytes, 
   if (i < bytes) std::memcpy(to + i, from + i, bytes - i);
 }
 
-// x, out: (frames, outer, channels, inner), contiguous, of any dtype. Copies runs of channels of one frame offset.
-void temporal_shift(Tensor x, int64_t num_frames, Ints shifts, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && out.is_contiguous() && x.numel() == out.numel(),
-                  "expected contiguous tensors (frames, outer, channels, inner)");
-  const int64_t frames = x.size(0), outer = x.size(1), channels = x.size(2);
-  STD_TORCH_CHECK(num_frames >= 1 && frames % num_frames == 0, "expected whole segments of frames");
+// Copies runs of channels of one frame offset.
+void temporal_shift(Tensor x, int64_t num_frames, Ints shifts, int64_t dim, Tensor out) {
+  const ShiftCall call = read_shift_call(x, num_frames, shifts, dim, out);
+  const int64_t outer = call.outer, channels = call.channels, channel_bytes = call.channel_bytes;
   std::vector<ChannelShift> runs;
   int64_t done = 0;
-  for (const ChannelShift& shift : channel_shifts(shifts, channels)) {
+  for (const ChannelShift& shift : call.shifts) {
     if (shift.first > done) runs.push_back({done, shift.first, 0});
     runs.push_back(shift);
     done = shift.last;
   }
   if (done < channels) runs.push_back({done, channels, 0});
 
-  const int64_t channel_bytes = x.size(3) * static_cast<int64_t>(x.element_size()), row = channels * channel_bytes;
+  const int64_t row = channels * channel_bytes;
   const char* from = static_cast<const char*>(x.data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
   const int64_t rows_at_once = 65536 / (row + 1) + 1;
   const bool long_rows = row > 16384;  // those of channels in front of pixels
-  parallel_for(0, frames * outer, rows_at_once, [&](int64_t begin, int64_t end) {
+  parallel_for(0, call.frames * outer, rows_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t t = at / outer % num_frames;
       for (const ChannelShift& run : runs) {
@@ -95,7 +94,7 @@ void temporal_shift(Tensor x, int64_t num_frames, Ints shifts, Tensor out) {
         else if (long_rows)
           std::memcpy(to + place, source, bytes);
         else
-          copy_part(to + place, source, bytes, run.offset == 0 ? 0 : 4 * row);
+          copy_part(to + place, source, bytes, 4 * row);
       }
     }
   });

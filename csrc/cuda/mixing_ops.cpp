@@ -53,21 +53,18 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
 
 // ---- Shift ----
 
-void temporal_shift_op(Tensor x, int64_t num_frames, Ints shifts, Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous() && out.is_contiguous() && x.numel() == out.numel(),
-                  "expected contiguous tensors (frames, outer, channels, inner)");
-  STD_TORCH_CHECK(num_frames >= 1 && x.size(0) % num_frames == 0, "expected whole segments of frames");
+void temporal_shift_op(Tensor x, int64_t num_frames, Ints shifts, int64_t dim, Tensor out) {
+  const ShiftCall call = read_shift_call(x, num_frames, shifts, dim, out);
   STD_TORCH_CHECK(x.numel() > 0, "expected at least one element");
-  const std::vector<ChannelShift> ranges = channel_shifts(shifts, x.size(2));
   const ShiftArgs a{static_cast<const char*>(x.data_ptr()),
                     static_cast<char*>(out.data_ptr()),
-                    x.size(0),
+                    call.frames,
                     num_frames,
-                    x.size(1),
-                    x.size(2),
-                    x.size(3) * static_cast<int64_t>(x.element_size()),
-                    ranges.data(),
-                    static_cast<int64_t>(ranges.size())};
+                    call.outer,
+                    call.channels,
+                    call.channel_bytes,
+                    call.shifts.data(),
+                    static_cast<int64_t>(call.shifts.size())};
   const OnDeviceOf device(out);
   const char* error = temporal_shift(a, device.stream());
   STD_TORCH_CHECK(!error, "starting the kernel of temporal shift failed: ", error ? error : "");

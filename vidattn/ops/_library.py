@@ -44,7 +44,7 @@ LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 # Grows with every change of what native ops take. An extension built from other sources would read other arguments.
-_NATIVE_VERSION = 5
+_NATIVE_VERSION = 6
 LIBRARY.define("_native_version() -> int")
 # The version of CUDA that compiled the kernels, "13.0" say; or, without any, why there are none.
 LIBRARY.define("_cuda_build() -> str")

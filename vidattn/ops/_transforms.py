@@ -73,6 +73,9 @@ def call_op(name: str, *args: Any) -> Any:
         if is_symbolic(*numbers):
             one = torch.ones((), dtype=torch.float64)
             return call_with_numbers(name, *args, torch.stack([one * number for number in numbers]))
+    elif not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():  # its step would be Python, which takes long when no cache has it
+            return getattr(torch.ops.vidattn, name)(*args)
     return getattr(torch.ops.vidattn, name)(*args)
 
 

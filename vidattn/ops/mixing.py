@@ -237,9 +237,9 @@ LIBRARY.define(
     f"_space_time_mixing_attention_backward({_CALL}, Tensor dout, Tensor? out, Tensor? lse,"
     " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
 )
-# x, out: (frames, outer, channels, inner), contiguous, of any dtype.
+# x, out: (frames, ...), contiguous, of any dtype, with the channels in dimension `dim`.
 NATIVE_SHIFT = "_temporal_shift"
-LIBRARY.define(f"{NATIVE_SHIFT}(Tensor x, int num_frames, int[] channel_shifts, Tensor(a!) out) -> ()")
+LIBRARY.define(f"{NATIVE_SHIFT}(Tensor x, int num_frames, int[] channel_shifts, int dim, Tensor(a!) out) -> ()")
 
 _NATIVE = (
     native_pass(NATIVE_FORWARD),
@@ -343,26 +343,18 @@ def _shift(x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, 
         return out.copy_(_plain_shift(x, num_frames, channel_shifts, dim, backend))
     if out.numel() == 0:
         return out
+    _, _, launch = launch_functions(backend)
     if x.is_contiguous():
-        _launch_shift(x, num_frames, channel_shifts, dim, backend, out)
+        launch(x, num_frames, channel_shifts, dim, out)
         return out
-    # In the order in which they lie in memory, the dimensions in front of the channels and behind them count as one.
+    # Kernels take the dimensions in the order in which they lie in memory.
     order = sorted(range(1, x.dim()), key=lambda axis: (out.stride(axis), out.shape[axis] > 1), reverse=True)
     physical = out.permute(0, *order)
     if not physical.is_contiguous():  # frames are not the outermost dimension
         return out.copy_(_shift(x.contiguous(), num_frames, channel_shifts, dim, backend))
     source = x if x.stride() == out.stride() else torch.empty_like(out).copy_(x)
-    _launch_shift(source.permute(0, *order), num_frames, channel_shifts, order.index(dim) + 1, backend, physical)
+    launch(source.permute(0, *order), num_frames, channel_shifts, order.index(dim) + 1, physical)
     return out
-
-
-def _launch_shift(
-    x: Tensor, num_frames: int, channel_shifts: Sequence[int], dim: int, backend: str, out: Tensor
-) -> None:
-    size = x.shape
-    shape = (size[0], size[1:dim].numel(), size[dim], size[dim + 1 :].numel())
-    _, _, launch = launch_functions(backend)
-    launch(x.view(shape), num_frames, channel_shifts, out.view(shape))
 
 
 def _save_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
