@@ -1,10 +1,13 @@
-"""Times the Python around a warm call of a GPU's kernels: ``python -m benchmarks.overhead [--seconds N]``.
+"""Times the Python around a call of a GPU's kernels: ``python -m benchmarks.overhead [--seconds N] [--cold]``.
 
 Shapes are tiny, Triton's driver is one that launches nothing, and so are the native ops of the backend "cuda": what is
 left is Python, and no GPU is needed. Each case is timed by Triton with plans that are kept and with plans made anew
 each time, by "cuda" where it has kernels, beside eager PyTorch and, where its kernels are built, the backend "cpu",
 whose time has a little arithmetic in it, and an op of the same schema and registration that does nothing: what PyTorch
 itself takes. The ratio is the median over rounds that call all of them in turn.
+
+In a model, the layers between two calls fill the caches with other things, and Python is then several times as slow.
+``--cold`` copies more than a cache holds before each call.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 import vidattn
 from benchmarks import divided_contenders, mixing_contenders, window3d_contenders
 from benchmarks.mocked_gpu import mocked_cuda, mocked_gpu
-from benchmarks.rounds import interleave, ratio
+from benchmarks.rounds import copy, interleave, ratio
 from benchmarks.shapes import DIRECTIONS, DividedCase, MixingCase, WindowCase
 from benchmarks.tables import print_table
 from vidattn.kernels import plans
@@ -127,18 +130,20 @@ def main() -> None:
     """Time all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--cold", action="store_true", help="with caches that are full of other things")
+    options = parser.parse_args()
+    before = copy() if options.cold else lambda: None
     rows = []
     with mocked_gpu(), mocked_cuda():
         for case in CASES:
             for direction in DIRECTIONS:
-                times = interleave(calls(case, direction), 50, seconds)
+                times = interleave(calls(case, direction), 50, options.seconds, before=before)
                 micros = {name: statistics.median(values) * 1e6 for name, values in times.items()}
                 share = ratio(times, KEPT, ANEW)["median"]
                 numbers = [f"{micros[name]:.0f}" if name in micros else "" for name in CONTENDERS]
                 rows.append((case, direction, *numbers, f"{share:.2f}"))
     columns = ("case", "direction", *(f"{name}, us" for name in CONTENDERS), "kept / anew")
-    print_table("Python of a call, medians", columns, rows)
+    print_table(f"Python of a {'cold' if options.cold else 'warm'} call, medians", columns, rows)
 
 
 if __name__ == "__main__":

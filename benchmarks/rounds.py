@@ -135,6 +135,7 @@ def interleave(
     seconds: float,
     wait: Callable[[], object] = lambda: None,
     ours: str | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time contenders in turn.
 
@@ -144,6 +145,7 @@ def interleave(
         seconds: after ``min_rounds``, rounds go on until this much time has passed since the start.
         wait: waits for the end of what a call has started.
         ours: a contender; rivals that are much slower leave after some rounds, as ``LEAVES`` says.
+        before: runs before each call, untimed.
 
     Returns:
         Seconds by name; element ``i`` of every list belongs to round ``i``.
@@ -158,6 +160,7 @@ def interleave(
         while done < min_rounds or time.perf_counter() < deadline:
             shuffle(order)  # nobody always finds the caches as the same neighbour left them
             for name in order:
+                before()
                 wait()
                 start = time.perf_counter()
                 result = contenders[name]()
