@@ -14,6 +14,9 @@ Steps, what matters most first:
     streams          two streams at a time
     suite            the tests of all backends
 
+Two steps compile as they run: ``reduce_overhead``, because that is what it tests, and ``suite``, whose tests have
+Triton kernels of their own; it is the last step, so nothing waits for it.
+
 A run ends in time, and run again it goes on where it stopped: results and what was compiled stay in the folder that
 ``--out`` names. ``docs/gpu.md`` says more. ``--mocked`` tries this program without a GPU.
 """
