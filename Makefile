@@ -64,8 +64,8 @@ test: $(VENV)/.built ## run the tests (ARGS="-k window3d" passes arguments to py
 test-all: $(VENV)/.built ## run the slow sweeps too
 	$(PYTEST) -m "" $(ARGS)
 
-test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels on an emulated GPU, and the audit of machine code
-	$(PYTEST) -m "" tests/test_cuda_*.py tests/test_*_cuda*.py tests/test_gpu_audit.py $(ARGS)
+test-cuda: $(VENV)/.built ## run all tests of the CUDA kernels on an emulated GPU, the audit of machine code, gpu-test
+	$(PYTEST) -m "" tests/test_cuda_*.py tests/test_*_cuda*.py tests/test_gpu_*.py $(ARGS)
 
 fuzz: $(VENV)/.built ## compare N random calls of all functions with float64 (N=10000; SEED= of another run)
 	VIDATTN_FUZZ=$(N) $(BIN)/pytest tests/test_fuzz_calls.py -k random --hypothesis-seed=$(strip $(SEED)) $(ARGS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import pkgutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from benchmarks.gpu_steps import Results, Run, Skip, Step, Task
 
@@ -75,6 +78,37 @@ def marked() -> Iterator[None]:
     global _mark
     _mark = "set up"
     yield
+
+
+@contextlib.contextmanager
+def _mocked_machine(*ailments: tuple[str, str, Callable[[], object]]) -> Iterator[None]:
+    """A GPU that is not there, on which some tasks end badly: a function, something that it is given, what ends it."""
+    from benchmarks.mocked_machine import mocked_machine  # with it comes torch
+
+    with mocked_machine(), contextlib.ExitStack() as stack:
+        for function, given, end in ailments:
+            before = pkgutil.resolve_name(function)
+            stack.enter_context(mock.patch(function, functools.partial(_ending, before, given, end)))
+        yield
+
+
+def _ending(function: Callable[..., Any], given: str, end: Callable[[], object], *arguments: Any) -> Any:
+    if given in str(arguments):
+        end()
+    return function(*arguments)
+
+
+COMPILE_KERNELS, COMPILE_RIVAL = "benchmarks.gpu_build.compile_kernels", "benchmarks.gpu_build.compile_rival"
+CALIBRATE, MEASURE = "benchmarks.calibration.measure", "benchmarks.gpu_timing.measure"
+ailing_machine = functools.partial(
+    _mocked_machine,
+    (COMPILE_KERNELS, "'smoke_temporal', 'forward'", crash),
+    (CALIBRATE, "'exponentials'", hang),
+    (MEASURE, "'smoke_temporal', 'forward', 'bfloat16', 'vidattn'", fail),
+    (COMPILE_RIVAL, "'smoke_mixing', 'forward', 'bfloat16', 'flex'", crash),
+    (MEASURE, "'smoke_mixing', 'forward', 'bfloat16', 'eager'", crash),
+)
+hanging_machine = functools.partial(_mocked_machine, (MEASURE, "'eager'", hang))
 
 
 def main(folder: str) -> None:

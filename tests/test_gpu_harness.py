@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_harness_cases import CONFORMANCE, ROOT, compiler, start, toolkit
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -28,8 +29,6 @@ pytestmark = pytest.mark.skipif(
     bool(vidattn.why_not("window3d_attention", backend="cpu")),
     reason="on a GPU that is not there the CPU's kernels compute, which are not built",
 )
-ROOT = gpu_build.ROOT
-CONFORMANCE = ROOT / "tests" / "cuda_emulator" / "kernels" / "conformance.txt"
 
 
 @pytest.fixture
@@ -38,33 +37,7 @@ def machine():
         yield
 
 
-def toolkit(folder: Path, **tools: str) -> Path:
-    """Make a CUDA toolkit whose tools are shell scripts."""
-    (folder / "bin").mkdir(parents=True)
-    for name, script in tools.items():
-        tool = folder / "bin" / name.replace("_", "-")
-        tool.write_text(f"#!/bin/sh\n{script}")
-        tool.chmod(0o755)
-    return folder
-
-
-def compiler(printed: Path) -> str:
-    """Give an nvcc that compiles whatever it is given to a program that prints a file."""
-    return f"""for out; do test "$before" = -o && break; before=$out; done
-printf '#!/bin/sh\\ncat {printed}\\n' > "$out" && chmod +x "$out"
-"""
-
-
 # ---- Whole runs ----
-
-
-def start(program: str, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.{program}", "--mocked", "--processes", "2", "--out", str(out)]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
 
 STEPS = ("build", "conformance", "numbers", "calibration", "speed", "graphs", "reduce_overhead", "streams")
 
