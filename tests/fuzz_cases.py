@@ -6,12 +6,12 @@ import contextlib
 import math
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from attention_cases import BACKENDS, DTYPES, device_of, on_cpu, seed_of, seeds_from_the_host
+from attention_cases import BACKENDS, DTYPES, SUPPORTED, device_of, on_cpu, seed_of, seeds_from_the_host
 from hypothesis import strategies as st
 from tolerance import assert_all_close
 from torch import Tensor
@@ -19,14 +19,24 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests import cuda_emulator
 from vidattn import reference
 from vidattn.backends import TRITON_INTERPRETED
 from vidattn.geometry import num_bias_rows, resolve_windows
 from vidattn.ops._tensors import keeps_lse
 
+# Where the backend "cuda" is under test, nothing is drawn that it refuses.
+CUDA = os.environ.get("VIDATTN_BACKEND") == "cuda"
+EMULATED = CUDA and not torch.cuda.is_available()
+NEVER_REFUSE = ("cpu", "cuda") if CUDA else ("cpu",)
 # An interpreter or an emulator takes a thousand times as long, so it gets smaller calls.
-SLOW = TRITON_INTERPRETED or os.environ.get("VIDATTN_BACKEND") == "cuda"
-DEPTH, SIDE, SEQUENCE, HEAD_DIM = (3, 2, 12, 32) if SLOW else (8, 4, 70, 128)
+SLOW = TRITON_INTERPRETED or CUDA
+DEPTH, SIDE, SEQUENCE = (3, 2, 12) if SLOW else (8, 4, 70)
+HEAD_DIM = 64 if CUDA else 32 if SLOW else 128
+# Half of the calls of "cuda" have longer groups, few of them: of more than the 32 keys of its kernels for short
+# sequences, many of more than a tile of 64.
+LONG_SEQUENCE = (33, 100)
+LONG_WINDOWS = ((2, 7, 7), (4, 5, 5), (1, 8, 8))
 
 Results = dict[str, Tensor]
 
@@ -49,6 +59,12 @@ def run(attend=vidattn.{function}, all_dtypes=None, device="cpu", **given):
     out = {call}
     return {{"out": out.detach()}}{gradients}
 """
+EMULATION = """
+
+from tests import cuda_emulator
+
+cuda_emulator.install()
+cuda_emulator.controls(**{controls}).__enter__()"""
 COMPARISON = """
 
 found, plain = run({where}backend={backend!r}), run(backend="reference")
@@ -70,7 +86,9 @@ class Call:
         arguments: the call's arguments.
         learned: names of the tensors whose gradients are asked for.
         gradient: how the gradient that comes in is made.
+        elements: of the result.
         group_tokens: tokens of the longest group.
+        controls: of the emulated GPU: its order, and how it rounds.
     """
 
     function: str
@@ -79,7 +97,9 @@ class Call:
     arguments: list[str] = field(default_factory=list)
     learned: list[str] = field(default_factory=list)
     gradient: str = ""
+    elements: int = 0
     group_tokens: int = 0
+    controls: dict[str, Any] = field(default_factory=dict)
 
     def definition(self) -> str:
         """Python that defines ``run``, which makes the call and returns its results by name."""
@@ -97,7 +117,22 @@ class Call:
     def program(self, backend: str) -> str:
         """Python that compares a backend with the float64 reference and prints how far it is off."""
         where = "" if device_of(backend) == "cpu" else f"device={device_of(backend)!r}, "
-        return self.definition() + COMPARISON.format(backend=backend, where=where)
+        emulation = EMULATION.format(controls=self.controls) if _is_emulated(backend) else ""
+        return self.definition() + emulation + COMPARISON.format(backend=backend, where=where)
+
+
+def _is_emulated(backend: str) -> bool:
+    return EMULATED and backend == "cuda"
+
+
+@contextlib.contextmanager
+def _on_emulated_gpu(call: Call) -> Iterator[None]:
+    """Run a call under the emulator's options that were drawn, and see that blocks have run."""
+    blocks = cuda_emulator.blocks_run()
+    with cuda_emulator.controls(**call.controls):
+        yield
+    if call.elements and cuda_emulator.blocks_run() == blocks:
+        raise RuntimeError("expected blocks to run on the emulated GPU, got none")
 
 
 def check(call: Call) -> None:
@@ -112,10 +147,11 @@ def check(call: Call) -> None:
             if backend == "reference":
                 continue
             try:
-                with seeds_from_the_host():
+                emulated = _on_emulated_gpu(call) if _is_emulated(backend) else contextlib.nullcontext()
+                with seeds_from_the_host(), emulated:
                     found[backend] = on_cpu(run(device=device_of(backend), backend=backend))  # type: ignore[arg-type]
             except ValueError as error:
-                if backend == "cpu" or "cannot run this call" not in str(error):
+                if backend in NEVER_REFUSE or "cannot run this call" not in str(error):
                     raise
                 continue
             out, plain = found[backend]["out"], found["reference"]["out"]
@@ -256,6 +292,18 @@ class _Draft:
     def chance(self) -> bool:
         return self.draw(st.booleans())
 
+    def is_long(self) -> bool:
+        """Draw whether groups are longer than others, and so fewer."""
+        return CUDA and self.chance()
+
+    def lengths(self, *most: int) -> list[int]:
+        """Draw the lengths of axes; where one of them, drawn too, is long, the others are short."""
+        if not self.is_long():
+            return [self.number(1, end) for end in most]
+        lengths = [self.number(1, min(end, 2)) for end in most]
+        lengths[-1 - self.number(0, len(most) - 1)] = self.number(*LONG_SEQUENCE)
+        return lengths
+
     def tensor(self, shape: Sequence[int], dtype: torch.dtype | None = None, sizes: Sequence[float] = (1.0,)) -> str:
         """Draw numbers of one of several sizes, in one of several layouts."""
         size = self.draw(st.sampled_from(sizes))
@@ -286,16 +334,16 @@ class _Draft:
         """Draw what is added to scores, in any dtype."""
         return self.tensor(shape, self.draw(st.sampled_from(DTYPES)) if self.chance() else None, (1.0, 1e-4, 20.0))
 
-    def learn(self, name: str, source: str) -> None:
-        """Add a tensor that may need a gradient."""
-        if self.chance():
+    def learn(self, name: str, source: str, gradient: bool = True) -> None:
+        """Add a tensor, which may need a gradient where the backend gives one."""
+        if gradient and self.chance():
             source += ".requires_grad_()"
             self.call.learned.append(name)
         self.call.tensors[name] = source
 
-    def give(self, name: str, source: str) -> None:
-        """Add a tensor as an argument that may need a gradient."""
-        self.learn(name, source)
+    def give(self, name: str, source: str, gradient: bool = True) -> None:
+        """Add a tensor as an argument, which may need a gradient where the backend gives one."""
+        self.learn(name, source, gradient)
         self.call.arguments.append(f"{name}={name}")
 
     def option(self, name: str, values: st.SearchStrategy[Any]) -> Any:
@@ -332,36 +380,43 @@ class _Draft:
         """Add what all functions have."""
         if self.call.function != "temporal_shift":
             self.option("scale", st.sampled_from((1.0, 0.1, -0.5, 0.0)))
-            self.option("dropout_p", st.sampled_from((0.2, 0.9)))
+            if not CUDA:
+                self.option("dropout_p", st.sampled_from((0.2, 0.9)))
+        if EMULATED:  # the order, and whether products and powers are as inexact as a GPU may give them
+            inexact = self.chance()
+            self.call.controls = {"seed": self.number(0, 31), "truncate": inexact, "approximate": inexact}
         self.call.gradient = self.tensor(out)
+        self.call.elements = math.prod(out)
         self.call.group_tokens = group_tokens
         return self.call
 
 
 def _window3d(draft: _Draft) -> Call:
-    largest = draft.draw(st.permutations((DEPTH, SIDE, SIDE)))
-    window = [draft.number(1, side) for side in largest]
-    grid = [draft.number(1, side + 2) for side in largest]
+    long = draft.is_long()
+    largest = draft.draw(st.permutations(draft.draw(st.sampled_from(LONG_WINDOWS)) if long else (DEPTH, SIDE, SIDE)))
+    least = [max(side - 1, 1) if long else 1 for side in largest]
+    window = list(map(draft.number, least, largest))
+    grid = [draft.number(first, side + 2) for first, side in zip(least, largest)]
     heads, head_dim = draft.heads()
     batch = draft.draw(st.sampled_from((1, 2, 0)))
     draft.qkv((batch, *grid), heads, head_dim)
     draft.set("window_size", tuple(window))
     shift = draft.option("shift_size", st.tuples(*(st.integers(0, extent - 1) for extent in window)))
     clip = draft.option("clip_window", st.just(False)) is None
-    after = draft.option("padding_order", st.just("after_shift")) is not None
+    after = not CUDA and draft.option("padding_order", st.just("after_shift")) is not None
     padding = None
-    if draft.chance():
+    if not CUDA and draft.chance():
         padding = draft.set("padding", tuple(map(draft.draw, map(_padding, grid, window, [clip] * 3))))
     wrap = draft.option("wrap", st.tuples(st.booleans(), st.booleans(), st.booleans()))
     windows = resolve_windows(
         grid, window, shift or (0, 0, 0), wrap or (False,) * 3, clip=clip, padding=padding, shift_first=after
     )
-    if draft.chance():
+    if not CUDA and draft.chance():
         draft.numbers("regions", 2, windows.padded)
     draft.option("mask_value", st.sampled_from((-math.inf, -5.0, 0.0, 3.0)))
     if draft.chance():
-        rows, types = num_bias_rows(window), ()
-        if draft.chance():
+        rows, types, dense = num_bias_rows(window), (), draft.chance()
+        if dense:
             rows = draft.number(1, 9)
             draft.numbers("bias_index", rows, (windows.num_tokens, windows.num_tokens))
         else:
@@ -369,7 +424,7 @@ def _window3d(draft: _Draft) -> Call:
         if draft.chance():
             types = (draft.number(1, 3),)
             draft.numbers("window_types", types[0], (windows.num_windows,))
-        draft.give("bias_table", draft.score((*types, rows, heads)))
+        draft.give("bias_table", draft.score((*types, rows, heads)), not (CUDA and (dense or types)))
     if draft.chance():
         draft.give("pad_qkv", draft.token((3, heads, head_dim)))
     return draft.finished((batch, *grid, heads * head_dim), windows.num_tokens)
@@ -385,7 +440,9 @@ def _padding(draw: st.DrawFn, size: int, window: int, clip: bool) -> tuple[int, 
 
 
 def _window(draft: _Draft) -> Call:
-    tokens, masks, types = draft.number(1, SEQUENCE), draft.number(1, 3), draft.number(1, 3)
+    (tokens,) = draft.lengths(SEQUENCE)
+    most = 1 if tokens > SEQUENCE else 3
+    masks, types = draft.number(1, most), draft.number(1, most)
     heads, head_dim = draft.heads()
     groups = masks * types * draft.draw(st.sampled_from((1, 2, 0)))
     draft.qkv((groups, tokens), heads, head_dim)
@@ -393,7 +450,7 @@ def _window(draft: _Draft) -> Call:
         typed = draft.chance()
         if typed:
             draft.numbers("window_types", 2, (types,))
-        draft.give("bias", draft.score((*((2,) if typed else ()), heads, tokens, tokens)))
+        draft.give("bias", draft.score((*((2,) if typed else ()), heads, tokens, tokens)), not CUDA)
     if draft.chance():
         mask = draft.score((masks, tokens, tokens))
         hides = draft.chance()  # some rows wholly
@@ -404,7 +461,7 @@ def _window(draft: _Draft) -> Call:
 
 def _clip(draft: _Draft, cls: bool) -> tuple[int, int, int, int, int]:
     """Add the tokens of a clip, and give the batch, frames, sites, heads and head dimension."""
-    frames, sites = draft.number(1, SEQUENCE), draft.number(1, SEQUENCE)
+    frames, sites = draft.lengths(SEQUENCE, SEQUENCE)
     heads, head_dim = draft.heads()
     batch = draft.draw(st.sampled_from((1, 2, 0)))
     draft.qkv((batch, cls + frames * sites), heads, head_dim)
@@ -414,13 +471,13 @@ def _clip(draft: _Draft, cls: bool) -> tuple[int, int, int, int, int]:
 
 
 def _temporal(draft: _Draft) -> Call:
-    cls = draft.option("cls_query", st.just("all")) is not None
+    cls = not CUDA and draft.option("cls_query", st.just("all")) is not None
     batch, frames, sites, heads, head_dim = _clip(draft, cls)
     return draft.finished((batch, cls + frames * sites, heads * head_dim), cls + frames)
 
 
 def _spatial(draft: _Draft) -> Call:
-    kind = draft.draw(st.sampled_from((None, "mean", "per_frame", "all")))
+    kind = draft.draw(st.sampled_from((None, "mean", "per_frame", *(() if CUDA else ("all",)))))
     if kind is not None:
         draft.set("cls_query" if kind == "all" else "cls_token", kind)
     cls = kind is not None
@@ -440,7 +497,9 @@ def _factorized(draft: _Draft) -> Call:
 
 
 def _mixing(draft: _Draft) -> Call:
-    frames, tokens = draft.number(1, 9), draft.number(1, SEQUENCE)
+    frames, (tokens,) = draft.number(1, 9), draft.lengths(SEQUENCE)
+    if tokens > SEQUENCE:
+        frames = min(frames, 3)
     heads, head_dim = draft.heads()
     clips = draft.draw(st.sampled_from((1, 2, 0)))
     draft.qkv((clips * frames, tokens), heads, head_dim)
@@ -491,5 +550,5 @@ FUNCTIONS: dict[str, tuple[Callable[[_Draft], Call], int]] = {
 @st.composite
 def calls(draw: st.DrawFn, function: str) -> Call:
     """Calls of a public function."""
-    dtypes = _MOVED if function == "temporal_shift" else DTYPES
+    dtypes = _MOVED if function == "temporal_shift" else SUPPORTED["cuda"] if CUDA else DTYPES
     return FUNCTIONS[function][0](_Draft(draw, function, dtypes))

@@ -39,7 +39,10 @@ SLOW_JOBS = {
     "all_mixing": (["test_mixing.py"], "cuda", 115),
     "all_options": (["test_window3d_options.py"], "cuda", 34),
     "ops": (["test_window3d_op.py", "test_divided_op.py", "test_mixing_op.py"], "cuda", 70),
+    "more_random": (["test_fuzz_calls.py"], "random", 7),
 }
+# Further variables of a job's environment: other calls than those of "random", the same ones every time.
+ENVIRONMENTS = {"more_random": {"VIDATTN_FUZZ": "600", "PYTEST_ADDOPTS": "--hypothesis-seed=1"}}
 
 
 def _check(job: tuple[list[str], str, int], result: subprocess.CompletedProcess[str]) -> None:
@@ -49,12 +52,13 @@ def _check(job: tuple[list[str], str, int], result: subprocess.CompletedProcess[
     assert passed is not None and int(passed[1]) >= job[2], result.stdout[-500:]
 
 
-def _run(job: tuple[list[str], str, int], slow: bool) -> subprocess.CompletedProcess[str]:
-    files, selection, _ = job
+def _run(name: str) -> subprocess.CompletedProcess[str]:
+    files, selection, _ = (JOBS | SLOW_JOBS)[name]
     environment = {**os.environ, "VIDATTN_BACKEND": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the emulated GPU, even beside another
+    environment |= ENVIRONMENTS.get(name, {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-    command += [*(["-m", ""] if slow else []), *(str(HERE / file) for file in files)]
+    command += [*(["-m", ""] if name in SLOW_JOBS else []), *(str(HERE / file) for file in files)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=HERE.parent, timeout=1200, check=False
     )
@@ -65,11 +69,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subproc
     """What becomes of the jobs that are selected, two of which run at a time."""
     chosen = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(_run, job, name in SLOW_JOBS)
-            for name, job in (JOBS | SLOW_JOBS).items()
-            if name in chosen
-        }
+        yield {name: pool.submit(_run, name) for name in JOBS | SLOW_JOBS if name in chosen}
 
 
 @pytest.mark.parametrize("name", [*JOBS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_JOBS)])

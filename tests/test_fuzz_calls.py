@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fuzz_cases import FUNCTIONS, SLOW, Call, calls, check
+from fuzz_cases import CUDA, FUNCTIONS, SLOW, Call, calls, check
 from hypothesis import HealthCheck, given, settings
 
 from vidattn.ops import mixing
 
 EXAMPLES = int(os.environ.get("VIDATTN_FUZZ", "0"))
-DEFAULT = 25 if SLOW else 300
+DEFAULT = 60 if CUDA else 25 if SLOW else 300
 SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 if not EXAMPLES:  # the same calls every time
     SETTINGS |= {"derandomize": True, "database": None}
