@@ -198,9 +198,7 @@ bool arrive(int warp, Combine combine) {
   for (uint32_t rest = w.lanes; rest; rest &= rest - 1) {
     Fiber& f = fibers[warp * 32 + std::countr_zero(rest)];
     const int value = int(w.in[0][f.lane]);
-    if (combine == Combine::any) barrier.accumulated |= value;
     if (combine == Combine::all) barrier.accumulated &= value;
-    if (combine == Combine::count) barrier.accumulated += value;
     f.waiting = Op::barrier;
   }
   barrier.arrived += std::popcount(w.lanes);

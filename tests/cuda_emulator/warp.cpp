@@ -74,17 +74,9 @@ void load_matrices(Warp& w, int warp, int matrices, bool transpose) {
 }
 
 int source_of(Shuffle kind, int lane, int operand, int width) {
-  const int base = lane & ~(width - 1), end = base + width;
-  switch (kind) {
-    case Shuffle::index:
-      return base | (operand & (width - 1));
-    case Shuffle::up:
-      return lane - operand < base ? lane : lane - operand;
-    case Shuffle::down:
-      return lane + operand >= end ? lane : lane + operand;
-    default:
-      return (lane ^ operand) < end ? lane ^ operand : lane;
-  }
+  const int base = lane & ~(width - 1);
+  if (kind == Shuffle::index) return base | (operand & (width - 1));
+  return (lane ^ operand) < base + width ? lane ^ operand : lane;
 }
 
 void shuffle_lanes(Warp& w, int warp, Shuffle kind, uint32_t mask) {

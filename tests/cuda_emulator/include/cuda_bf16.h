@@ -6,9 +6,6 @@
 struct __nv_bfloat16 {
   uint16_t bits;
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
 
 inline float __bfloat162float(__nv_bfloat16 v) {
   return std::bit_cast<float>(uint32_t(v.bits) << 16);
@@ -17,10 +14,4 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f);
   if ((u & 0x7fffffff) > 0x7f800000) return {0x7fff};  // the GPU has one NaN
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
-}
-inline __nv_bfloat16 __float2bfloat16(float f) {
-  return __float2bfloat16_rn(f);
-}
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
-  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
 }

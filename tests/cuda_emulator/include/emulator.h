@@ -30,27 +30,23 @@ struct dim3 {
 };
 
 // Aligned as on the GPU, where a misaligned access is an error.
-#define EMULATED_VECTORS(T, name)                              \
-  struct alignas(2 * sizeof(T)) name##2 {                      \
-    T x, y;                                                    \
-  };                                                           \
-  struct alignas(sizeof(T) > 4 ? 16 : 4 * sizeof(T)) name##4 { \
-    T x, y, z, w;                                              \
-  };                                                           \
-  inline name##2 make_##name##2(T x, T y) {                    \
-    return {x, y};                                             \
-  }                                                            \
-  inline name##4 make_##name##4(T x, T y, T z, T w) {          \
-    return {x, y, z, w};                                       \
+#define EMULATED_VECTORS(T, name)                     \
+  struct alignas(2 * sizeof(T)) name##2 {             \
+    T x, y;                                           \
+  };                                                  \
+  struct alignas(4 * sizeof(T)) name##4 {             \
+    T x, y, z, w;                                     \
+  };                                                  \
+  inline name##2 make_##name##2(T x, T y) {           \
+    return {x, y};                                    \
+  }                                                   \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { \
+    return {x, y, z, w};                              \
   }
 EMULATED_VECTORS(float, float)
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
-EMULATED_VECTORS(short, short)
-EMULATED_VECTORS(double, double)
 #undef EMULATED_VECTORS
-
-constexpr int warpSize = 32;
 
 namespace emulator {
 
@@ -63,8 +59,8 @@ extern Builtins builtins;
 using Site = const std::source_location&;  // where a primitive was called
 
 enum class Element : uint32_t { bfloat16, float16 };
-enum class Shuffle : uint32_t { index, up, down, exclusive_or };
-enum class Combine : uint32_t { any, all, count };
+enum class Shuffle : uint32_t { index, exclusive_or };
+enum class Combine : uint32_t { none, all };
 
 // Operations of a warp: the caller waits until all lanes of `mask` have come.
 void sync_warp(uint32_t mask, Site site);
@@ -117,16 +113,10 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 #define EMULATED_SITE emulator::Site site = std::source_location::current()
 
 inline void __syncthreads(EMULATED_SITE) {
-  emulator::block_barrier(emulator::Combine::any, 0, site);
-}
-inline int __syncthreads_or(int p, EMULATED_SITE) {
-  return emulator::block_barrier(emulator::Combine::any, p != 0, site);
+  emulator::block_barrier(emulator::Combine::none, 0, site);
 }
 inline int __syncthreads_and(int p, EMULATED_SITE) {
   return emulator::block_barrier(emulator::Combine::all, p != 0, site);
-}
-inline int __syncthreads_count(int p, EMULATED_SITE) {
-  return emulator::block_barrier(emulator::Combine::count, p != 0, site);
 }
 inline void __syncwarp(unsigned mask = ~0u, EMULATED_SITE) {
   emulator::sync_warp(mask, site);
@@ -145,14 +135,6 @@ inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATED_
   return emulator::shuffled(emulator::Shuffle::index, mask, value, lane, width, site);
 }
 template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATED_SITE) {
-  return emulator::shuffled(emulator::Shuffle::up, mask, value, int(delta), width, site);
-}
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATED_SITE) {
-  return emulator::shuffled(emulator::Shuffle::down, mask, value, int(delta), width, site);
-}
-template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, EMULATED_SITE) {
   return emulator::shuffled(emulator::Shuffle::exclusive_or, mask, value, bits, width, site);
 }
@@ -164,11 +146,6 @@ inline int __any_sync(unsigned mask, int p, EMULATED_SITE) {
 }
 inline int __all_sync(unsigned mask, int p, EMULATED_SITE) {
   return emulator::vote(mask, p == 0, site) == 0;
-}
-
-template <class T>
-inline T __ldg(const T* p) {
-  return *p;
 }
 
 namespace emulator {
@@ -186,17 +163,8 @@ inline T atomicAdd(T* p, T v, EMULATED_SITE) {
   return emulator::atomic(p, [v](T old) { return T(old + v); }, site);
 }
 
-inline float __fmaf_rn(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
 inline float __fdividef(float a, float b) {
   return a / b;
-}
-inline int __popc(unsigned x) {
-  return std::popcount(x);
-}
-inline int __clz(int x) {
-  return std::countl_zero(unsigned(x));
 }
 inline int __ffs(int x) {
   return x ? std::countr_zero(unsigned(x)) + 1 : 0;
@@ -215,17 +183,6 @@ inline float __int_as_float(int u) {
 }
 inline int __float_as_int(float f) {
   return std::bit_cast<int>(f);
-}
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned which = selector >> (4 * i) & 15;
-    unsigned byte = unsigned(bytes >> (8 * (which & 7))) & 255;
-    if (which & 8) byte = byte & 128 ? 255 : 0;
-    result |= byte << (8 * i);
-  }
-  return result;
 }
 using std::max;
 using std::min;

@@ -49,13 +49,11 @@ __global__ void __launch_bounds__(32) conformance(const uint32_t* __restrict__ i
 
   const uint32_t v = in[t];
   store(out, 2,
-        {__shfl_sync(~0u, v, 5), __shfl_sync(~0u, v, t * 7), __shfl_up_sync(~0u, v, 3), __shfl_down_sync(~0u, v, 3),
-         __shfl_xor_sync(~0u, v, 9), __shfl_sync(~0u, v, t + 3, 8), __shfl_up_sync(~0u, v, 2, 8),
-         __shfl_down_sync(~0u, v, 2, 16)});
+        {__shfl_sync(~0u, v, 5), __shfl_sync(~0u, v, t * 7), __shfl_xor_sync(~0u, v, 9), __shfl_sync(~0u, v, t + 3, 8),
+         __shfl_xor_sync(~0u, v, 20, 16), 0, 0, 0});
   store(out, 3,
         {__ballot_sync(~0u, v & 1), uint32_t(__any_sync(~0u, v == in[3])), uint32_t(__all_sync(~0u, v != in[3])),
-         __shfl_xor_sync(~0u, v, 20, 16), __byte_perm(v, in[t + 1], in[t + 2] & 0x7777), uint32_t(__popc(v)),
-         uint32_t(__clz(int(v))), __umulhi(v, in[t + 3])});
+         __umulhi(v, in[t + 3]), uint32_t(__ffs(int(v))), 0, 0, 0});
   const float f = float(int(v % 4096) - 2048) / 64.0f;
   store(
       out, 4,
@@ -63,8 +61,7 @@ __global__ void __launch_bounds__(32) conformance(const uint32_t* __restrict__ i
        gpu::pack<__half>(f * 1e5f, 1e-8f),
        gpu::pack<__nv_bfloat16>(__uint_as_float(0x7fffffff), __uint_as_float(0x7f800000)),
        gpu::pack<__nv_bfloat16>(__uint_as_float(v), 3.4e38f), gpu::pack<__half>(__uint_as_float(0x7fc00001), 65520.0f),
-       uint32_t(__syncthreads_and(v != in[3])) + 2 * uint32_t(__syncthreads_or(v == in[3])),
-       uint32_t(__syncthreads_count(int(v & 1)))});
+       uint32_t(__syncthreads_and(v != in[3])), uint32_t(__syncthreads_and(t < 32))});
 
   const float2 floats = gpu::load_shared<float2>(address + t * 8);
   const int2 ints = gpu::load_shared<int2>(address + (t ^ 5) * 8);
