@@ -444,6 +444,17 @@ def test_common_windows_come_in_one_block(library: ctypes.CDLL) -> None:
         assert p["blocks"] == 1 and p["table_is_shared"] and p["bias_floats"] > 0, (window, p)
 
 
+@pytest.mark.parametrize(("limit", "warps", "blocks"), [(99, 5, 3), (163, 7, 2), (227, 7, 1)])
+def test_warps_and_blocks_of_keys_of_392_tokens(library: ctypes.CDLL, limit: int, warps: int, blocks: int) -> None:
+    """On sm_86, sm_80 and sm_90. Where all keys are in one block, a warp has 56 of them, else 32."""
+    window = (8, 7, 7)
+    for stride_sets, pad_gradient in itertools.product((0, 8), (False, True)):
+        rows = geo.num_bias_rows(window)
+        p = plan(library, *window, 32, rows, stride_sets, True, pad_gradient, limit * KB)
+        assert (p["threads"] // 32, p["blocks"]) == (warps, blocks)
+        assert p["depth_fastest"] == (blocks == 1) and p["bias_floats"] > 0
+
+
 def test_shares_depend_on_shapes_alone(library: ctypes.CDLL) -> None:
     for groups, heads, threads, rows in itertools.product(
         (1, 3, 64, 1000, 70_000), (1, 3, 24), (32, 384), (0, 169, 2535, 26_071)
