@@ -25,6 +25,7 @@ _TARGET = re.compile(r"\.L_\w+|\$[\w$.]+")
 _PREDICATE = re.compile(r"\bU?P\w")
 _ENDS = ("EXIT", "RET", "KILL")
 _SPILLS = ("LDL", "STL")
+_ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDAS", "REDG", "UBLKRED", "UTMAREDG")
 _LOADS = ("LDG", "LDGSTS")  # to registers; to shared memory
 _STORES = ("STG",)
 _BULK_LOADS = ("UBLKCP", "UTMALDG")
@@ -237,6 +238,11 @@ def _tool(name: str, *arguments: str) -> str:
 def spills(instructions: Iterable[Instruction]) -> int:
     """Count accesses to local memory."""
     return sum(instruction.name in _SPILLS for instruction in instructions)
+
+
+def atomics(instructions: Iterable[Instruction]) -> int:
+    """Count what reads and changes memory in one step, by which a block could count others or wait for them."""
+    return sum(instruction.name in _ATOMICS for instruction in instructions)
 
 
 def matrix_kind(instructions: Iterable[Instruction]) -> str:

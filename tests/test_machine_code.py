@@ -182,6 +182,12 @@ def test_spills_and_exponentials():
     assert (sass.spills(accesses), sass.exponentials(accesses)) == (2, 2)
 
 
+def test_atomics():
+    names = ["ATOM.E.ADD", "ATOMG.E.CAS", "ATOMS.POPC.INC.32", "RED.E.ADD.F32", "REDG.E.ADD", "UTMAREDG.1D.ADD"]
+    others = ["REDUX.SUM", "BAR.RED.AND.DEFER_BLOCKING", "VOTE.ALL", "LDGSTS.E.128"]  # of a warp, of a block
+    assert sass.atomics(Instruction(name) for name in names + others) == len(names)
+
+
 def test_resource_usage():
     text = "Function k:\n  REG:231 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:672 TEXTURE:0"
     assert sass.Resources.parse(text) == sass.Resources(231, 8, 16)
