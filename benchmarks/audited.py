@@ -42,7 +42,7 @@ class CudaLaunchAudit(LaunchAudit):
     warps: int
     registers: int
     shared_bytes: int
-    spills_on_sm_80: int
+    spills_on_sm_80: int  # of the kernel that such a GPU launches, which has less shared memory
     hot_instructions_per_score: float | None  # without what is rare
     instructions_around: float  # of a thread, outside of the products
     wide_copies: int | None  # reads of global memory of 16 bytes a lane

@@ -70,15 +70,29 @@ def plan_backward(case: WindowCase, arch: str) -> dict[str, int]:
     return cubins.planner("plan_backward", _BACKWARD, _BACKWARD_FIELDS)(*_numbers(case, arch, 0))
 
 
+def forward_kernel(case: WindowCase, dtype: torch.dtype, arch: str) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """Give the kernel that a forward pass launches, and its plan."""
+    plan = plan_forward(case, arch)
+    resident = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward"
+    return (resident if plan["resident"] else "streamed_window_forward", ELEMENTS[dtype], plan["dim"]), plan
+
+
+def backward_kernel(case: WindowCase, dtype: torch.dtype, arch: str) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """The same of the backward pass."""
+    plan = plan_backward(case, arch)
+    if plan["short_window"]:
+        return ("short_window_backward", ELEMENTS[dtype], plan["query_tile"]), plan
+    name = "depth_fastest_window_backward" if plan["depth_fastest"] else "window_backward"
+    return (name, ELEMENTS[dtype], plan["dim"]), plan
+
+
 def audit_forward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
     """Audit the one launch of a forward pass."""
-    plan, windows = plan_forward(case, arch), case.geometry
-    resident = "depth_fastest_window_forward" if plan["depth_fastest"] else "window_forward"
-    name = resident if plan["resident"] else "streamed_window_forward", ELEMENTS[dtype], plan["dim"]
+    (name, plan), windows = forward_kernel(case, dtype, arch), case.geometry
     groups, tokens, table_rows = _groups(case), windows.num_tokens, num_bias_rows(case.window)
     moved = case.bytes_moved("forward", dtype) + 4 * groups * tokens + 4 * table_rows * case.heads
     shape = ForwardShape(tokens, groups, moved, table_rows, border_share(windows))
-    return (audit_forward_launch(name, plan, shape, arch, rates),)
+    return (audit_forward_launch(name, plan, shape, arch, rates, forward_kernel(case, dtype, "sm_80")[0]),)
 
 
 @dataclass(frozen=True)
@@ -93,9 +107,14 @@ class ForwardShape:
 
 
 def audit_forward_launch(
-    name: tuple[Any, ...], plan: Mapping[str, int], shape: ForwardShape, arch: str, rates: Rates
+    name: tuple[Any, ...],
+    plan: Mapping[str, int],
+    shape: ForwardShape,
+    arch: str,
+    rates: Rates,
+    on_sm_80: tuple[Any, ...],
 ) -> CudaLaunchAudit:
-    """Audit a launch of csrc/cuda/forward.cuh, by its kernel and its plan."""
+    """Audit a launch of csrc/cuda/forward.cuh, by its kernel and its plan; ``on_sm_80`` as in ``audit_launch``."""
     tokens, warps, splits = shape.tokens, plan["threads"] // LANES, max(1, plan["splits"])
     slots = math.ceil(tokens / 16) * 16
     program, _ = kernel(arch, *name)
@@ -136,12 +155,12 @@ def audit_forward_launch(
     work = Work(shape.bytes, walked, computed, 2 * 2 * plan["dim"], 0.0, shared)
     copy_in = plan["block_keys"] * plan["dim"] * 2 * 2 + 4 * shape.table_rows
     block = Block(groups * splits, warps, plan["shared_bytes"], copy_in, counts, turns=True)
-    return audit_launch(name, arch, rates, rounds, work, block, (loop, scores), border)
+    return audit_launch(name, arch, rates, rounds, work, block, (loop, scores), border, on_sm_80=on_sm_80)
 
 
 def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates) -> tuple[CudaLaunchAudit, ...]:
     """Audit the launches of a backward pass: one, and the sum of the tables that its blocks leave behind."""
-    plan, windows = plan_backward(case, arch), case.geometry
+    (name, plan), windows = backward_kernel(case, dtype, arch), case.geometry
     tokens, threads, shares, table_rows = (
         windows.num_tokens,
         plan["threads"],
@@ -153,11 +172,6 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
     block_keys = plan["block_keys"] if depth_fastest else math.ceil(tokens / blocks)
     slots, tiles = math.ceil(max(tokens, block_keys) / 32) * 32, math.ceil(tokens / tile)
     walk = case.batch * windows.num_windows / shares  # windows of a block
-    name: tuple[Any, ...] = "window_backward", ELEMENTS[dtype], plan["dim"]
-    if depth_fastest:
-        name = "depth_fastest_window_backward", *name[1:]
-    elif plan["short_window"]:
-        name = "short_window_backward", ELEMENTS[dtype], tile
     program, _ = kernel(arch, *name)
 
     scores = tile * plan["warp_keys"]
@@ -263,7 +277,8 @@ def audit_backward(case: WindowCase, dtype: torch.dtype, arch: str, rates: Rates
         for warp in range(4):
             tasks[warp] += queries * (owners // 2 + owners % 2 * (warp < 2))
     block = Block(shares * case.heads, warps, plan["shared_bytes"], copy_in, tasks)
-    whole = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
+    on_sm_80, _ = backward_kernel(case, dtype, "sm_80")
+    whole = audit_launch(name, arch, rates, rounds, work, block, (loop, scores), on_sm_80=on_sm_80)
 
     threads, columns, name = 256, case.heads * table_rows, ("sum_shares",)
     parts = 4.0 * (shares + 1) * columns
@@ -307,10 +322,13 @@ def audit_launch(
     block: Block,
     loop: tuple[MainLoop, float] | None,
     border: float = 1.0,
+    *,
+    on_sm_80: tuple[Any, ...] | None = None,
 ) -> CudaLaunchAudit:
     """Put together what is known of a launch.
 
-    ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions.
+    ``loop`` has the scores of a warp in one round beside it; ``border`` is the share of windows with two regions;
+    ``on_sm_80`` is the kernel that a GPU with less shared memory launches, the same by default.
     """
     program, resources = kernel(arch, *name)
     way, lanes = program.way(rounds, border), block.blocks * block.warps * LANES
@@ -348,7 +366,7 @@ def audit_launch(
         warps=block.warps,
         registers=resources.registers,
         shared_bytes=block.shared_bytes,
-        spills_on_sm_80=spills(kernel("sm_80", *name)[0].program.executed()),
+        spills_on_sm_80=spills(kernel("sm_80", *(on_sm_80 or name))[0].program.executed()),
         hot_instructions_per_score=per_score[0],
         instructions_around=around,
         wide_copies=wide if loop else None,

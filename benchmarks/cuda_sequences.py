@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -104,26 +105,38 @@ def backward_plan(of: Sequences, arch: str) -> dict[str, int]:
     )
 
 
+def forward_kernel(of: Sequences, dtype: torch.dtype, arch: str) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """Give the kernel that a forward pass launches for some sequences, and its plan."""
+    plan = cubins.planner("plan_sequence_forward", _FORWARD, _FIELDS)(
+        of.keys, of.head_dim, of.groups, SHARED_LIMITS[arch]
+    )
+    name = "sequence_forward" if plan["resident"] else "streamed_sequence_forward"
+    return (name, ELEMENTS[dtype], plan["dim"]), plan
+
+
+def backward_kernel(of: Sequences, dtype: torch.dtype, arch: str) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """The same of the backward pass."""
+    plan = backward_plan(of, arch)
+    return ("walking_sequence_backward" if plan["walks"] else "sequence_backward", ELEMENTS[dtype], plan["dim"]), plan
+
+
 def audit_forward(
     case: DividedCase | MixingCase, of: Sequences, dtype: torch.dtype, arch: str, rates: Rates
 ) -> CudaLaunchAudit:
     """Audit the launch of a forward pass for some sequences of a case."""
-    plan = cubins.planner("plan_sequence_forward", _FORWARD, _FIELDS)(
-        of.keys, of.head_dim, of.groups, SHARED_LIMITS[arch]
-    )
-    name = "sequence_forward" if plan["resident"] else "streamed_sequence_forward", ELEMENTS[dtype], plan["dim"]
+    name, plan = forward_kernel(of, dtype, arch)
     moved = of.share * case.bytes_moved("forward", dtype) + 4 * of.groups * of.keys
-    return audit_forward_launch(name, plan, ForwardShape(of.keys, of.groups, moved), arch, rates)
+    on_sm_80, _ = forward_kernel(of, dtype, "sm_80")
+    return audit_forward_launch(name, plan, ForwardShape(of.keys, of.groups, moved), arch, rates, on_sm_80)
 
 
 def audit_backward(
     case: DividedCase | MixingCase, of: Sequences, dtype: torch.dtype, arch: str, rates: Rates
 ) -> CudaLaunchAudit:
     """Audit the launch of a backward pass for some sequences of a case, whose keys come at once."""
-    plan = backward_plan(of, arch)
+    name, plan = backward_kernel(of, dtype, arch)
     assert plan["walks"], f"expected keys that come at once, got {of.keys}"
     dim, warps, threads, tile = plan["dim"], plan["warps"], plan["threads"], plan["query_tile"]
-    name = "walking_sequence_backward", ELEMENTS[dtype], dim
     program, _ = kernel(arch, *name)
     tiles, sixteens, slots = math.ceil(of.keys / tile), math.ceil(of.keys / 16), plan["rows"]
     per_sm, helps = plan["per_sm"], plan["helps"]
@@ -191,7 +204,8 @@ def audit_backward(
     of_sums = [(w < summing) * warps / summing for w in range(warps)]
     weights = {"products": of_products, "jobs": of_jobs, "copies": of_copies, "sums": of_sums}
     block = Block(blocks, warps, plan["shared_bytes"], 0, [1] * warps)
-    audited = audit_launch(name, arch, rates, rounds, work, block, (loop, scores))
+    on_sm_80, _ = backward_kernel(of, dtype, "sm_80")
+    audited = audit_launch(name, arch, rates, rounds, work, block, (loop, scores), on_sm_80=on_sm_80)
     waits = waiting(audited, loop, weights, rounds_of_main, rates) - audited.added["unequal share"]
     return replace(audited, added={**audited.added, "barriers": max(0.0, waits)})
 

@@ -13,16 +13,24 @@ pytest.importorskip("triton", reason="triton, which compiles the kernels, is not
 
 import torch
 
-from benchmarks import cuda_audit, gpu_audit, gpu_plans, page, predicted, sass
-from benchmarks.ceilings import Ceiling, violations
+from benchmarks import cubins, cuda_audit, gpu_audit, gpu_plans, page, predicted, sass
+from benchmarks.ceilings import CEILINGS, GOALS, Ceiling, unmatched, violations
 from benchmarks.prediction import Cost, Grid, Rates
 from benchmarks.shapes import GPU_DIVIDED_CASES, GPU_MIXING_CASES, GPU_WINDOW_CASES
 from benchmarks.triton_kernels import Kernel, Traffic
 from vidattn.kernels.launch import INTERPRETED, Work
 
 AUDITED = ("swin_t_stage1", "swin_t_stage1_shifted", "swin_b_ssv2_stage1")
-AUDITED_DIVIDED = ("timesformer_b_time", "timesformer_b_space", "timesformer_l_time", "vivit_b_model4")
-AUDITED_MIXING = ("xvit_b_16_frames_div8", "xvit_b_16_frames_div4", "xvit_b_16_frames_div8_shift")
+# With them, every ceiling has a case.
+ALL_AUDITED = (
+    *AUDITED,
+    *("swin_2d_window7", "swin_2d_window12", "swin_t_8frames_stage1", "swinunetr"),
+    *("timesformer_b_time", "timesformer_hr_time", "timesformer_32_frames_time", "timesformer_l_time"),
+    *("timesformer_b_space", "timesformer_l_space"),
+    *("vivit_b_model3_time", "vivit_b_model3_space", "vivit_b_model4"),
+    *("xvit_b_16_frames_div8", "xvit_b_16_frames_div4"),
+    *("xvit_b_16_frames_div8_shift", "xvit_b_8_frames_div8_shift"),
+)
 
 
 # ---- Costs ----
@@ -247,6 +255,28 @@ def test_within_ceilings_or_not_meant():
     assert violations([audited_case()], ceilings) == []
 
 
+def places(names=None) -> list[str]:
+    """Name the directions of the cases, all of them by default, for both backends."""
+    return [
+        f"{backend}/{family}/{case}/{direction}"
+        for backend in ("triton", "cuda")
+        for family, of in gpu_plans.FAMILIES.items()
+        for case in of.cases
+        for direction in gpu_plans.DIRECTIONS
+        if names is None or case in names
+    ]
+
+
+def test_every_ceiling_is_for_a_case():
+    assert unmatched(places(), [*CEILINGS, *GOALS]) == []
+    misspelt = Ceiling("cuda/window3d/swin_t_stage9*/forward", "microseconds", 1.0)
+    assert unmatched(places(), [*CEILINGS, misspelt]) == [misspelt.where]
+
+
+def test_every_ceiling_is_for_a_case_that_is_audited_here():
+    assert unmatched(places(ALL_AUDITED), [*CEILINGS, *GOALS]) == []
+
+
 # ---- Kernels of csrc/cuda ----
 
 
@@ -289,6 +319,12 @@ def compiles(test):
     return pytest.mark.slow(pytest.mark.skipif(INTERPRETED, reason=reason)(test))
 
 
+def compiles_cuda(test):
+    """The same of a test of the kernels of csrc/cuda, which need a compiler."""
+    reason = "nvcc, which compiles csrc/cuda, is missing"
+    return compiles(pytest.mark.skipif(gpu_audit.why_no_cuda("sm_90") is not None, reason=reason)(test))
+
+
 @dataclasses.dataclass
 class Run:
     """An audit of the cases with the ceilings: exit status, where it wrote its figures, and what it audited."""
@@ -315,7 +351,7 @@ def run(tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_audit, "audit", recorded)
         return Run(
-            gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING, *outputs]),
+            gpu_audit.main(["--case", *ALL_AUDITED, *outputs]),
             folder,
             *found,
         )
@@ -325,6 +361,8 @@ def run(tmp_path_factory) -> Run:
 def test_kernels_are_within_their_ceilings(run):
     assert run.figures["violations"] == []
     assert run.status == 0
+    if gpu_audit.why_no_cuda("sm_90") is None:
+        assert unmatched((case.where for case in run.audited[0]), CEILINGS) == []
 
 
 @compiles
@@ -377,7 +415,9 @@ def test_saved_predictions_are_the_times_of_the_audit(run):
         assert (case["case"], case["direction"]) == (audited["case"], audited["direction"])
         assert case["predicted_us"] == pytest.approx(audited["microseconds"], abs=0.05)
         assert case["floor_us"] == pytest.approx(audited["floor_terms"][case["floor_by"]], abs=0.05)
-        assert sum(launch["us"] for launch in case["launches"].values()) == pytest.approx(case["predicted_us"], abs=0.3)
+        times = [launch["us"] for launch in case["launches"].values()]
+        rounding = 0.06 * (len(times) + 1)  # of each
+        assert sum(times) == pytest.approx(case["predicted_us"], abs=rounding)
 
 
 @compiles
@@ -394,8 +434,7 @@ def test_launches_compute_all_scores_and_waste_little(run, name, direction):
         assert needed <= computed < 1.4 * whole
 
 
-@compiles
-@pytest.mark.skipif(gpu_audit.why_no_cuda("sm_90") is not None, reason="nvcc, which compiles csrc/cuda, is missing")
+@compiles_cuda
 @pytest.mark.parametrize("name", AUDITED)
 def test_cuda_kernels_read_everything_once(run, name):
     """What crosses L2 is what crosses memory, and a table for each block: the way around the products is complete."""
@@ -405,8 +444,27 @@ def test_cuda_kernels_read_everything_once(run, name):
     assert launch.wide_copies >= 2 and launch.ldmatrix > 0  # of keys and of values
 
 
-@compiles
-@pytest.mark.skipif(gpu_audit.why_no_cuda("sm_90") is not None, reason="nvcc, which compiles csrc/cuda, is missing")
+@compiles_cuda
+@pytest.mark.parametrize("arch", cuda_audit.SHARED_LIMITS)
+def test_no_block_waits_for_others_or_counts_them(arch):
+    """Without atomics it cannot; and sums have one order."""
+    for name, (program, _) in cubins.kernels(arch).items():
+        assert program.instructions and sass.atomics(program.instructions) == 0, name
+
+
+@compiles_cuda
+def test_spills_on_sm_80_are_those_of_the_kernel_that_it_launches(run):
+    """The backward pass of 392 tokens that sm_90 launches has no room on sm_80."""
+    case = GPU_WINDOW_CASES["swin_t_stage1"]
+    names = [cuda_audit.backward_kernel(case, torch.bfloat16, arch)[0][0] for arch in ("sm_90", "sm_80")]
+    assert names == ["depth_fastest_window_backward", "window_backward"]
+    program, _ = cubins.kernels("sm_80")["window_backward", "__nv_bfloat16", "32"]
+    where = ("cuda", "swin_t_stage1", "backward")
+    (audited,) = (c for c in run.audited[0] if (c.backend, c.case, c.direction) == where)
+    assert audited.launches[0].spills_on_sm_80 == sass.spills(program.executed())
+
+
+@compiles_cuda
 def test_depth_fastest_backward_by_hand(run):
     """3072 windows and heads; 7 warps with 56 keys meet 7 rows of 56 queries, and 4 make dq of two of these."""
     where = ("cuda", "swin_t_stage1", "backward")
@@ -427,5 +485,5 @@ def test_depth_fastest_backward_by_hand(run):
 def test_lowered_ceiling_fails(run, monkeypatch, capsys):
     monkeypatch.setattr(gpu_audit, "audit", lambda *_: run.audited)
     monkeypatch.setattr(gpu_audit, "CEILINGS", (Ceiling("triton/window3d/*/forward", "instructions_per_score", 1.0),))
-    assert gpu_audit.main(["--case", *AUDITED, *AUDITED_DIVIDED, *AUDITED_MIXING]) == 1
+    assert gpu_audit.main(["--case", *ALL_AUDITED]) == 1
     assert "past a ceiling: window3d_forward" in capsys.readouterr().out
