@@ -6,7 +6,7 @@ each time, by "cuda" where it has kernels, beside eager PyTorch and, where its k
 whose time has a little arithmetic in it, and an op of the same schema and registration that does nothing: what PyTorch
 itself takes. The ratio is the median over rounds that call all of them in turn.
 
-In a model, the layers between two calls fill the caches with other things, and Python is then several times as slow.
+In a model, the layers between two calls fill the caches with other things, and a call then takes about twice as long.
 ``--cold`` copies more than a cache holds before each call.
 """
 

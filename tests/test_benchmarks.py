@@ -218,6 +218,17 @@ def test_rounds_call_every_contender_in_turn():
     assert len({tuple(order) for order in in_rounds}) > 2  # neighbours change
 
 
+def test_what_comes_before_a_call_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
+    times = rounds.interleave({"a": lambda: take(2.0)}, min_rounds=3, seconds=0, before=lambda: take(16.0))
+    assert times == {"a": [2.0] * 3} and now[0] == 54.0
+
+
 def test_rounds_go_on_for_the_given_time():
     times = rounds.interleave({"a": lambda: None}, min_rounds=1, seconds=0.05)
     assert len(times["a"]) > 10
