@@ -1,4 +1,7 @@
-"""Compiles csrc/cuda for GPUs that are not here; what was compiled is kept under build/, by its content."""
+"""The machine code of csrc/cuda for GPUs that are not here: that of the built extension, or compiled for the purpose.
+
+What was compiled is kept under build/, by its content.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.sass import Program, Resources, read_all
+from benchmarks.sass import Program, Resources, embedded, read_all
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cubins"
+EXTENSION = ROOT / "vidattn" / "_C.so"
 
 # Calls a planner of plan.h: numbers in, numbers out.
 _PLANNER = """#include "cuda/plan.h"
@@ -60,8 +64,23 @@ def cubin(source: Path, arch: str) -> bytes:
     return _built(f"{source.stem}-{arch}", ".cubin", command).read_bytes()
 
 
+def is_current(extension: Path) -> bool:
+    """Say whether an extension is there and younger than all that it is built from."""
+    sources = [ROOT / "setup.py", *(path for path in CSRC.rglob("*") if path.is_file())]
+    return extension.is_file() and extension.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
 def cubins_of(arch: str) -> dict[str, bytes]:
-    """Compile all files of csrc/cuda, one after the other; gives the cubins by the names of the files."""
+    """Give the kernels of csrc/cuda for one architecture: as the extension holds them, if it does, else compiled now.
+
+    Args:
+        arch: "sm_90", ...
+
+    Returns:
+        The cubins, one for each file, by a name.
+    """
+    if is_current(EXTENSION) and (built := embedded(EXTENSION, arch)):
+        return built
     return {source.stem: cubin(source, arch) for source in sorted((CSRC / "cuda").glob("*.cu"))}
 
 

@@ -228,11 +228,22 @@ def read_all(cubin: bytes) -> dict[str, tuple[Program, Resources]]:
     return {name: (Program.parse(text), resources[name]) for name, text in zip(listing[1::2], listing[2::2])}
 
 
-def _tool(name: str, *arguments: str) -> str:
+def embedded(library: Path, arch: str) -> dict[str, bytes]:
+    """Give the cubins for one architecture that a shared library holds, by the names that the disassembler gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _tool("cuobjdump", "--extract-elf", f".{arch}.", library.resolve(), folder=folder)
+        except subprocess.CalledProcessError as error:
+            if "does not contain device code" not in error.stdout + error.stderr:
+                raise
+        return {path.stem: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _tool(name: str, *arguments: str | Path, folder: str | None = None) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([path, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def spills(instructions: Iterable[Instruction]) -> int:

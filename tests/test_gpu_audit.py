@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import dataclasses
 import json
 import os
@@ -450,6 +451,30 @@ def test_no_block_waits_for_others_or_counts_them(arch):
     """Without atomics it cannot; and sums have one order."""
     for name, (program, _) in cubins.kernels(arch).items():
         assert program.instructions and sass.atomics(program.instructions) == 0, name
+
+
+@compiles_cuda
+def test_the_extension_holds_what_the_compiler_gives():
+    """Of one file, which compiles in seconds; so the audit need not compile what has been built."""
+    assert cubins.is_current(cubins.EXTENSION), "the extension is older than its sources: make build"
+    for arch in ("sm_80", "sm_90"):
+        compiled = sass.read_all(cubins.cubin(cubins.CSRC / "cuda" / "mixing_shift.cu", arch))
+        kernels = cubins.kernels(arch)
+        assert len(compiled) == sum(name[0] == "shift_channels" for name in kernels)
+        for name, (program, resources) in compiled.items():
+            built, built_resources = kernels[cubins._demangled(name)]
+            assert built_resources == resources
+            assert [x.opcode for x in built.instructions] == [x.opcode for x in program.instructions]
+
+
+def test_extensions_that_are_older_than_a_source_or_hold_nothing(tmp_path):
+    assert not cubins.is_current(tmp_path / "_C.so")
+    extension = tmp_path / "old.so"
+    extension.touch()
+    assert cubins.is_current(extension)
+    os.utime(extension, (0, 0))
+    assert not cubins.is_current(extension)
+    assert sass.embedded(Path(_ctypes.__file__), "sm_90") == {}
 
 
 @compiles_cuda
