@@ -47,6 +47,14 @@ BACKEND_DTYPES = [
     for backend in BACKENDS
     for dtype in (SUPPORTED[backend] if backend != "reference" else (torch.float64,))
 ]
+# For tests in which the dtype matters little: all but the first of a backend are slow.
+_FIRST = {parameters.values[0]: parameters for parameters in reversed(BACKEND_DTYPES)}
+FIRST_DTYPES = [
+    parameters
+    if parameters is _FIRST[parameters.values[0]]
+    else pytest.param(*parameters.values, id=parameters.id, marks=pytest.mark.slow)
+    for parameters in BACKEND_DTYPES
+]
 BACKENDS_WITH_FLOAT64 = [backend for backend in BACKENDS if torch.float64 in SUPPORTED[backend]]
 BACKENDS_WITH_FLOAT32 = [backend for backend in BACKENDS if torch.float32 in SUPPORTED[backend]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -95,6 +96,10 @@ def fresh_plans() -> Iterator[None]:
     plans.forget()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=int, default=1, metavar="N", help="run every N-th case of each test")
+
+
 def pytest_configure() -> None:
     refused = why_refused()
     if refused:
@@ -105,10 +110,20 @@ def pytest_report_header() -> str:
     return describe()
 
 
+@pytest.hookimpl(trylast=True)  # what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what runs a Triton kernel where none can; test_triton_interpreter.py runs it in other processes."""
-    if not vidattn.why_not("window3d_attention", backend="triton"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("needs_triton")]
-    items[:] = [item for item in items if item not in left_out]
+    """Leave out what --share does, and what runs a Triton kernel where none can.
+
+    test_triton_interpreter.py runs the latter in other processes.
+    """
+    without_triton = bool(vidattn.why_not("window3d_attention", backend="triton"))
+    cases: Counter[tuple[object, str]] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        test = (item.path, getattr(item, "originalname", item.name))
+        shared_out = cases[test] % config.getoption("--share") > 0
+        cases[test] += 1
+        needs_triton = item.get_closest_marker("needs_triton") is not None
+        (left_out if shared_out or (needs_triton and without_triton) else kept).append(item)
+    items[:] = kept
     config.hook.pytest_deselected(items=left_out)

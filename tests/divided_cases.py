@@ -136,7 +136,7 @@ def for_kinds(
     return pytest.mark.parametrize(
         (*names, "kind"),
         [
-            pytest.param(*given.values, kind, id=f"{kind}-{given.id}")
+            pytest.param(*given.values, kind, id=f"{kind}-{given.id}", marks=given.marks)
             for given in known
             for kind in kinds
             if kind in KINDS_OF[given.values[0]]

@@ -23,6 +23,8 @@ from cuda_mistakes import (
 
 import tests.cuda_emulator as emulated
 
+pytestmark = pytest.mark.slow  # kernels with a mistake are compiled anew, which takes seconds for each
+
 # How it shows, and what is spoiled: the file, a pattern in it, and what stands in place of the first match.
 MISTAKES = {
     "no barrier behind the table of tokens": (
@@ -165,15 +167,6 @@ MISTAKES = {
     ),
 }
 
-# The others take as long again.
-DEFAULT = (
-    "short: sums of P before all have them",
-    "no barrier before dQ",
-    "nor between two queries",
-    "padding is a key like any other",
-)
-CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
-
 
 USUAL, SHORT, DEPTH = (f"window3d_backward{name}.cu" for name in ("", "_short", "_depth"))
 KERNELS: dict[bool, Edits] = {  # by whether windows are short
@@ -242,7 +235,7 @@ def test_the_kernel_without_a_mistake_passes() -> None:
     differentiate_short(None)
 
 
-@pytest.mark.parametrize("mistake", CHOICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
         differentiate_short(mistake) if is_short(mistake) else differentiate(mistake)

@@ -12,6 +12,8 @@ from cuda_mistakes import Edits, check_gradients, chosen_mistakes, compile_all, 
 import tests.cuda_emulator as emulated
 from tests.cuda_emulator import build
 
+pytestmark = pytest.mark.slow  # kernels with a mistake are compiled anew, which takes seconds for each
+
 FILES = ("depth_fastest.cuh", "depth_fastest_rows.cuh")
 # How it shows, a pattern in one of these, and what stands in place of the first match.
 MISTAKES = {
@@ -61,10 +63,6 @@ MISTAKES = {
     "the last row of the table is left out": ("off by", r"key < min\(8, 8 - depth\)", "key < min(7, 8 - depth)"),
 }
 
-# The others take as long again.
-DEFAULT = ("no barrier behind dQ", "sums of the wrong width")
-CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
-
 
 def two_shares(text: str) -> str:
     """Make it several windows a share."""
@@ -110,7 +108,7 @@ def test_the_kernel_without_a_mistake_passes() -> None:
     differentiate(None)
 
 
-@pytest.mark.parametrize("mistake", CHOICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
         differentiate(mistake)

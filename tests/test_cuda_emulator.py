@@ -294,6 +294,7 @@ def test_a_call_goes_from_the_public_function_to_the_kernel(dtype: torch.dtype, 
     assert_close("context", actual, plain, exact, dtype, OUTPUT_FACTOR)
 
 
+@pytest.mark.slow  # the emulated GPU is compiled anew
 def test_unchecked_calls_give_the_same_bits() -> None:
     torch.manual_seed(3)
     checked, _, _ = attend()

@@ -18,6 +18,8 @@ from tolerance import OUTPUT_FACTOR, assert_close
 import tests.cuda_emulator as emulated
 import vidattn
 
+pytestmark = pytest.mark.slow  # kernels with a mistake are compiled anew, which takes seconds for each
+
 KB = 1024
 
 
@@ -197,20 +199,6 @@ def edits(mistake: str | None, case: str) -> Edits:
     return together({file: spoil(mistake, file, pattern, spoiled)}, kernel)
 
 
-# The others take as long again.
-DEFAULT = (
-    "no barrier behind the table of tokens",
-    "no wait for the copies",
-    "one row too few is copied",
-    "the wrong rows of V",
-    "a shuffle of half a warp",
-    "the row of the next token",
-    "keys are hidden without a proof",
-    "a block of keys is copied to where the last one is",
-)
-CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
-
-
 @pytest.fixture(autouse=True, scope="module")
 def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     emulated.install()
@@ -241,7 +229,7 @@ def test_the_kernel_without_a_mistake_passes(case: str) -> None:
     attend(None, case)
 
 
-@pytest.mark.parametrize("mistake", CHOICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_shows(mistake: str) -> None:
     with pytest.raises(AssertionError, match=MISTAKES[mistake][0]):
         attend(mistake, case_of(mistake))

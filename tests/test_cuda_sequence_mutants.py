@@ -18,6 +18,8 @@ from tolerance import OUTPUT_FACTOR, assert_close
 
 import tests.cuda_emulator as emulated
 
+pytestmark = pytest.mark.slow  # kernels with a mistake are compiled anew, which takes seconds for each
+
 # Most have more sequences than an emulated GPU has blocks in the backward pass.
 CASES: dict[str, Any] = {
     "cls": divided_cases.Case("per_frame", 5, 40, "hwt", batch=2, heads=2, head_dim=24),
@@ -309,17 +311,6 @@ OTHERS: dict[str, tuple[str, str, str, str, str]] = {
 }
 MISTAKES = FORWARD | BACKWARD | OTHERS
 
-# The others take as long again.
-DEFAULT = (
-    *("no barrier behind the rows", "the cls token of the first clip", "the cls token takes no place"),
-    *("a range is a channel too long", "channels of the first piece", "the next keys in the place of these"),
-    *("a block has one sequence", "gradients stay in the frame that reads", "what nobody reads is not written"),
-    *("the last frame has no share in a cls token", "a context and its gradient in each other's place"),
-    *("shares of the next frames for the next clip", "the first heads over both axes", "segments a frame apart"),
-    *("log-sum-exps of a cls token have no room", "an offset of 64 bits", "the mean is a sum"),
-)
-CHOICES = [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in MISTAKES]
-
 
 def no_backward(text: str) -> str:
     """Leave out the backward pass."""
@@ -391,7 +382,7 @@ def test_the_kernels_without_a_mistake_pass(case: str) -> None:
     check(None, case)
 
 
-@pytest.mark.parametrize("mistake", CHOICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_shows(mistake: str) -> None:
     shows, case = MISTAKES[mistake][:2]
     with pytest.raises(AssertionError, match=shows):

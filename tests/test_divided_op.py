@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_WITH_DROPOUT,
+    FIRST_DTYPES,
     HAS_DROPOUT,
     about,
     device_of,
@@ -31,7 +31,7 @@ import vidattn
 from vidattn.ops._tensors import CUDA_WHOLE_ROW_KEYS, keeps_lse
 
 backends_and_kinds = for_kinds(BACKENDS)
-backends_dtypes_and_kinds = for_kinds(BACKEND_DTYPES, ("backend", "dtype"))
+backends_dtypes_and_kinds = for_kinds(FIRST_DTYPES, ("backend", "dtype"))
 kinds = pytest.mark.parametrize("kind", KINDS)
 OPCHECKS = (
     "test_schema",

@@ -90,9 +90,12 @@ def check_program(program: Any, module: nn.Module, *inputs: Tensor) -> None:
 FAMILIES = ("video_swin_t", "timesformer_base", "vivit_b_factorized_self_attention", "xvit_b16_8f")
 
 
-@pytest.mark.parametrize(
+every_architecture = pytest.mark.parametrize(
     "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
+
+
+@every_architecture
 def test_onnx_of_every_architecture(name: str) -> None:
     model = tiny(name)
     program = export(model, clips(2))
@@ -100,7 +103,7 @@ def test_onnx_of_every_architecture(name: str) -> None:
         check_program(program, model, clips(batch))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_architecture
 def test_onnx_of_every_architecture_accelerated(name: str) -> None:
     model, fast = tiny(name), tiny(name)
     assert vidattn.accelerate(fast).swapped

@@ -44,6 +44,7 @@ def test_random_calls(function: str) -> None:
     draw_calls(function, -(-(EXAMPLES or DEFAULT) * FUNCTIONS[function][1] // 25))()
 
 
+@pytest.mark.slow
 def test_a_wrong_result_shrinks_to_a_program_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that is wrong in the last of more than three tokens."""
     launch = mixing.launch_functions

@@ -45,6 +45,9 @@ class Ran(NamedTuple):
     lines: dict[tuple[str, str], dict[str, Any]]
 
 
+pytestmark = pytest.mark.slow  # whole runs, of which every step is a process
+
+
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Run the program on a main case and another one, on a machine that some function of other tests makes."""
@@ -93,7 +96,6 @@ def test_every_step_does_its_part_once(bench):
     assert again.status == 0 and not again.steps and again.lines == ran.lines
 
 
-@pytest.mark.slow
 def test_steps_end_badly_and_the_others_go_on(bench, monkeypatch):
     monkeypatch.setattr(gpu_test, "CALIBRATION_SECONDS", 25.0)  # of which a worker needs some to start
     ran = bench(machine="gpu_harness_tasks:ailing_machine")

@@ -42,6 +42,7 @@ def machine():
 STEPS = ("build", "conformance", "numbers", "calibration", "speed", "graphs", "reduce_overhead", "streams")
 
 
+@pytest.mark.slow
 def test_a_whole_run_finds_what_it_should_and_the_next_one_goes_on(tmp_path):
     home = toolkit(tmp_path / "cuda", nvcc=compiler(CONFORMANCE))
     out = tmp_path / "out"

@@ -52,6 +52,7 @@ def test_it_is_made_anew(made: Path, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_two_builds_beside_vidattn(made: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(made, other)

@@ -201,7 +201,7 @@ def compile_all(processes: ProcessPoolExecutor, call: Call | DividedCall | Mixin
     return list(processes.map(compile_launch, *zip(*places.values())))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", TARGETS)
 def test_window3d(processes, arch, dtype):
     compiled = compile_all(processes, Call(dtype=dtype), arch)
@@ -249,7 +249,7 @@ def test_products_wait_where_the_loop_between_them_may_take_no_step(assume):
 TIME, SPACE = GPU_DIVIDED_CASES["timesformer_b_time"], GPU_DIVIDED_CASES["timesformer_b_space"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", TARGETS)
 def test_divided(processes, arch, dtype):
     """Sequences that share a tile, and those that are streamed, with a cls token."""
@@ -270,7 +270,7 @@ def test_divided(processes, arch, dtype):
 MIXING = GPU_MIXING_CASES["xvit_b_16_frames_div8"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", TARGETS)
 def test_mixing(processes, arch, dtype):
     """Frames that are streamed, and those that share a tile."""

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_WITH_DROPOUT,
+    FIRST_DTYPES,
     HAS_DROPOUT,
     about,
     device_of,
@@ -32,7 +32,7 @@ from vidattn.ops._tensors import keeps_lse
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 shifting_backends = pytest.mark.parametrize("backend", BACKENDS_THAT_SHIFT)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), FIRST_DTYPES)
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",

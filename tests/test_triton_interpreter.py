@@ -13,13 +13,25 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
-# By name: which tests, how many must have passed at least, and the backend in force.
+
+
+class Job(NamedTuple):
+    """Tests that run in a process of their own."""
+
+    files: list[str]
+    selection: str
+    least: int  # that must have passed
+    share: int = 1  # of each test, every so many-th case runs
+    backend: str | None = None  # in force
+
+
 NUMBERS = (
     "window_lengths and (49 or 98 or 144) or padding or without_bias or scale or mask_values or adversarial or hides"
     " or hidden or offset or log_sum or separate or dropout or nan or masks_repeat or fully_masked or minus_infinity"
@@ -31,7 +43,7 @@ FLOAT16 = "not (float16 and not bfloat16 and not (adversarial or saturated or sc
 OTHERS = (
     "every_short or clipped or shifted_and_cyclic or a_masked_key or table_of or expanded or pad_qkv or unused or empty"
     " or dropout_keeps or apart or masks_and_biases or learned_bias or same_as or strides and (sliced or different)"
-    " or saturated or bias_of or read_at or guards or planes or auto or inference_mode or saved or compile_window3d"
+    " or saturated or bias_of or read_at or guards or planes or auto or inference_mode or saved"
 )
 PARITY = ["test_window3d.py", "test_window3d_windows.py"]
 ALL = [*PARITY, "test_window3d_op.py", "test_window3d_triton.py"]
@@ -39,85 +51,79 @@ DIVIDED = ["test_divided.py", "test_divided_triton.py", "test_divided_op.py"]
 MIXING = ["test_mixing.py", "test_mixing_triton.py", "test_mixing_op.py"]
 SOME_DIVIDED = "not seventy and not (head_dims and not (5 or 20 or 64)) and not compile and not opcheck"
 JOBS = {
-    "others": (ALL, f"triton and not float16 and not float32 and ({OTHERS})", 78, None),
-    "float32": (ALL, f"triton and float32 and ({NUMBERS} or opcheck_window3d_backward)", 44, None),
-    "bfloat16": (
-        PARITY,
-        f"triton and bfloat16 and ({NUMBERS_OF_16_BITS} or padding or log_sum or mask_values)",
-        22,
-        None,
+    "others": Job(ALL, f"triton and not float16 and not float32 and not compile and ({OTHERS})", 36, share=4),
+    "float32": Job(ALL, f"triton and float32 and ({NUMBERS})", 20, share=3),
+    "bfloat16": Job(
+        PARITY, f"triton and bfloat16 and ({NUMBERS_OF_16_BITS} or padding or log_sum or mask_values)", 10, share=2
     ),
-    "float16": (PARITY, f"triton and float16 and not bfloat16 and ({NUMBERS_OF_16_BITS})", 12, None),
-    "options": (
+    "float16": Job(PARITY, f"triton and float16 and not bfloat16 and ({NUMBERS_OF_16_BITS})", 6, share=2),
+    "options": Job(
         ["test_window3d_options.py"],
         "triton and float32 and (1-triton or not_clipped and 5) or inf-triton or triton and (many or one_call or who)",
         7,
-        None,
     ),
-    "divided": (DIVIDED[:2], f"triton and not float16 and {SOME_DIVIDED}", 250, None),
-    "divided_16_bits": (  # "float16" is in "bfloat16" too
+    "divided": Job(DIVIDED[:2], f"triton and not float16 and {SOME_DIVIDED}", 80, share=4),
+    "divided_16_bits": Job(  # "float16" is in "bfloat16" too
         DIVIDED[::2],
         f"triton and {FLOAT16} and (float16 and {SOME_DIVIDED} or float32 and opcheck and (temporal or mean))",
-        110,
-        None,
+        32,
+        share=4,
     ),
-    "mixing": (
-        MIXING,
-        f"triton and {FLOAT16} and not seventy and not compile and not (opcheck and float16)",
-        210,
-        None,
+    "mixing": Job(
+        MIXING, f"triton and {FLOAT16} and not seventy and not compile and not (opcheck and float16)", 80, share=3
     ),
-    "mended": (["test_interpreted_bfloat16.py"], "", 5, None),
-    "plans": (["test_plans.py"], "triton", 14, None),
-    "golden": (["test_golden.py"], "accelerated", 11, "triton"),
-    "random": (["test_fuzz_calls.py"], "random", 7, None),
+    "mended": Job(["test_interpreted_bfloat16.py"], "", 5),
+    "plans": Job(["test_plans.py"], "triton", 14),
+    "golden": Job(["test_golden.py"], "accelerated", 11, backend="triton"),
+    "random": Job(["test_fuzz_calls.py"], "random", 7),
 }
 SLOW_JOBS = {
-    "everything": (ALL, "triton and not seventy", 200, None),
-    "everything_options": (["test_window3d_options.py"], "triton", 40, None),
-    "everything_divided": (DIVIDED, "triton and not seventy", 450, None),
-    "everything_mixing": (MIXING, "triton and not seventy", 215, None),
+    "everything": Job(ALL, "triton and not seventy", 200),
+    "everything_options": Job(["test_window3d_options.py"], "triton", 40),
+    "everything_divided": Job(DIVIDED, "triton and not seventy", 450),
+    "everything_mixing": Job(MIXING, "triton and not seventy", 215),
 }
 
 
-def _run(job: tuple[list[str], str, int, str | None]) -> subprocess.CompletedProcess[str]:
-    files, selection, _, backend = job
+def _run(name: str) -> subprocess.CompletedProcess[str]:
+    job = (JOBS | SLOW_JOBS)[name]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     # The products of numpy are small; threads would only take the time of the other process.
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    if backend is not None:
-        environment["VIDATTN_BACKEND"] = backend
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
-    command += [str(HERE / file) for file in files]
+    if job.backend is not None:
+        environment["VIDATTN_BACKEND"] = job.backend
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", job.selection]
+    command += [f"--share={job.share}", *(["-m", ""] if name in SLOW_JOBS else [])]
+    command += [str(HERE / file) for file in job.files]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=HERE.parent, timeout=3000, check=False
     )
 
 
-def _check(job: tuple[list[str], str, int, str | None], result: subprocess.CompletedProcess[str]) -> None:
+def _check(name: str, result: subprocess.CompletedProcess[str]) -> None:
     failed = re.findall(r"^(?:FAILED|ERROR) .*", result.stdout, re.MULTILINE)
     assert result.returncode == 0, "\n".join([*failed, result.stdout[-4000:], result.stderr[-2000:]])
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) >= job[2], result.stdout[-500:]
+    assert passed is not None and int(passed[1]) >= (JOBS | SLOW_JOBS)[name].least, result.stdout[-500:]
 
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """What becomes of the jobs, two of which run at a time."""
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(_run, job) for name, job in JOBS.items()}
+        yield {name: pool.submit(_run, name) for name in JOBS}
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_same_numbers(results: dict[str, Future[subprocess.CompletedProcess[str]]], name: str) -> None:
     """Against the float64 reference and against the recorded outputs of the papers' code."""
-    _check(JOBS[name], results[name].result())
+    _check(name, results[name].result())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_JOBS)
 def test_all_numbers(name: str) -> None:
-    _check(SLOW_JOBS[name], _run(SLOW_JOBS[name]))
+    _check(name, _run(name))
 
 
 def test_bfloat16_is_refused() -> None:

@@ -245,6 +245,7 @@ def test_the_longest_windows() -> None:
         check_dense(1, 1200, head_dim=64, bias=False)
 
 
+@pytest.mark.slow
 def test_more_groups_than_a_grid_has_in_y() -> None:
     try:
         emulated.install(checked=False)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_THAT_LEARN_A_DENSE_BIAS,
     BACKENDS_WITH_DROPOUT,
+    FIRST_DTYPES,
     HAS_DROPOUT,
     about,
     device_of,
@@ -32,7 +32,7 @@ import vidattn
 from vidattn.ops._tensors import keeps_lse
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+backends_and_dtypes = pytest.mark.parametrize(("backend", "dtype"), FIRST_DTYPES)
 SHIFTED = Case((3, 5, 7), (2, 3, 3), (1, 1, 1))
 # Rows of the table, types of windows, regions; and the options that go with them.
 PLAIN, AS_NEEDED = (None, None, None), (True, (), "before_shift")
