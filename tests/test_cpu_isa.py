@@ -48,12 +48,12 @@ def test_the_baseline_is_always_there() -> None:
 # The one in use is what the rest of the tests run.
 @pytest.mark.parametrize("isa", [isa for isa in _available() if isa != torch.ops.vidattn._cpu_isa()])
 def test_same_numbers(isa: str) -> None:
-    """The tests of the cpu backend that depend on vectors pass with it too: a third of the cases of each."""
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, "--share=3"]
+    """The tests of the cpu backend that depend on vectors pass with it too: a fifth of the cases of each."""
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, "--share=5"]
     result = _run([*command, *(str(HERE / name) for name in FILES)], isa)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) > 250, result.stdout[-500:]
+    assert passed is not None and int(passed[1]) > 150, result.stdout[-500:]
 
 
 @pytest.mark.parametrize("isa", _available())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -179,13 +180,15 @@ def _link(objects: list[Path], name: str, libraries: list[str]) -> Path:
 
 
 def _run(output: Path, arguments: list[str]) -> Path:
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = _unfinished(output)
-        done = subprocess.run([COMPILER, *arguments, "-o", str(unfinished)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"cuda_emulator: {COMPILER} failed:\n{done.stderr[-4000:]}")
-        unfinished.replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".lock").open("w") as lock:  # processes that need the same share the work
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            unfinished = _unfinished(output)
+            done = subprocess.run([COMPILER, *arguments, "-o", str(unfinished)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"cuda_emulator: {COMPILER} failed:\n{done.stderr[-4000:]}")
+            unfinished.replace(output)
     return output
 
 
