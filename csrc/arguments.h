@@ -61,16 +61,35 @@ inline RowTensor row_tensor(const Tensor& t, int64_t head_dim, int64_t first = 0
   STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   return {static_cast<char*>(t.data_ptr()) + first * t.stride(1) * bytes,
-          {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(2)) * bytes}};
+          {t.stride(0) * bytes, t.stride(1) * bytes, (t.dim() == 3 ? head_dim : t.stride(-2)) * bytes}};
 }
 
-// What the arguments of every family begin with.
-struct Tokens {
-  explicit Tokens(Arguments& from) : q(from.tensor()), k(from.tensor()), v(from.tensor()) {
-    STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+// What the arguments of every family begin with, and the gradients of that: q, k and v, or one tensor (..., 3, h, d).
+class Tokens {
+ public:
+  explicit Tokens(Arguments& from) : q(from.tensor()), k_(from.maybe_tensor()), v_(from.maybe_tensor()) {
+    STD_TORCH_CHECK(!k_ == !v_, "expected both k and v, or none of them");
+    STD_TORCH_CHECK(!k_ || (q.scalar_type() == k_->scalar_type() && q.scalar_type() == v_->scalar_type()),
                     "expected q, k and v of one dtype");
+    STD_TORCH_CHECK(k_ || (q.dim() >= 3 && q.size(-3) == 3), "expected three of each row in a packed tensor");
   }
-  const Tensor &q, &k, &v;
+  // Dimensions of each of the three.
+  int64_t dim() const { return q.dim() - !k_; }
+
+  // Lets `view` read each of them into a slot, the next ones after the first.
+  template <class View, class F>
+  void read(View* first, F view) const {
+    const Tensor* const tensors[] = {&q, k_ ? k_ : &q, v_ ? v_ : &q};
+    for (int i = 0; i < 3; ++i) {
+      first[i] = view(*tensors[i]);
+      if (!k_) first[i].data += i * q.stride(-3) * static_cast<int64_t>(q.element_size());
+    }
+  }
+
+  const Tensor& q;  // or the packed one
+
+ private:
+  const Tensor *k_, *v_;
 };
 
 template <class Args>

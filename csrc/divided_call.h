@@ -5,6 +5,10 @@
 
 namespace vidattn {
 
+inline void read_rows(DividedArgs& a, const Tokens& tokens, Slot first) {
+  tokens.read(&a.tensor[first], [&](const Tensor& t) { return row_tensor(t, a.head_dim, a.cls); });
+}
+
 // Reads the fields of DividedCall in vidattn/calls.py, which says what they are, and after them the context or its
 // gradient, which has the patches of a clip alone, or a cls token that sees all in front of them. The seed lies on the
 // device of q, so whoever can reads it.
@@ -29,9 +33,7 @@ inline DividedArgs read_divided_call(Arguments& from, Slot context, const Tensor
   a.cls = tokens.q.size(1) - count;
   STD_TORCH_CHECK(a.cls == a.cls_sees_all || a.cls == 1, "expected a cls token and the patches, got ", tokens.q.size(1),
                   " rows");
-  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim, a.cls);
-  a.tensor[kK] = row_tensor(tokens.k, a.head_dim, a.cls);
-  a.tensor[kV] = row_tensor(tokens.v, a.head_dim, a.cls);
+  read_rows(a, tokens, kQ);
   a.tensor[context] = row_tensor(patches, a.head_dim, a.cls_sees_all);
   return a;
 }

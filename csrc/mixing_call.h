@@ -21,6 +21,10 @@ inline std::vector<ChannelShift> channel_shifts(const Ints& flat, int64_t channe
   return shifts;
 }
 
+inline void read_rows(MixingArgs& a, const Tokens& tokens, Slot first) {
+  tokens.read(&a.tensor[first], [&](const Tensor& t) { return row_tensor(t, a.head_dim); });
+}
+
 // Reads the fields of MixingCall in vidattn/calls.py, which says what they are. The ranges of channels go to `shifts`.
 // The seed lies on the device of q, so whoever can reads it.
 inline MixingArgs read_mixing_call(Arguments& from, std::vector<ChannelShift>& shifts, const Tensor*& seed) {
@@ -34,9 +38,7 @@ inline MixingArgs read_mixing_call(Arguments& from, std::vector<ChannelShift>& s
   set_shape(a, tokens.q);
   a.frames = tokens.q.size(0), a.tokens = tokens.q.size(1);
   STD_TORCH_CHECK(a.segment >= 1 && a.frames % a.segment == 0, "expected whole segments of frames");
-  a.tensor[kQ] = row_tensor(tokens.q, a.head_dim);
-  a.tensor[kK] = row_tensor(tokens.k, a.head_dim);
-  a.tensor[kV] = row_tensor(tokens.v, a.head_dim);
+  read_rows(a, tokens, kQ);
   shifts = channel_shifts(flat, a.heads * a.head_dim);
   a.shifts = shifts.data(), a.num_shifts = static_cast<int64_t>(shifts.size());
   return a;

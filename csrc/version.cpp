@@ -6,7 +6,7 @@ namespace vidattn {
 
 // That of vidattn/ops/_library.py, which says when it grows.
 int64_t native_version() {
-  return 6;
+  return 7;
 }
 
 // The version of CUDA that compiled the kernels, or why there are none; setup.py says which.

@@ -12,8 +12,12 @@ inline TokenTensor token_tensor(const Tensor& t, int64_t head_dim) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   STD_TORCH_CHECK(t.stride(-1) == 1 || t.size(-1) == 1, "the last dimension must be contiguous");
   for (int axis = 0; axis < 4; ++axis) view.stride[axis] = t.stride(axis) * bytes;
-  view.stride[4] = (t.dim() == 5 ? head_dim : t.stride(4)) * bytes;
+  view.stride[4] = (t.dim() == 5 ? head_dim : t.stride(-2)) * bytes;
   return view;
+}
+
+inline void read_tokens(Window3dArgs& a, const Tokens& tokens, Slot first) {
+  tokens.read(&a.tensor[first], [&](const Tensor& t) { return token_tensor(t, a.head_dim); });
 }
 
 // Reads the fields of WindowCall in vidattn/calls.py, which says what they are. The seed lies on the device of q, so
@@ -32,7 +36,7 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
   a.shift_first = from.take<bool>();
 
   const Tensor& q = tokens.q;
-  STD_TORCH_CHECK(q.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3 &&
+  STD_TORCH_CHECK(tokens.dim() == 6 && window.size() == 3 && shift.size() == 3 && wrap.size() == 3 &&
                       (padding.empty() || padding.size() == 6),
                   "expected q of 6 dimensions and 3 axes");
   set_shape(a, q);
@@ -52,9 +56,7 @@ inline Window3dArgs read_window3d_call(Arguments& from, const Tensor*& seed) {
     a.tokens *= window[axis];
     a.groups *= a.count[axis];
   }
-  a.tensor[kQ] = token_tensor(q, a.head_dim);
-  a.tensor[kK] = token_tensor(tokens.k, a.head_dim);
-  a.tensor[kV] = token_tensor(tokens.v, a.head_dim);
+  read_tokens(a, tokens, kQ);
   if (pad_qkv) a.pad_qkv = static_cast<const char*>(pad_qkv->data_ptr());
   if (bias) {
     a.bias = bias->data_ptr();

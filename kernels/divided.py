@@ -178,6 +178,7 @@ def plan_backward(
 def _arguments(call: DividedCall, sequences: Sequences, rows: int) -> dict[str, Any]:
     """Give what all kernels take, and a little more: ``rows`` are the tokens of a clip besides the cls token."""
     q, k, v, mixing = call.q, call.k, call.v, sequences.mixing
+    assert k is not None and v is not None  # native ops alone take packed tensors
     return {
         "q": Rows(q, *q.stride()[:3]),
         "k": Rows(k, *k.stride()[:3]),

@@ -204,6 +204,7 @@ class _Problem:
 
 def _addressable(call: WindowCall) -> WindowCall:
     """Copy what the kernels cannot address: grids that take more than one stride to count through, strided biases."""
+    assert call.k is not None and call.v is not None  # native ops alone take packed tensors
     q, k, v = (x if _token_stride(x) else x.contiguous() for x in (call.q, call.k, call.v))
     bias, mask = (None if x is None else x.contiguous() for x in (call.bias, call.mask))
     return call._replace(q=q, k=k, v=v, bias=bias, mask=mask)
@@ -252,9 +253,8 @@ def _token_stride(x: Tensor) -> int:
 def _shared_arguments(problem: _Problem) -> dict[str, Any]:
     """Arguments that all attending kernels take, the same for all of a call."""
     call = problem.call
-    rows = {
-        name: Rows(x, x.stride(0), _token_stride(x), x.stride(-2)) for name, x in zip("qkv", (call.q, call.k, call.v))
-    }
+    qkv: Any = (call.q, call.k, call.v)  # three tensors
+    rows = {name: Rows(x, x.stride(0), _token_stride(x), x.stride(-2)) for name, x in zip("qkv", qkv)}
     return {
         **rows,
         "pad_qkv": call.pad_qkv if problem.tables.has_padding else None,

@@ -156,7 +156,8 @@ def test_the_log_sum_exp() -> None:
     for length, dtype in ((5, BF16), (20, F16)):
         qkv = Case("temporal", length, 4, "hwt", head_dim=16).inputs(dtype)["qkv"]
         qkv[0, 0, 0, :, 0], qkv[0, :length, 1, :, 0] = 1.0, -INF
-        call = divided._call(divided.Inputs(qkv, None, None), divided.Options(length, "hwt", 2, None, 0.25, 0.0))
+        options = divided.Options(length, "hwt", 2, None, 0.25, 0.0)
+        call = divided._call(divided.Inputs(qkv, None, None), options, "cuda")
         lse = torch.empty(2, 4 * length, 2)
         divided.launch_functions("cuda")[0](call, qkv.new_empty(2, 4 * length, 32), None, None, lse)
         q, k = (x.unflatten(1, (4, length)) for x in qkv.unbind(-3)[:2])

@@ -1,6 +1,7 @@
 """What an op hands to the kernels of a backend: one value a family, made once a pass, in the order of its native ops.
 
 A launch function takes the value, then the tensors that belong to the pass alone. Tensors have a dense last dimension.
+Native ops take a packed tensor too, (..., 3, h, d) in the place of q and None for k and v, and so for their gradients.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class WindowCall(NamedTuple):
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     bias: Tensor | None
     bias_window: Sequence[int]
     mask: Tensor | None
@@ -76,8 +77,8 @@ class DividedCall(NamedTuple):
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     seed: Tensor | None
     num_frames: int
     time_fastest: bool
@@ -102,8 +103,8 @@ class MixingCall(NamedTuple):
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     seed: Tensor | None
     num_frames: int
     channel_shifts: Sequence[int]

@@ -84,7 +84,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
                   "expected a gradient of a cls token that attends to each frame");
   // out, cls and lse: here a query's scores are at hand all at once
   from.maybe_tensor(), from.maybe_tensor(), from.maybe_tensor();
-  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim, a.cls);
+  read_rows(a, Tokens(from), kDq);
   Numbers shares;
   if (a.cls) {
     shares = new_numbers(a, 3 * size_of_shares(a));

@@ -37,7 +37,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   MixingArgs a = read_call(from, shifts);
   a.tensor[kDout] = row_tensor(from.tensor(), a.head_dim);
   from.maybe_tensor(), from.maybe_tensor();  // out and lse: here a query's scores are at hand all at once
-  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
+  read_rows(a, Tokens(from), kDq);
   run(a, kernels(a, true), true, a.frames * a.heads);
 }
 

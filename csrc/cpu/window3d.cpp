@@ -118,7 +118,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   Window3dArgs a = read_call(from);
   a.tensor[kDout] = token_tensor(from.tensor(), a.head_dim);
   from.maybe_tensor(), from.maybe_tensor();  // out and lse: here a query's scores are at hand all at once
-  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = token_tensor(from.tensor(), a.head_dim);
+  read_tokens(a, Tokens(from), kDq);
   const Tensor *dbias = from.maybe_tensor(), *dpad = from.maybe_tensor();
   void *dbias_data = dbias ? dbias->data_ptr() : nullptr, *dpad_data = dpad ? dpad->data_ptr() : nullptr;
   if (a.element == Element::float64)

@@ -52,11 +52,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   DividedArgs a = read_divided_call(from, kDout, seed);
   const Tensor *dcls = from.maybe_tensor(), *out = from.maybe_tensor();
   const Tensor *cls = from.maybe_tensor(), *lse = from.maybe_tensor();
-  const Tensor* gradients[3];
-  for (int i = 0; i < 3; ++i) {
-    gradients[i] = &from.tensor();
-    a.tensor[kDq + i] = row_tensor(*gradients[i], a.head_dim, a.cls);
-  }
+  read_rows(a, Tokens(from), kDq);
   check(a);
   STD_TORCH_CHECK((dcls != nullptr) == (a.cls == 1) && (cls != nullptr) == (a.cls == 1),
                   "expected a context of the cls token, and its gradient, where there is one");
@@ -67,7 +63,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (out) a.tensor[kOut] = row_tensor(*out, a.head_dim);
   if (lse) a.lse = lse->data_ptr();
-  OnDeviceOf device(*gradients[0]);
+  OnDeviceOf device(from.first());
   run_axes(
       a, [&] { return divided_short_backward(a, device.stream()); },
       [&] { return divided_backward(a, device.new_floats(divided_backward_floats(a)), device.stream()); });

@@ -44,7 +44,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(out && lse, "expected the context and log-sum-exp of the forward pass");
   a.tensor[kOut] = row_tensor(*out, a.head_dim);
   a.lse = lse->data_ptr();
-  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = row_tensor(from.tensor(), a.head_dim);
+  read_rows(a, Tokens(from), kDq);
   check(a);
   OnDeviceOf device(dout);
   const char* error = mixing_backward(a, device.new_floats(mixing_backward_floats(a)), device.stream());

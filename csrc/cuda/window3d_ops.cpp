@@ -41,7 +41,7 @@ void window3d_backward_op(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(out && lse, "expected the context and log-sum-exp of the forward pass");
   a.tensor[kOut] = token_tensor(*out, a.head_dim);
   a.lse = lse->data_ptr();
-  for (Slot slot : {kDq, kDk, kDv}) a.tensor[slot] = token_tensor(from.tensor(), a.head_dim);
+  read_tokens(a, Tokens(from), kDq);
   const Tensor *dbias = from.maybe_tensor(), *dpad = from.maybe_tensor();
   check(a);
   STD_TORCH_CHECK(!dbias || a.bias_is_table, "the gradient of a dense bias is not implemented");

@@ -176,6 +176,8 @@ def finite_number(function: str, name: str, value: Any, *, minus_infinity: bool 
         TypeError: it is none.
         ValueError: it is not finite.
     """
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # the rest is slow to tell
+        return value
     if isinstance(value, bool) or not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{function}: {name}: expected a number, got {_describe(value)}")
     number = value if isinstance(value, (int, torch.SymFloat)) else float(value)
@@ -202,6 +204,8 @@ def _check_values(function: str, name: str, x: Tensor) -> None:
 
 def _autocast(x: Tensor) -> Tensor:
     """Cast as autocast does for matrix products: float64 stays."""
+    if not torch._C._is_any_autocast_enabled():  # the rest is slow to tell
+        return x
     device_type = x.device.type
     if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return x

@@ -44,7 +44,7 @@ LIBRARY = torch.library.Library("vidattn", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 # Grows with every change of what native ops take. An extension built from other sources would read other arguments.
-_NATIVE_VERSION = 6
+_NATIVE_VERSION = 7
 LIBRARY.define("_native_version() -> int")
 # The version of CUDA that compiled the kernels, "13.0" say; or, without any, why there are none.
 LIBRARY.define("_cuda_build() -> str")
@@ -94,6 +94,8 @@ def native_kernel_missing(op: str, dispatch_key: str) -> str | None:
 
 def describe_call(op: str, q: Tensor, *more: Any) -> AttentionCall:
     """Say what kind of call an op's first tensor makes; the other fields follow, from the number of tokens on."""
+    if q.is_cpu:  # a device takes long to tell its type
+        return AttentionCall(op, "cpu", q.dtype, q.shape[-1], None, *more)
     device = q.device
     return AttentionCall(op, device.type, q.dtype, q.shape[-1], device.index, *more)
 
@@ -260,7 +262,7 @@ def register_attention(
 
     def fake_backward_op(*args: Any) -> tuple[Tensor | None, ...]:
         given, needs = inputs(*args[num_gradients:num_inputs]), args[first_option + num_options : -1]
-        return (*new_gradients(given)[0], *map(fake_sum, given[3:-1], needs))
+        return (*new_gradients(given), *map(fake_sum, given[3:-1], needs))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[num_tensors:]

@@ -43,6 +43,16 @@ def separate(inputs: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     return last_dim_dense(inputs.q), last_dim_dense(inputs.k), last_dim_dense(inputs.v)
 
 
+def for_kernels(inputs: Tokens, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Give q, k and v as the kernels of a backend take them: native ones a packed tensor as it is, Triton's its views.
+
+    Three views take longer to make than a small call takes to compute.
+    """
+    if backend == "triton" or inputs.k is not None:
+        return separate(inputs)
+    return last_dim_dense(inputs.q), None, None
+
+
 def shape_of_q(inputs: Tokens) -> list[int]:
     """Give the shape of q, whether it is packed or not."""
     shape = list(inputs.q.shape)
@@ -56,13 +66,16 @@ def new_outputs(inputs: Tokens) -> tuple[Tensor, Tensor]:
     return q.new_empty(*grid, heads * head_dim), q.new_empty(*grid, heads, dtype=accumulator_dtype(q.dtype))
 
 
-def new_gradients(inputs: Tokens) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """Allocate what the op returns for q, k, v, and the three tensors in it that a kernel fills."""
-    if inputs.k is None or inputs.v is None:
-        packed = inputs.q.new_empty(inputs.q.shape)
-        return (packed, None, None), packed.unbind(-3)
-    separate = tuple(x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v))
-    return separate, separate
+def new_gradients(inputs: Tokens) -> tuple[Tensor | None, ...]:
+    """Allocate what the op returns for q, k and v."""
+    return tuple(None if x is None else x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v))
+
+
+def gradients_for_kernels(dqkv: Sequence[Tensor | None], backend: str) -> tuple[Tensor | None, ...]:
+    """Give what ``new_gradients`` allocated as the kernels of a backend fill it: as ``for_kernels`` for q, k and v."""
+    dq, dk, _ = dqkv
+    assert dq is not None
+    return dq.unbind(-3) if backend == "triton" and dk is None else tuple(dqkv)
 
 
 def pack(inputs: Tokens, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

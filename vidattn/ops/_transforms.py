@@ -31,11 +31,13 @@ class _Op(NamedTuple):
     """How a transform sees an op.
 
     Attributes:
+        op: itself.
         plain: takes the op's arguments and computes it in differentiable PyTorch.
         function: the op with its derivative, for the transforms of ``torch.func``.
         numbers: places of its floating point arguments.
     """
 
+    op: Callable[..., Any]
     plain: Callable[..., Any]
     function: type[torch.autograd.Function]
     numbers: tuple[int, ...]
@@ -75,8 +77,8 @@ def call_op(name: str, *args: Any) -> Any:
             return call_with_numbers(name, *args, torch.stack([one * number for number in numbers]))
     elif not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():  # its step would be Python, which takes long when no cache has it
-            return getattr(torch.ops.vidattn, name)(*args)
-    return getattr(torch.ops.vidattn, name)(*args)
+            return _ops[name].op(*args)
+    return _ops[name].op(*args)
 
 
 def call_with_numbers(name: str, *args: Any) -> Any:
@@ -186,7 +188,7 @@ def register_transforms(
         },
     )
     numbers = tuple(place for place, arg in enumerate(op._schema.arguments) if str(arg.type) == "float")
-    _ops[name] = _Op(plain, function, numbers)
+    _ops[name] = _Op(op, plain, function, numbers)
     _register(library, name, implementation, plain, fake, setup_context, backward)
     torch.library.register_vmap(f"vidattn::{name}", vmap, lib=library)
     # ONNX has standard operators alone. Fake tensors would take a decomposition too if there were no meta function.

@@ -273,7 +273,7 @@ def _attend(
         arguments.check_scale(name, options.scale, head_dim),
         arguments.check_dropout(name, options.dropout_p),
     )
-    longest = max(_keys(inputs, options))
+    longest = max(_keys(tokens, heads, options))
     cls_query = "all" if options.cls_token == "all" else "own"
     out, cls, _ = call_attention(name, "divided_attention", inputs, options, backend, longest, cls_query=cls_query)
     return out, cls
@@ -301,7 +301,7 @@ LIBRARY.define(
 # token order, then of the cls token in each frame. With cls_sees_all row 0 of out and dout is the cls token's too.
 NATIVE_FORWARD = "_divided_attention_forward"
 _CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor? seed,"
+    "Tensor q, Tensor? k, Tensor? v, Tensor? seed,"
     " int num_frames, bool time_fastest, int temporal_heads, float scale, float dropout_p, bool cls_sees_all"
 )
 LIBRARY.define(
@@ -309,7 +309,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"_divided_attention_backward({_CALL}, Tensor dout, Tensor? dcls, Tensor? out, Tensor? cls, Tensor? lse,"
-    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    " Tensor(a!) dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()"
 )
 
 _NATIVE = native_pass(NATIVE_FORWARD), native_pass("_divided_attention_backward")
@@ -334,17 +334,16 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
     return _NATIVE
 
 
-def _keys(inputs: Inputs, options: Options) -> tuple[int, int]:
+def _keys(tokens: int, heads: int, options: Options) -> tuple[int, int]:
     """Count the tokens of a sequence over time and of one over space, 0 where no head attends along it."""
-    _, tokens, heads, _ = tensors.shape_of_q(inputs)
     cls = 0 if options.cls_token is None else 1
     over_time = cls + options.num_frames if options.temporal_heads > 0 else 0
     return over_time, cls + (tokens - cls) // options.num_frames if options.temporal_heads < heads else 0
 
 
-def _call(inputs: Inputs, options: Options) -> DividedCall:
+def _call(inputs: Inputs, options: Options, backend: str) -> DividedCall:
     return DividedCall(
-        *tensors.separate(inputs),
+        *tensors.for_kernels(inputs, backend),
         seed=inputs.seed,
         num_frames=options.num_frames,
         time_fastest=options.token_order == "hwt",
@@ -366,7 +365,7 @@ def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor
     cls_dtype = q.dtype if cls_token == "per_frame" else accumulator
     cls = q.new_empty(batch, cls_frames, heads * head_dim, dtype=cls_dtype)
     whole_row_keys = tensors.CUDA_WHOLE_ROW_KEYS if cls_token is None else 0
-    kept = tensors.keeps_lse(max(_keys(inputs, options)), backend, whole_row_keys)
+    kept = tensors.keeps_lse(max(_keys(tokens, heads, options)), backend, whole_row_keys)
     rows = patches + cls_frames if kept else 0
     lse = q.new_empty(batch, rows, heads, dtype=accumulator)
     return out, cls, lse
@@ -383,7 +382,7 @@ def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Te
     exact_cls = cls.to(lse.dtype) if options.cls_token in ATTENDS_TO_FRAMES else None
     launch, _ = launch_functions(backend)
     launch(
-        _call(inputs, options),
+        _call(inputs, options, backend),
         out[:, 1:] if has_mean else out,
         exact_cls,
         out[:, 0] if has_mean else None,
@@ -409,7 +408,7 @@ def _backward(
         qkv = tensors.separate(inputs)
         found = reference.divided_attention_backward(dout, dcls, *qkv, inputs.seed, **options._asdict())
         return tensors.pack(inputs, found)
-    dqkv, views = tensors.new_gradients(inputs)
+    dqkv = tensors.new_gradients(inputs)
     if dout.numel() == 0:
         return dqkv
     accumulator = accumulator_dtype(inputs.q.dtype)
@@ -422,7 +421,7 @@ def _backward(
         dcls = tensors.last_dim_dense(dcls.to(accumulator))
     cls = None if cls is None or options.cls_token not in ATTENDS_TO_FRAMES else cls.to(accumulator)
     _, launch = launch_functions(backend)
-    launch(_call(inputs, options), dout, dcls, out, cls, lse, *views)
+    launch(_call(inputs, options, backend), dout, dcls, out, cls, lse, *tensors.gradients_for_kernels(dqkv, backend))
     return dqkv
 
 

@@ -231,11 +231,13 @@ LIBRARY.define(
 # Implemented by the extension per device, with the fields of a MixingCall first. out, dout: (B * T, N, h * d);
 # lse: (B * T, N, h) in the accumulator's dtype.
 NATIVE_FORWARD = "_space_time_mixing_attention_forward"
-_CALL = "Tensor q, Tensor k, Tensor v, Tensor? seed, int num_frames, int[] channel_shifts, float scale, float dropout_p"
+_CALL = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? seed, int num_frames, int[] channel_shifts, float scale, float dropout_p"
+)
 LIBRARY.define(f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!)? lse) -> ()")
 LIBRARY.define(
     f"_space_time_mixing_attention_backward({_CALL}, Tensor dout, Tensor? out, Tensor? lse,"
-    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    " Tensor(a!) dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()"
 )
 # x, out: (frames, ...), contiguous, of any dtype, with the channels in dimension `dim`.
 NATIVE_SHIFT = "_temporal_shift"
@@ -267,8 +269,8 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
     return _NATIVE
 
 
-def _call(inputs: Inputs, options: Options) -> MixingCall:
-    return MixingCall(*tensors.separate(inputs), seed=inputs.seed, **options._asdict())
+def _call(inputs: Inputs, options: Options, backend: str) -> MixingCall:
+    return MixingCall(*tensors.for_kernels(inputs, backend), seed=inputs.seed, **options._asdict())
 
 
 def _new_outputs(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
@@ -287,7 +289,7 @@ def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Te
         given = options._asdict() | {"channel_shifts": _triples(options.channel_shifts), "seed": inputs.seed}
         return reference.space_time_mixing_attention(tensors.separate(inputs), **given), lse
     launch, _, _ = launch_functions(backend)
-    launch(_call(inputs, options), out, lse if lse.shape[1] > 0 else None)
+    launch(_call(inputs, options, backend), out, lse if lse.shape[1] > 0 else None)
     return out, lse
 
 
@@ -307,10 +309,11 @@ def _backward(
             inputs,
             reference.space_time_mixing_attention_backward(dout, qkv, inputs.seed, *given),  # type: ignore[arg-type]
         )
-    dqkv, views = tensors.new_gradients(inputs)
+    dqkv = tensors.new_gradients(inputs)
     if dout.numel() > 0:
         _, launch, _ = launch_functions(backend)
-        launch(_call(inputs, options), dout, *outputs, *views)
+        views = tensors.gradients_for_kernels(dqkv, backend)
+        launch(_call(inputs, options, backend), dout, *outputs, *views)
     return dqkv
 
 

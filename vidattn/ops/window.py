@@ -145,7 +145,7 @@ LIBRARY.define(
 
 
 def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
-    q, k, v = map(_as_grid, tensors.separate(inputs))
+    q, k, v = map(_as_grid, tensors.for_kernels(inputs, backend))
     return WindowCall(
         q,
         k,
@@ -155,7 +155,7 @@ def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
         mask=tensors.accumulated(inputs.mask, q, backend),
         pad_qkv=None,
         seed=inputs.seed,
-        window=q.shape[1:4],
+        window=(1, 1, inputs.q.shape[1]),
         shift=(0, 0, 0),
         wrap=(False, False, False),
         scale=options.scale,
@@ -193,10 +193,11 @@ def _backward(
         *found, dbias = window_attention_backward(dout, tensors.separate(inputs), inputs.bias, inputs.mask, **given)
         dqkv = tensors.pack(inputs, found)
     else:
-        dqkv, views = tensors.new_gradients(inputs)
+        dqkv = tensors.new_gradients(inputs)
         dbias = tensors.new_sum(inputs.bias, inputs, needs_bias)
         if dout.numel() > 0:
             _, launch = launch_functions(backend)
+            views = tensors.gradients_for_kernels(dqkv, backend)
             given_grids = map(_as_grid, (tensors.last_dim_dense(dout), *outputs, *views))
             launch(_call(inputs, options, backend), *given_grids, dbias, None)
     return (*dqkv, tensors.as_input(dbias, inputs.bias, needs_bias))

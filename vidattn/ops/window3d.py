@@ -354,14 +354,14 @@ LIBRARY.define(
 # Implemented by the extension per device, with the fields of a WindowCall first.
 NATIVE_FORWARD = "_window3d_attention_forward"
 _CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, int[] bias_window, Tensor? mask, Tensor? pad_qkv, Tensor? seed,"
+    "Tensor q, Tensor? k, Tensor? v, Tensor? bias, int[] bias_window, Tensor? mask, Tensor? pad_qkv, Tensor? seed,"
     " int[] window, int[] shift, int[] wrap, float scale, float mask_value, float dropout_p,"
     " Tensor? window_types, Tensor? regions, int[] padding, bool shift_first"
 )
 LIBRARY.define(f"{NATIVE_FORWARD}({_CALL}, Tensor(a!) out, Tensor(b!) lse) -> ()")
 LIBRARY.define(
     f"_window3d_attention_backward({_CALL}, Tensor dout, Tensor? out, Tensor? lse,"
-    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dpad) -> ()"
+    " Tensor(a!) dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, Tensor(e!)? dpad) -> ()"
 )
 
 _NATIVE = native_pass(NATIVE_FORWARD), native_pass("_window3d_attention_backward")
@@ -387,7 +387,7 @@ def launch_functions(backend: str) -> tuple[Callable[..., None], Callable[..., N
 
 
 def _call(inputs: Inputs, options: Options, backend: str) -> WindowCall:
-    q, k, v = tensors.separate(inputs)
+    q, k, v = tensors.for_kernels(inputs, backend)
     windows, bias_window = _known_windows(
         tuple(q.shape[1:4]),
         tuple(options.window_size),
@@ -492,13 +492,14 @@ def _backward(
         )
         dqkv = tensors.pack(inputs, found)
     else:
-        dqkv, views = tensors.new_gradients(inputs)
+        dqkv = tensors.new_gradients(inputs)
         dbias, dpad = (tensors.new_sum(x, inputs, needed) for x, needed in zip(companions, needs, strict=True))
         if dout.numel() > 0:
             _, launch = launch_functions(backend)
             call = _call(inputs, options, backend)
             expanded = dbias is not None and _has_dense_bias(inputs)
             into = tensors.new_sum(call.bias, inputs, True) if expanded else dbias
+            views = tensors.gradients_for_kernels(dqkv, backend)
             launch(call, tensors.last_dim_dense(dout), *outputs, *views, into, dpad)
             if expanded:
                 dbias = table_gradient(into, _rows(inputs, options), dbias.shape)  # type: ignore[arg-type, union-attr]
