@@ -297,7 +297,7 @@ class Window3d final : public Group<P> {
     bias_ = nullptr;
     for (int64_t type = 0; has_dense_bias() && type < a_.types; ++type) bias_ranges_[type] = -1;  // not known yet
     if (!a_.bias_is_table) return;
-    expanded_.load(head);
+    expanded_.take_head(head);
     bias_range_ = expanded_.range();
   }
 
@@ -307,16 +307,18 @@ class Window3d final : public Group<P> {
     dbias_ = nullptr;
     if (a_.dbias_partial) {
       T* partial = (T*)a_.dbias_partial + (chunk * a_.heads + this->head) * a_.bias_size;
-      for (int64_t i = 0; i < a_.bias_size; ++i) partial[i] = 0;
+      if (a_.bias_is_table)
+        expanded_.start_gradients();
+      else
+        for (int64_t i = 0; i < a_.bias_size; ++i) partial[i] = 0;
       dbias_ = partial;
-      expanded_.start_gradients();
     }
     for (int64_t c = 0; c < 2 * d_; ++c) dpad_[c] = 0;
   }
 
   void finish_gradients(int64_t chunk) {
     if (a_.dbias_partial && a_.bias_is_table) {
-      expanded_.add_gradients((T*)a_.dbias_partial + (chunk * a_.heads + this->head) * a_.bias_size);
+      expanded_.finish_gradients((T*)a_.dbias_partial + (chunk * a_.heads + this->head) * a_.bias_size);
     }
     if (a_.dpad_partial) {
       T* partial = (T*)a_.dpad_partial + (chunk * a_.heads + this->head) * 2 * d_;

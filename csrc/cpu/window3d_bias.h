@@ -59,19 +59,21 @@ class ExpandedBias {
       s.at = size;
       const bool used =
           k == 0 || (has_parts_ && (a_.region_mask[1] || k / 3 == kAll) && (a_.region_mask[2] || k % 3 == kAll));
-      size += used ? round_up(s.rows * (2 * slices_ - 1) * s.size(), kLanes<T>) : 0;
+      size += used ? round_up(s.rows * (2 * slices_ - 1) * s.size(), kLanes<T>) + kLanes<T> : 0;
     }
     if (!a_.bias_is_table) return;
-    table_ = arena.take<T>(a_.bias_size);
+    table_ = arena.take<T>(a_.bias_size + kLanes<T>);
     biases_ = arena.take<T>(size + slack);
-    if (gradients) gradients_ = arena.take<T>(size);
+    if (!gradients) return;
+    gradients_ = arena.take<T>(size);
+    sums_ = arena.take<T>(a_.bias_size + kLanes<T>);
   }
 
   bool has_parts() const { return has_parts_; }
   int64_t slice() const { return slice_[0].size(); }  // tokens
   T range() const { return range_; }                  // the largest bias less the smallest
 
-  void load(int64_t head) {
+  void take_head(int64_t head) {
     // Reversed, so that its rows ascend with the key's coordinates.
     for (int64_t row = 0; row < a_.bias_size; ++row)
       table_[row] = ((const T*)a_.bias)[(a_.bias_size - 1 - row) * a_.heads + head];
@@ -81,9 +83,10 @@ class ExpandedBias {
 
   const T* biases(int kind) {
     T* to = biases_ + slice_[kind].at;
+    // Whole vectors: what goes beyond a run is overwritten by the next one.
     if (!(expanded_ >> kind & 1))
-      for_each_run(slice_[kind], [&](int64_t at, int64_t row, int64_t length) {
-        for (int64_t i = 0; i < length; ++i) to[at + i] = table_[row + i];
+      for_each_run<false>(slice_[kind], [&](int64_t at, int64_t row, int64_t length) {
+        for (int64_t i = 0; i < length; i += kLanes<T>) store(to + at + i, load(table_ + row + i));
       });
     expanded_ |= 1 << kind;
     return to;
@@ -101,13 +104,18 @@ class ExpandedBias {
     summed_ |= 1 << kind;
     return sums;
   }
-  // Adds them to one head's gradients of the table.
-  void add_gradients(T* table) const {
+  // Gives one head's gradients of the table.
+  void finish_gradients(T* table) const {
+    for (int64_t row = 0; row < a_.bias_size; ++row) sums_[row] = 0;
+    // Whole vectors, of which those that follow each other have no row in common: a core waits for what it stored last.
     for (int k = 0; k < kKinds; ++k)
       if (summed_ >> k & 1)
-        for_each_run(slice_[k], [&](int64_t at, int64_t row, int64_t length) {
-          for (int64_t i = 0; i < length; ++i) table[a_.bias_size - 1 - row - i] += gradients_[slice_[k].at + at + i];
+        for_each_run<true>(slice_[k], [&](int64_t at, int64_t row, int64_t length) {
+          const T* from = gradients_ + slice_[k].at + at;
+          for (int64_t i = 0; i < length; i += kLanes<T>)
+            store(sums_ + row + i, load(sums_ + row + i) + load_first(from + i, length - i));
         });
+    for (int64_t row = 0; row < a_.bias_size; ++row) table[a_.bias_size - 1 - row] = sums_[row];
   }
 
  private:
@@ -124,18 +132,22 @@ class ExpandedBias {
   int64_t last(int axis, Places places) const { return places == kBefore ? a_.first_late(axis) : extent(axis); }
 
   // Calls run(position in the expansion, row of the reversed table, length) for every contiguous run that both have in
-  // common.
-  template <class F>
+  // common: by position for each query, or of all slices, then of the next line in them.
+  template <bool Lines, class F>
   void for_each_run(const Slice& s, F run) const {
-    const int64_t width = s.right - s.left, *w = a_.bias_window;
-    for (int64_t p = 0; p < s.rows; ++p)
-      for (int64_t t = 0; t < 2 * slices_ - 1; ++t)
-        for (int64_t y = 0; y < s.bottom - s.top; ++y) {
-          const int64_t delta_d = t - (slices_ - 1), delta_h = y - p / width, delta_w = -(p % width);
-          const int64_t row =
-              ((delta_d + w[0] - 1) * (2 * w[1] - 1) + delta_h + w[1] - 1) * (2 * w[2] - 1) + delta_w + w[2] - 1;
-          run((p * (2 * slices_ - 1) + t) * s.size() + y * width, row, width);
-        }
+    struct Axis {
+      int64_t count, at, row;  // steps from one to the next
+    };
+    const int64_t width = s.right - s.left, *w = a_.bias_window, line = 2 * w[2] - 1, slice = (2 * w[1] - 1) * line;
+    const Axis slices{2 * slices_ - 1, s.size(), slice}, lines{s.bottom - s.top, width, line};
+    const Axis outer = Lines ? lines : slices, inner = Lines ? slices : lines;
+    for (int64_t p = 0; p < s.rows; ++p) {
+      const int64_t at = p * slices.count * s.size();
+      const int64_t row = (w[0] - slices_) * slice + (w[1] - 1 - p / width) * line + w[2] - 1 - p % width;
+      for (int64_t o = 0; o < outer.count; ++o)
+        for (int64_t i = 0; i < inner.count; ++i)
+          run(at + o * outer.at + i * inner.at, row + o * outer.row + i * inner.row, width);
+    }
   }
 
   const Window3dArgs& a_;
@@ -143,7 +155,7 @@ class ExpandedBias {
   const bool has_parts_;  // whether the table's slices are the window's
   Slice slice_[kKinds];
   T range_ = 0;
-  T *table_, *biases_, *gradients_ = nullptr;
+  T *table_, *biases_, *gradients_ = nullptr, *sums_ = nullptr;
   int expanded_ = 0, summed_ = 0;  // bit per kind
 };
 
