@@ -53,11 +53,15 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
     else
       softmax_gradient<1>(group, first, r, top);
   }
-  for (int64_t key = range_.first * kWidth; key < range_.last * kWidth && key < n_; key += kKeyRows)
+  const bool last = first + count == group.queries;
+  for (int64_t key = range_.first * kWidth; key < range_.last * kWidth && key < n_; key += kKeyRows) {
+    if (last)  // these keys' gradients are complete, and soon written
+      for (Slot slot : {kDk, kDv}) group.fetch_to_write(slot, key, n_ - key < kKeyRows ? n_ - key : kKeyRows);
     for_each_column([&](int64_t c, auto vectors) {
       fetch_ahead(group, kDout);
       this->template add_key_gradients<decltype(vectors)::value>(key, c, count);
     });
+  }
 
   T scales[kQueryRows];
   for (auto& s : scales) s = scale_;

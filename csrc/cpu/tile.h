@@ -160,6 +160,7 @@ template <class P, int R, int NV, int RowStep>
 VIDATTN_INLINE void multiply_tile(const typename P::Word* a, int64_t a_step, const typename P::Word* b, int64_t b_step,
                                   int64_t steps, Vec<typename P::Acc> (&c)[R][NV]) {
   using Word = typename P::Word;
+#pragma GCC unroll 4  // 8 per cent with AVX2
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
     Vec<Word> row[NV];
 #pragma GCC unroll 2
