@@ -206,7 +206,9 @@ class Attention {
   template <int R>
   void softmax_gradient(const Group<P>& group, int64_t first, int64_t r, const Vec<T>* top);
   template <int NV>
-  void add_key_gradients(int64_t key, int64_t c, int64_t count);
+  void add_key_gradients(int64_t tile, int64_t c, int64_t count);
+  template <int R, int NV>
+  void add_block_of_key_gradients(int64_t tile, int64_t key, int64_t c, int64_t count);
 
   // Fetches the next share of what the next group will read. Many small shares: a core can wait for few rows at a time.
   void fetch_ahead(const Group<P>& group, Slot last) {

@@ -11,9 +11,9 @@ void Attention<P>::backward(Group<P>& group) {
   pack_in_lanes(group, kV, values_in_lanes_);
   pack_in_rows(group, kK, keys_in_rows_);
   group.keys_packed();
-  for (int64_t i = 0; i < round_up(n_, kKeyRows) * padded_; ++i) dk_[i] = dv_[i] = 0;
+  for (int64_t i = 0; i < tiles_ * kWidth * padded_; ++i) dk_[i] = dv_[i] = 0;
   const int64_t blocks = ceil_div(group.queries, kQueryRows), passes = ceil_div(group.queries, kRows);
-  start_fetching(2 * blocks * tiles_ + passes * ceil_div(n_, kKeyRows) * columns() + blocks * columns());
+  start_fetching(2 * blocks * tiles_ + passes * tiles_ * columns() + blocks * columns());
   for (int64_t first = 0; first < group.queries; first += kRows) {
     const int64_t left = group.queries - first;
     backward_rows(group, first, left < kRows ? left : kRows);
@@ -54,14 +54,15 @@ void Attention<P>::backward_rows(Group<P>& group, int64_t first, int64_t count) 
       softmax_gradient<1>(group, first, r, top);
   }
   const bool last = first + count == group.queries;
-  for (int64_t key = range_.first * kWidth; key < range_.last * kWidth && key < n_; key += kKeyRows) {
-    if (last)  // these keys' gradients are complete, and soon written
-      for (Slot slot : {kDk, kDv}) group.fetch_to_write(slot, key, n_ - key < kKeyRows ? n_ - key : kKeyRows);
+  for_each_tile([&](int64_t tile, auto) {
+    const int64_t key = tile * kWidth, keys = n_ - key < kWidth ? n_ - key : kWidth;
+    if (last)  // the gradients of these keys are complete, and soon written
+      for (Slot slot : {kDk, kDv}) group.fetch_to_write(slot, key, keys);
     for_each_column([&](int64_t c, auto vectors) {
       fetch_ahead(group, kDout);
-      this->template add_key_gradients<decltype(vectors)::value>(key, c, count);
+      this->template add_key_gradients<decltype(vectors)::value>(tile, c, count);
     });
-  }
+  });
 
   T scales[kQueryRows];
   for (auto& s : scales) s = scale_;
@@ -141,25 +142,35 @@ void Attention<P>::softmax_gradient(const Group<P>& group, int64_t first, int64_
   });
 }
 
-// dV += P^T dO and dK += dS^T Q, for kKeyRows keys and NV vectors of channels.
+// dV += P^T dO and dK += dS^T Q, for the keys of a tile and NV vectors of channels: in blocks of about one size.
 template <class P>
 template <int NV>
-void Attention<P>::add_key_gradients(int64_t key, int64_t c, int64_t count) {
-  const int64_t tile = key / kWidth;
+void Attention<P>::add_key_gradients(int64_t tile, int64_t c, int64_t count) {
+  constexpr int blocks = ceil_div(kWidth, kQueryRows), small = kWidth / blocks, num_large = kWidth % blocks;
+  const int64_t first = tile * kWidth, small_ones = first + num_large * (small + 1);
+  for (int64_t key = first; key < small_ones && key < n_; key += small + 1)
+    add_block_of_key_gradients<small + 1, NV>(tile, key, c, count);
+  for (int64_t key = small_ones; key < first + kWidth && key < n_; key += small)
+    add_block_of_key_gradients<small, NV>(tile, key, c, count);
+}
+
+template <class P>
+template <int R, int NV>
+VIDATTN_INLINE void Attention<P>::add_block_of_key_gradients(int64_t tile, int64_t key, int64_t c, int64_t count) {
   const Word* weights = (const Word*)panel(scores_, tile, 0);
   const Word* dscores = P::pack == 1 ? (const Word*)panel(dscores_, tile, 0) : weights + kWidth;
   for (int product = 0; product < 2; ++product) {
     T* to = (product ? dk_ : dv_) + key * padded_ + c;
-    Vec<T> g[kKeyRows][NV];
+    Vec<T> g[R][NV];
 #pragma GCC unroll 16
-    for (int r = 0; r < kKeyRows; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int n = 0; n < NV; ++n) g[r][n] = load(to + r * padded_ + n * kLanes<T>);
-    multiply_tile<P, kKeyRows, NV, 1>((product ? dscores : weights) + key - tile * kWidth, P::pack * kWidth,
-                                      in_column(product ? q_in_rows_ : dout_in_rows_, c, kRows), NV * kLanes<Word>,
-                                      ceil_div(count, P::pack), g);
+    multiply_tile<P, R, NV, 1>((product ? dscores : weights) + key - tile * kWidth, P::pack * kWidth,
+                               in_column(product ? q_in_rows_ : dout_in_rows_, c, kRows), NV * kLanes<Word>,
+                               ceil_div(count, P::pack), g);
 #pragma GCC unroll 16
-    for (int r = 0; r < kKeyRows; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int n = 0; n < NV; ++n) store(to + r * padded_ + n * kLanes<T>, g[r][n]);
   }

@@ -33,15 +33,12 @@ constexpr int kQueryRows = 16;  // of a tile register
 constexpr int kQueryRows =
     14;  // 14 x 2 accumulators + 2 key vectors of the 32 registers; the query rides along as an embedded broadcast
 #endif
-constexpr int kKeyRows = 8;  // rows of the key-major products (dK, dV); divides a tile of 2 vectors
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kQueryRows = 6;  // 6 x 2 accumulators + 2 + 1 of the 16 registers
-constexpr int kKeyRows = 4;
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kQueryRows = 6;
-constexpr int kKeyRows = 4;
 #endif
 
 template <class T>
