@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from sequence_cases import BF16, attend
 
 import tests.cuda_emulator as emulated
+import vidattn
 from vidattn import geometry as geo
 from vidattn.ops import window3d
 
@@ -55,6 +57,30 @@ def test_matrices_are_read_without_conflicts(grid, window, turns, head_dim, reco
     record_property("load_conflicts", found["load_conflicts"])
     print(f"{found['load_conflicts']} turns more in {loads:.0f} loads of the bias")
     assert found["load_conflicts"] <= turns.get(head_dim, 0) * loads
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize(
+    ("window", "turns"),
+    [
+        ((8, 7, 7), {64: 0.25}),  # 32 channels leave room for pairs
+        ((4, 7, 7), {64: 0.25}),
+        ((7, 7, 7), {64: 0.25}),
+        ((1, 7, 7), {32: 0.1, 64: 0.25}),
+        ((1, 12, 12), {32: 0.15, 64: 0.25}),
+    ],
+)
+def test_gradients_of_windows_meet_few_banks_twice(window, turns, head_dim):
+    """Backward, the single entries of a table alone take more turns: so many times for each score of a lane."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, *window, 3, 1, head_dim, dtype=torch.bfloat16, requires_grad=True)
+    table = torch.randn(geo.num_bias_rows(window), 1, requires_grad=True)
+    out = vidattn.window3d_attention(qkv, window_size=window, bias_table=table, backend="cuda")
+    before = emulated.counts()
+    torch.autograd.grad(out, (qkv, table), torch.randn_like(out))
+    found = {name: count - before[name] for name, count in emulated.counts().items()}
+    assert found["blocks"] > 0 and found["ldmatrix_conflicts"] == 0
+    assert found["load_conflicts"] <= turns.get(head_dim, 0) * math.prod(window) ** 2 / 32
 
 
 SEQUENCES: dict[str, Any] = {

@@ -15,6 +15,7 @@ class RowSums {
   __device__ RowSums(const Group& group, int buffer, bool wanted, int table, int key, int count)
       : group_(group), wanted_(wanted) {
     const int lane = threadIdx.x % 32;
+    buffer += int(gpu::shared_address(gpu::shared_memory<unsigned char>()));
     put_ = buffer + lane / 4 * 32 + (lane % 4 * 8 ^ lane / 16 % 2 * 16);
     read_ = buffer + lane % kKeys * 32;
     if (!wanted) return;
@@ -27,20 +28,18 @@ class RowSums {
   // dS of two keys of tile t with two of 8 queries. A key has the eight side by side; of every second four keys, the
   // halves are exchanged, so that neither this nor the next meets a bank twice.
   __device__ __forceinline__ void put(int t, const float (&ds)[4]) const {
-    unsigned char* to = gpu::shared_memory<unsigned char>() + put_ + t * 512;
-    *reinterpret_cast<float2*>(to) = make_float2(ds[0], ds[1]);
-    *reinterpret_cast<float2*>(to + 256) = make_float2(ds[2], ds[3]);
+    gpu::store_shared(put_ + t * 512, make_float2(ds[0], ds[1]));
+    gpu::store_shared(put_ + t * 512 + 256, make_float2(ds[2], ds[3]));
   }
 
   // The 8 queries from `query` on are complete.
   template <bool kShared>
   __device__ __forceinline__ void add(int query) const {
     __syncwarp();
-    unsigned char* const memory = gpu::shared_memory<unsigned char>();
     const int4* rows = reinterpret_cast<const int4*>(group_.bias_offsets(query));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float4 ds = *reinterpret_cast<const float4*>(memory + read_ + (half ^ threadIdx.x / 4 % 2) * 16);
+      const float4 ds = gpu::load_shared<float4>(read_ + (half ^ threadIdx.x / 4 % 2) * 16);
       const int4 row = rows[half];
       add_one<kShared>(row.x, ds.x), add_one<kShared>(row.y, ds.y);
       add_one<kShared>(row.z, ds.z), add_one<kShared>(row.w, ds.w);
@@ -61,8 +60,8 @@ class RowSums {
 
   const Group& group_;
   bool wanted_;
-  int put_, read_;
-  int table_ = 0;  // where this lane's key would have row 0
+  int put_, read_;  // addresses in shared memory
+  int table_ = 0;   // where this lane's key would have row 0
 };
 
 }  // namespace vidattn::cuda

@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_piece_of_row(unsigned char* to, const char*
   } else {
     uint32_t words[4];
     load_piece(words, row, piece * 8, dim);
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    gpu::store_shared(gpu::shared_address(to), make_uint4(words[0], words[1], words[2], words[3]));
   }
 }
 
@@ -199,8 +199,8 @@ __device__ __forceinline__ float square_length(const unsigned char* row) {
   float sum = 0.0f;
 #pragma unroll
   for (int piece = 0; piece < kDim / 8; ++piece) {  // the order does not matter, so they need not be found
-    const uint4 words =
-        *reinterpret_cast<const uint4*>(row + 16 * ((piece + threadIdx.x / (kDim == 32 ? 2 : 1)) % (kDim / 8)));
+    const uint4 words = gpu::load_shared<uint4>(
+        gpu::shared_address(row + 16 * ((piece + threadIdx.x / (kDim == 32 ? 2 : 1)) % (kDim / 8))));
     sum += square_sum<T>(words.x) + square_sum<T>(words.y) + square_sum<T>(words.z) + square_sum<T>(words.w);
   }
   return sum;

@@ -124,14 +124,15 @@ struct SequenceBackward : Backward<T, kDim, WalkingGroup, 32, 32> {
   }
   // Delta of a tile of queries, four threads a row.
   __device__ __forceinline__ void find_deltas(int query) const {
-    const unsigned char *gradients = queries(stage_of(query), 1), *out = contexts(query);
+    const uint32_t gradients = gpu::shared_address(queries(stage_of(query), 1));
+    const uint32_t out = gpu::shared_address(contexts(query));
+    const int swap = Layout::kPieces > 4 ? lane / 4 % 2 * 4 : 0;  // odd rows begin with the other half: no bank twice
     for (int row = thread_of_block() / 4; row < kQueries; row += blockDim.x / 4) {
       float sum = 0.0f;
 #pragma unroll
       for (int piece = 0; piece < Layout::kPieces; piece += 4) {
-        const uint32_t place = Layout::place(row, piece + lane % 4);
-        const uint4 x = *reinterpret_cast<const uint4*>(gradients + place);
-        const uint4 y = *reinterpret_cast<const uint4*>(out + place);
+        const uint32_t place = Layout::place(row, (piece + lane % 4) ^ swap);
+        const uint4 x = gpu::load_shared<uint4>(gradients + place), y = gpu::load_shared<uint4>(out + place);
         sum += product(x.x, y.x) + product(x.y, y.y) + product(x.z, y.z) + product(x.w, y.w);
       }
       sum = Base::sum_of_quad(sum);

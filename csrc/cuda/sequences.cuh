@@ -183,7 +183,7 @@ class SequenceGroup {
       const char* element = row + source.frames * a_.rows[slot].sequence_stride + 2 * channel;
       words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(element)) << i % 2 * 16;
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    gpu::store_shared(gpu::shared_address(to), make_uint4(words[0], words[1], words[2], words[3]));
   }
 
   __device__ __forceinline__ SpacedRows<float> log_sums() const {
@@ -219,12 +219,15 @@ class SequenceGroup {
     const int piece = first + lane % kPieces, step = 32 / kPieces;
     if (piece * 8 >= head_dim()) return;
     const auto words_of = [&](int row) {
-      return *reinterpret_cast<const uint4*>(shared + Rows<kDim>::place(row, piece));
+      return gpu::load_shared<uint4>(gpu::shared_address(shared) + Rows<kDim>::place(row, piece));
     };
     const bool mixes = a_.ranges > 0 && slot != kDq;
     const Source source = mixes && a_.whole_pieces ? source_of(piece * 8) : Source{0, true};
     char* const to = first_row(slot) + source.frames * a_.rows[slot].sequence_stride;
     int row = lane / kPieces;
+    // Half of each row alone: lanes that read at a time have rows 4 apart, whose pieces lie in other banks.
+    if constexpr (kPieces < Rows<kDim>::kPieces)
+      row = kDim == 64 ? row / 2 + row % 2 * 4 : (row & 9) | row << 1 & 4 | row >> 1 & 2;
     if (n + row < a_.cls) row += step;
     if (a_.gradient_unit == 16 && (!mixes || a_.whole_pieces)) {
 #pragma unroll 2

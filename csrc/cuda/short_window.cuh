@@ -172,11 +172,13 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
         sums[e][i] = p[e][i] + p[e][2 + i];
         sums[e][2 + i] = fmaf(p[e][i], dp[e][i], p[e][2 + i] * dp[e][2 + i]);
       }
-    // Each lane of the eight that have the same queries gives half of the eights away, until one is left to it.
+    // Each lane of the eight that have the same queries gives half of the eights away, until one is left to it: to a
+    // neighbour last, so that neighbours write to other banks.
     static_assert(!kWholeRows || kEights == 8);
-    const int mine = halve<4>(sums, 4) + halve<2>(sums, 8) + halve<1>(sums, 16);
-    float4* parts = reinterpret_cast<float4*>(at(plan.scores));  // of warps, eights and pairs of queries
-    parts[(warp * kEights + mine) * 4 + lane % 4] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+    const int mine = halve<4>(sums, 16) + halve<2>(sums, 8) + halve<1>(sums, 4);
+    const float4* parts = reinterpret_cast<const float4*>(at(plan.scores));  // of warps, eights and pairs of queries
+    gpu::store_shared(gpu::shared_address(&parts[(warp * kEights + mine) * 4 + lane % 4]),
+                      make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]));
     __syncthreads();
     bool moderate = true;
 #pragma unroll 1
@@ -236,7 +238,7 @@ struct ShortWindowBackward : Backward<T, kDim, Group, 16, kTokens> {
     const int areas[3] = {plan.queries + kArea, plan.queries, plan.values};
     const bool plain = group.is_plain(kDq) && group.is_plain(kDk) && group.is_plain(kDv);
     __syncwarp();
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kDim / 16; ++i) {
       const int thread = lane + 32 * i, piece = thread % Layout::kPieces, n = 16 * warp + thread / Layout::kPieces;
       const int token = group.token(n), place = int(Layout::place(n, piece));
