@@ -376,6 +376,9 @@ def test_cases_behind_a_rival_are_named(result):
     faster = {"natten": {"median": 0.1}, "vidattn_float32": {"median": 0.1}}
     rival = best_rival({**info, "speedup_over": {**info["speedup_over"], **faster}})
     assert rival is not None and rival.name == "sdpa"  # natten computes something else
+    both = {"compiled": {"median": 0.9, "low": 0.8, "high": 1.0}, "vidattn_compiled": {"median": 0.75}}
+    rival = best_rival({**info, "speedup_over": both})
+    assert rival is not None and rival[1:] == pytest.approx((1.2, 0.8 / 0.75, 1.0 / 0.75))  # compiled against compiled
 
 
 def test_changes_are_told_beyond_the_noise(result, tmp_path, capsys):
