@@ -379,6 +379,9 @@ def test_cases_behind_a_rival_are_named(result):
     both = {"compiled": {"median": 0.9, "low": 0.8, "high": 1.0}, "vidattn_compiled": {"median": 0.75}}
     rival = best_rival({**info, "speedup_over": both})
     assert rival is not None and rival[1:] == pytest.approx((1.2, 0.8 / 0.75, 1.0 / 0.75))  # compiled against compiled
+    both["vidattn_compiled"] = {"median": 1.1}  # slower than what is not
+    rival = best_rival({**info, "speedup_over": both})
+    assert rival is not None and rival.median == 0.9
 
 
 def test_changes_are_told_beyond_the_noise(result, tmp_path, capsys):
